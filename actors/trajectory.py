@@ -1,0 +1,117 @@
+"""The frozen types that cross actors. They know no Ray, no vLLM, no clock.
+
+Shapes: T = tokens of one response (its stop token included), K = support size of a dense loss.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "repetition", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt as it leaves the data stream.
+
+    >>> Prompt(index=7, token_ids=(5, 9, 3), domain="maths", answer="12").domain
+    'maths'
+    """
+
+    index: int
+    """Position in the data source; with `epoch` it identifies the prompt for good."""
+    token_ids: tuple[int, ...]
+    epoch: int = 0
+    domain: str = ""
+    answer: str | None = None
+    """What a verifier compares with."""
+    text: str = ""
+    """The prompt as a person reads it: for samples and reports, never re-tokenised."""
+    teacher_token_ids: tuple[int, ...] | None = None
+    """What the teacher sees instead of `token_ids` (concise teacher); None: the same prompt."""
+    golden_ids: tuple[int, ...] | None = None
+    """A complete, terminating answer (its stop id included)."""
+    teacher_finishes: bool | None = None
+    """Whether the teacher itself finished this prompt within the budget; None: not tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class LengthLimits:
+    """The governor's values in force: decided at a step border, stamped on every trajectory, obeyed by rollout and learner.
+
+    At rest (no pressure) they equal the job file's own settings.
+    """
+
+    cap_tokens: int
+    """Most new tokens per rollout."""
+    generation: int = 0
+    """Rises by one with every change of any value."""
+    golden_weight: float = 0.0
+    """Weight of the golden cross-entropy beside the objective."""
+    lr_scale: float = 1.0
+    """Learning-rate brake: factor on the schedule's learning rate, in (0, 1]."""
+    reference_kl_weight: float = 0.0
+    """Weight of KL(student || frozen initial student) on student prefixes."""
+    stop_tilt_nats: float = 0.0
+    """Strength b of the teacher's tilt toward stopping beyond the target length, nats."""
+    loop_tail_weight: float = 1.0
+    """Weight of tokens after a loop's onset: 1 keeps them, 0 masks them."""
+    admission_quota: float = 1.0
+    """Largest share of truncated rollouts admitted to a batch."""
+    unfinished_quota: float = 1.0
+    """Largest share of prompts in a step that the teacher itself does not finish."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One student sample with everything needed to learn from it; nothing is ever recomputed from text."""
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    """[T] response ids, the stop id included when one was sampled."""
+    logprobs_T: np.ndarray
+    """[T] float32, nats: the engine's processed log-prob of each sampled token (the behaviour policy)."""
+    finish_reason: FinishReason
+    cap_tokens: int
+    """The budget that applied to this very request: truncation is judged against it."""
+    step: int
+    """Learner step this rollout was drawn for."""
+    weight_version: int
+    """Student version at the first token."""
+    limits_generation: int
+    sample: int = 0
+    """Which of the prompt's samples this is."""
+    loop_onset: int | None = None
+    """First index of a terminal loop, None without one."""
+    loop_period: int | None = None
+    support_ids_TK: np.ndarray | None = field(default=None, repr=False)
+    """[T, K] int32: the student's own top-k ids at each position, when the objective asks for them."""
+
+    @property
+    def truncated(self) -> bool:
+        """Cut before it stopped: by the cap or by the in-engine loop stop."""
+        return self.finish_reason in ("length", "repetition")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """A teacher's log-probs on one response: temperature 1, nats, float32, same token ids as the student's."""
+
+    teacher: str
+    sampled_logp_T: np.ndarray
+    """[T] log-prob of each sampled token id, raw (no stop class)."""
+    stop_logp_T: np.ndarray
+    """[T] log of the summed probability of all stop ids, at every position."""
+    support_ids_TK: np.ndarray | None = field(default=None, repr=False)
+    """[T, K] int32 ids the next array refers to."""
+    support_logp_TK: np.ndarray | None = field(default=None, repr=False)
+    """[T, K] float32 raw log-probs at `support_ids_TK`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRollout:
+    """A trajectory and its teacher's word on it: what the learner consumes."""
+
+    trajectory: Trajectory
+    scores: TokenScores
