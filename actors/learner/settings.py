@@ -1,0 +1,105 @@
+"""The objective's knobs and how the student is updated."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from actors.settings import Settings
+
+Loss = Literal["reverse_kl", "forward_kl", "mixed_kl", "jsd", "skew_kl"]
+Support = Literal["sampled", "student", "teacher", "union", "full"]
+
+
+class ObjectiveSettings(Settings):
+    """The loss. `support` says over which tokens the divergence is taken.
+
+    sampled: the sampled token alone, as a stop-gradient advantage (reverse_kl only);
+    student | teacher | union: top-k ids of that model, back-propagated, renormalised; full: the whole vocabulary (the teacher runs beside the learner).
+    """
+
+    loss: Loss = "reverse_kl"
+    support: Support = "sampled"
+    top_k: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Ids in a student, teacher or union support; the sampled token and the stop class are always added."""
+    tail_bucket: bool = False
+    """Add one class for all tokens outside the support instead of renormalising on it."""
+    rkl_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """mixed_kl: share of reverse KL, the rest is forward KL."""
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """jsd: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S."""
+    skew_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """skew_kl: KL(p_T || alpha p_T + (1 - alpha) p_S)."""
+    stop_event: Literal["class", "raw"] = "class"
+    """class: all stop ids are one action; raw: each id for itself."""
+    reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    constant_normaliser_tokens: Annotated[float, Field(gt=0)] | None = None
+    """reduction constant: the divisor per sequence, tokens. None: the job's max_new_tokens."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    """PPO clip: the ratio to the policy at the batch's start is kept in [1 - clip_low, 1 + clip_high]."""
+    importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
+    """Truncated importance sampling: weight min(pi_learner / pi_engine, cap); None: no weight."""
+    advantage_clip_nats: Annotated[float, Field(gt=0)] | None = None
+    """Bound on each token's signal |D|; None: unbounded."""
+    reference_kl_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """StableOPD: weight of KL(student || frozen initial student) on student prefixes."""
+    reference_kl: Literal["exact", "k3"] = "exact"
+    """exact: over the whole vocabulary in chunks; k3: sampled estimate."""
+    golden_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """StableOPD: weight of the cross-entropy on golden answers."""
+    golden_ratio: Annotated[float, Field(ge=0, le=4)] = 0.25
+    """Golden answers beside each rollout in a batch (0.25: one per four)."""
+    overlong_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """DAPO soft overlong penalty as a sequence reward in nats, spread over the response's tokens; sampled support only."""
+    overlong_buffer_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The penalty rises over the last buffer x cap tokens."""
+    stop_tilt_nats: Annotated[float, Field(ge=0, le=20)] = 0.0
+    """Strength of the teacher's tilt toward stopping beyond the target length."""
+    stop_tilt_target_tokens: Annotated[int, Field(ge=1)] | None = None
+    """None: the reference length (mean of golden or teacher answers)."""
+    stop_tilt_width_tokens: Annotated[int, Field(ge=1)] = 32
+    loop_tail: Literal["mask", "keep", "downweight"] = "mask"
+    """Tokens from one period after a loop's onset."""
+    loop_tail_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Their weight under downweight."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """mask drops truncated rollouts from the loss whole (weak alone, kept for comparison)."""
+    admission_quota: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Largest share of truncated rollouts admitted to a batch; 1: no quota."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ObjectiveSettings":
+        if self.support == "sampled" and self.loss != "reverse_kl":
+            raise ValueError(f"loss {self.loss} needs a dense support: set support to student, teacher, union or full")
+        if self.support != "sampled" and self.overlong_weight > 0:
+            raise ValueError("overlong_weight acts on the sampled estimator only: set support to sampled or the weight to 0")
+        return self
+
+
+class LearnerSettings(Settings):
+    """Optimiser, precision, micro-batches."""
+
+    total_steps: Annotated[int, Field(ge=1)] = 100
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After warm-up; cosine and linear fall to `min_lr_ratio` at total_steps."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    micro_batch_tokens: Annotated[int, Field(ge=16)] = 8192
+    """Padded tokens in one forward and backward; a batch is split, gradients accumulate."""
+    chunk_tokens: Annotated[int, Field(ge=1)] = 1024
+    """Positions whose logits exist at once in the loss."""
+    epochs_per_batch: Annotated[int, Field(ge=1)] = 1
+    """Optimiser steps on one batch; above 1 the PPO clip bites."""
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")] = "float32"
+    """Compute precision; master weights and optimizer stay float32."""
+    gradient_checkpointing: bool = False
+    freeze_embeddings: bool = False
+    """Keep input (and tied output) embeddings fixed."""
+    num_ranks: Annotated[int, Field(ge=1)] = 1
+    """Learner processes (FSDP2)."""
+    max_skipped_steps: Annotated[int, Field(ge=1)] = 10
+    """Non-finite steps in a row before the run stops."""

