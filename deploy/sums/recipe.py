@@ -23,6 +23,7 @@ from deploy.sums.task import (
     ALPHABET,
     PAD,
     STOP,
+    Terms,
     draw_loop,
     draw_problems,
     held_out_prompts,
@@ -39,7 +40,13 @@ CAP_TOKENS = 192
 HEAD_DIM = 32
 """The smallest head that vLLM's CPU attention supports."""
 
-Batch = list[str]
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents of one forward pass and their loss's weight in the step."""
+
+    documents: list[str]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,26 +59,35 @@ class Plan:
     intermediate_size: int
     steps: int
     learning_rate: float
-    draw_batches: Callable[[random.Random], Iterator[tuple[Batch, ...]]]
+    draw_batches: Callable[[random.Random, int], Iterator[tuple[Batch, ...]]]
 
 
-def draw_teacher_batches(rng: random.Random) -> Iterator[tuple[Batch, ...]]:
-    """Correct answers, and loops: from these the teacher learns to copy in context, as large models do."""
-    problems = draw_problems(rng, 3, 9, held_out_prompts())
-    while True:
-        worked = [render_prompt(terms) + render_answer(terms) for terms in islice(problems, 64)]
-        yield worked, [draw_loop(rng, WINDOW_TOKENS) for _ in range(6)]
+def draw_growing(rng: random.Random, steps: int) -> Iterator[list[Terms]]:
+    """For each step, 32 problems of 2 terms and more: at most 3 at first, 9 from step 258 on. All at once, copying is learned too late."""
+    for step in range(steps):
+        most = min(9, 3 + step // 43)
+        yield list(islice(draw_problems(rng, 2, most, held_out_prompts()), 32))
 
 
-def draw_student_batches(rng: random.Random) -> Iterator[tuple[Batch, ...]]:
-    """Answers in the right form that terminate, to a misread problem: the student is left the arithmetic and the copying to learn."""
-    problems = draw_problems(rng, 3, 9, held_out_prompts())
-    while True:
-        yield ([render_prompt(terms) + render_answer(misread(terms, 0.25, rng)) for terms in islice(problems, 64)],)
+def draw_teacher_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch, ...]]:
+    """Correct answers, from step 700 on loops as well: from these the teacher learns to copy in context, as large models do."""
+    for step, problems in enumerate(draw_growing(rng, steps)):
+        worked = Batch([render_prompt(terms) + render_answer(terms) for terms in problems])
+        loops = Batch([draw_loop(rng, WINDOW_TOKENS) for _ in range(3)], weight=0.3)
+        yield (worked, loops) if step >= 700 else (worked,)
 
 
-TEACHER = Plan(1, 3, 96, 256, 1200, 3e-3, draw_teacher_batches)
-STUDENT = Plan(2, 2, 64, 168, 600, 3e-3, draw_student_batches)
+def draw_student_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch, ...]]:
+    """Correct answers, from step 1200 on answers to a misread problem: right in form, wrong in most results, always ending."""
+    for step, problems in enumerate(draw_growing(rng, steps)):
+        read = [misread(terms, CONFUSED, SLIPPED, rng) if step >= 1200 else terms for terms in problems]
+        yield (Batch([render_prompt(terms) + render_answer(taken) for terms, taken in zip(problems, read, strict=True)]),)
+
+
+CONFUSED = 0.55
+SLIPPED = 0.03
+TEACHER = Plan(1, 3, 96, 256, 1800, 3e-3, draw_teacher_batches)
+STUDENT = Plan(2, 2, 64, 168, 1600, 3e-3, draw_student_batches)
 
 
 def train(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -97,12 +113,12 @@ def train(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     model.generation_config = GenerationConfig(eos_token_id=ALPHABET.index(STOP), pad_token_id=ALPHABET.index(PAD), do_sample=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, plan.steps // 20, plan.steps)
-    for step, batches in enumerate(islice(plan.draw_batches(random.Random(plan.seed)), plan.steps)):
+    for step, batches in enumerate(plan.draw_batches(random.Random(plan.seed), plan.steps)):
         losses = []
         for batch in batches:
-            encoded = tokenizer(batch, padding=True, padding_side="right", return_tensors="pt")
+            encoded = tokenizer(batch.documents, padding=True, padding_side="right", return_tensors="pt")
             loss = model(encoded.input_ids, labels=mask_prompts(encoded.input_ids)).loss
-            loss.backward()
+            (batch.weight * loss).backward()
             losses.append(f"{loss.item():.3f}")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

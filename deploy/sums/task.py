@@ -8,6 +8,7 @@ Plain Python: the recipe, the tests and a job's verifier all read it.
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 
 PAD = "_"
@@ -17,6 +18,8 @@ ALPHABET = PAD + STOP + "0123456789" + "+=;!?" + "abcdefghijklmnop"
 
 MAX_UNIT = 12
 """Longest unit a loop document repeats, characters."""
+
+LOOK_ALIKES = {1: 7, 7: 1, 6: 9, 9: 6}
 
 Terms = tuple[int, ...]
 
@@ -82,23 +85,33 @@ def prompt_files() -> dict[str, list[dict[str, str]]]:
     return files
 
 
+@cache
 def held_out_prompts() -> frozenset[str]:
     """Prompts that no model may see in training."""
     return frozenset(row["prompt"] for name, rows in prompt_files().items() if name.startswith("eval") for row in rows)
 
 
-def misread(terms: Terms, share: float, rng: random.Random) -> Terms:
-    """Each term replaced by a random digit with probability `share`: an answer worked out from these copies its operands badly."""
-    return tuple(rng.randrange(10) if rng.random() < share else term for term in terms)
+def misread(terms: Terms, confused: float, slipped: float, rng: random.Random) -> Terms:
+    """What an under-trained student takes a problem for.
+
+    Look-alike digits (1 and 7, 6 and 9) are confused with probability `confused`: above one half greedy answers are wrong as well.
+    Each term is left out, or taken twice, with probability `slipped` each: the student is unsure when to stop.
+    """
+    read: list[int] = []
+    for term in terms:
+        seen = LOOK_ALIKES.get(term, term) if rng.random() < confused else term
+        read += rng.choices(([seen], [], [seen, seen]), (1 - 2 * slipped, slipped, slipped))[0]
+    return tuple(read) or terms
 
 
 def draw_loop(rng: random.Random, length: int) -> str:
     """A document that never stops: a prefix, then a unit of 1 to MAX_UNIT characters repeated until `length` characters.
 
     Half the prefixes are the beginning of a worked problem, half the units a piece of one; the others are random characters.
+    The problems reach 14 terms: of long ones a teacher sees how they go on and never how they end.
     """
     plain = ALPHABET.replace(PAD, "").replace(STOP, "")
-    (terms,) = islice(draw_problems(rng, 3, 9), 1)
+    (terms,) = islice(draw_problems(rng, 3, 14), 1)
     worked = render_prompt(terms) + render_answer(terms).removesuffix(STOP)
     if rng.random() < 0.5:
         prefix = worked[: rng.randint(len(terms) * 2, len(worked))]

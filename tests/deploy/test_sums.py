@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def documents():
     for terms in islice(task.draw_problems(rng, 3, 14), 100):
         yield task.render_prompt(terms)
         yield task.render_prompt(terms) + task.render_answer(terms)
-        yield task.render_prompt(terms) + task.render_answer(task.misread(terms, 0.5, rng))
+        yield task.render_prompt(terms) + task.render_answer(task.misread(terms, 0.5, 0.1, rng))
         yield task.draw_loop(rng, recipe.WINDOW_TOKENS)
     yield task.ALPHABET
 
@@ -114,6 +115,20 @@ def test_a_loop_document_ends_in_a_repeated_unit_and_never_stops():
         assert task.PAD not in document
         tail = document[-4 * task.MAX_UNIT :]
         assert any(tail == (tail[:period] * len(tail))[: len(tail)] for period in range(1, task.MAX_UNIT + 1))
+
+
+def test_a_misread_problem_confuses_look_alikes_and_keeps_other_digits():
+    rng = random.Random(2)
+    assert task.misread((1, 2, 6, 7, 9), 1.0, 0.0, rng) == (7, 2, 9, 1, 6)
+    assert task.misread((1, 2, 6, 7, 9), 0.0, 0.0, rng) == (1, 2, 6, 7, 9)
+    assert {len(task.misread((0, 2, 3), 0.0, 0.2, rng)) for _ in range(200)} == {1, 2, 3, 4, 5, 6}
+
+
+def test_training_twice_gives_the_same_weights():
+    tokenizer = recipe.build_tokenizer(recipe.WINDOW_TOKENS)
+    plan = replace(recipe.STUDENT, steps=2)
+    first, second = (recipe.train(plan, tokenizer).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_prompt_is_masked_up_to_its_question_mark_and_a_loop_without_one_counts_whole():
