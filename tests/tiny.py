@@ -76,9 +76,8 @@ def build_tiny(
 def _config(architecture: Architecture, vocab_size: int, num_layers: int, context_tokens: int) -> Any:
     if architecture == "gpt2":
         shape = {"n_embd": 64, "n_head": 2, "n_layer": num_layers, "n_positions": context_tokens, "n_inner": 128}
-        return AutoConfig.for_model(
-            "gpt2", vocab_size=vocab_size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=1, **shape
-        )
+        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return AutoConfig.for_model("gpt2", vocab_size=vocab_size, bos_token_id=None, eos_token_id=1, **no_dropout, **shape)
     shape = {
         "hidden_size": 64,
         "intermediate_size": 128,
