@@ -1,6 +1,6 @@
 """The Ray shell of the learner: a scored batch in, one optimiser step, new weights out.
 
-    ScoredRollout + golden --build_micro_batches--> forward, chunked_objective, backward --AdamW--> weights v(N+1)
+ScoredRollout + golden --build_micro_batches--> forward, chunked_objective, backward --AdamW--> weights v(N+1)
 """
 
 import json

@@ -1,10 +1,10 @@
 """Write and read a checkpoint: beside its place first, then renamed; a manifest with the SHA-256 of every file.
 
-    checkpoints/step-40/
-      student/            Hugging Face layout
-      optimizer.safetensors
-      state.json          scheduler, random state, data cursor, governor, config generation, metric totals
-      manifest.json       {"files": {"student/model.safetensors": "<sha256>", ...}}
+checkpoints/step-40/
+  student/            Hugging Face layout
+  optimizer.safetensors
+  state.json          scheduler, random state, data cursor, governor, config generation, metric totals
+  manifest.json       {"files": {"student/model.safetensors": "<sha256>", ...}}
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """The Ray shell around an engine: prompts in, finished trajectories out as they finish; weights in.
 
-    learner --weights--> RolloutActor(Engine) --chunks of Trajectory--> driver
+learner --weights--> RolloutActor(Engine) --chunks of Trajectory--> driver
 """
 
 import asyncio
@@ -49,9 +49,7 @@ class RolloutActor:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from actors.rollout.engine import Engine  # importing vllm takes seconds: not before the actor has its own process
 
-        self._engine = Engine(
-            self._model, self._settings, weight_transfer=self._weight_transfer, seed=self._seed, max_logprobs=self._top_k
-        )
+        self._engine = Engine(self._model, self._settings, weight_transfer=self._weight_transfer, seed=self._seed, max_logprobs=self._top_k)
         return self._engine.context_tokens
 
     def set_reference(self, reference_tokens: float) -> None:
@@ -162,4 +160,3 @@ def request_seed(seed: int, prompt: Prompt, sample: int, step: int) -> int:
     """A seed of its own for every request, the same in every run of the same job."""
     state = np.random.SeedSequence((seed, prompt.epoch, prompt.index, sample, step)).generate_state(1)
     return int(state[0] & 0x7FFFFFFF)
-
