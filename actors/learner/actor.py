@@ -8,8 +8,9 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 from actors.causal_lm import CausalLM
 from actors.learner.batching import MicroBatch, ModelInputs, build_micro_batches
 from actors.learner.checkpoint import OPTIMIZER, STUDENT, load_optimizer, save_optimizer
-from actors.learner.metrics import BatchMetrics, measure
+from actors.learner.metrics import BatchMetrics, summarise
 from actors.learner.objective import LazyLogits, TokenFields, TokenLosses, chunked_objective
 from actors.learner.optimizer import build_optimizer, learning_rate_at
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
@@ -110,8 +111,8 @@ class Learner:
                 micro_batches = [MicroBatch(m.student, m.teacher, f) for m, f in zip(micro_batches, fields, strict=True)]
         assert first is not None
         self.weight_version += 1
-        metrics = measure([(micro.fields, part) for micro, part in zip(micro_batches, first, strict=True)], self._stop_ids_E)
-        return StepReport(loss, grad_norm, rate, skipped, self.weight_version, metrics)
+        parts = [summarise(part, micro.fields, self._stop_ids_E) for micro, part in zip(micro_batches, first, strict=True)]
+        return StepReport(loss, grad_norm, rate, skipped, self.weight_version, reduce(add, parts))
 
     def _epoch(self, micro_batches: list[MicroBatch], limits: LengthLimits, rate: float) -> tuple[float, float, bool, list[TokenLosses]]:
         """One forward and backward over the batch and one optimiser step; a non-finite one changes nothing."""
