@@ -72,12 +72,10 @@ def start_teacher(
     *,
     num_cpus: float = 0.0,
     num_gpus: float = 0.0,
-    env: dict[str, str] | None = None,
 ) -> list[RayTeacher]:
     """Start `settings.num_actors` actors of one teacher on the connected cluster. They load in the background: ping them to wait.
 
-    Ray restarts one that dies, without limit: its weights are frozen and it holds nothing else. `env` adds environment variables.
+    Ray restarts one that dies, without limit: its weights are frozen and it holds nothing else.
     """
-    actor_type = ray.remote(TeacherActor)
-    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_restarts": -1, "runtime_env": {"env_vars": env or {}}}
-    return [RayTeacher(actor_type.options(**options).remote(settings, stop_ids, seed)) for _ in range(settings.num_actors)]
+    actor_type = ray.remote(TeacherActor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1)
+    return [RayTeacher(actor_type.remote(settings, stop_ids, seed)) for _ in range(settings.num_actors)]
