@@ -131,5 +131,3 @@ def _completion(output: CompletionOutput, weight_version: int) -> Completion:
         for index, row in enumerate(rows):
             top_ids_TK[index, : len(row)] = list(row)
     return Completion(token_ids, logprobs_T, output.finish_reason or "error", weight_version, top_ids_TK)
-
-
