@@ -224,9 +224,9 @@ class Fleet:
         """The student alone, in Hugging Face layout."""
         await self._learner.save_student.remote(folder, card)
 
-    async def restore(self, folder: str, *, weight_version: int | None = None, clear_optimizer: bool = False) -> int:
+    async def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Bring the learner back to a checkpoint; returns the weight version in force."""
-        return await self._learner.restore.remote(folder, weight_version=weight_version, clear_optimizer=clear_optimizer)
+        return await self._learner.restore.remote(folder, rollback=rollback)
 
     def _remember_processes(self) -> None:
         """Engines start processes of their own: what descends from this one is ours to end."""

@@ -93,10 +93,12 @@ class RolloutActor:
             greedy=greedy,
         )
         completion = await self._engine.generate(list(prompt.token_ids), params)
-        loop = find_loop(completion.token_ids, settings.loop_min_repeats, settings.loop_min_tokens, stop_ids=self._stop_ids)
+        token_ids = completion.token_ids
+        spoken = token_ids[:-1] if token_ids and token_ids[-1] in self._stop_ids else token_ids
+        loop = find_loop(spoken, min_repeats=settings.loop_min_repeats, min_tokens=settings.loop_min_tokens)
         return Trajectory(
             prompt=prompt,
-            token_ids=completion.token_ids,
+            token_ids=token_ids,
             logprobs_T=completion.logprobs_T,
             finish_reason=completion.finish_reason,  # type: ignore[arg-type]
             cap_tokens=params.max_tokens,
@@ -141,7 +143,7 @@ class RolloutActor:
             os.close(handle)
             self._weights_file = Path(name)
         try:
-            self._weights_file.write_bytes(memoryview(weights))
+            self._weights_file.write_bytes(weights.tobytes())
             await update_from_file(self._engine, self._weights_file, weight_version)
         finally:
             self._weights_file.unlink(missing_ok=True)
