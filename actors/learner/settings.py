@@ -100,7 +100,5 @@ class LearnerSettings(Settings):
     gradient_checkpointing: bool = False
     freeze_embeddings: bool = False
     """Keep input (and tied output) embeddings fixed."""
-    num_ranks: Annotated[int, Field(ge=1)] = 1
-    """Learner processes (FSDP2)."""
     max_skipped_steps: Annotated[int, Field(ge=1)] = 10
     """Non-finite steps in a row before the run stops."""
