@@ -4,7 +4,8 @@ A `Case` is a batch as a mathematician sees it: whole distributions of student a
 comes as (value, differentiable): the gradient wanted is the autograd gradient of the second.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,10 +33,6 @@ class Case:
     proximal_probs: Tensor | None = None
     golden_weight: float = 0.1
     reference_kl_weight: float = 0.3
-    num_rollouts: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.num_rollouts = len(self.lengths) - 1
 
 
 def random_case(seed: int, *, teacher_vocabulary: int = 10, proximal: bool = False) -> Case:
@@ -45,7 +42,7 @@ def random_case(seed: int, *, teacher_vocabulary: int = 10, proximal: bool = Fal
     def normal(*shape: int, scale: float = 1.5) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
 
-    lengths = [4, 0, 3, 2, 5, 1, 3]
+    lengths = [3, 0, 2, 2, 3, 1, 2]
     num_tokens, vocabulary, stop_ids = sum(lengths), 9, [2, 7]
     sampled = torch.randint(0, min(vocabulary, teacher_vocabulary), (num_tokens,), generator=generator).tolist()
     ends = torch.tensor(lengths).cumsum(0).tolist()
@@ -56,8 +53,8 @@ def random_case(seed: int, *, teacher_vocabulary: int = 10, proximal: bool = Fal
     supports[::5] = torch.arange(8)  # all but one of the student's ids
     supports[3] = -1
     masks = torch.rand(num_tokens, generator=generator).gt(0.2).double()
-    masks[4:7] = 0  # the third sequence, whole
-    masks[9:11] = 0.1  # a downweighted tail
+    masks[3:5] = 0  # the third sequence, whole
+    masks[8:10] = 0.1  # a downweighted tail
     ramp = torch.rand(num_tokens, generator=generator, dtype=torch.float64)
     own = student_logits.log_softmax(-1)[range(num_tokens), sampled]
     return Case(
@@ -136,19 +133,17 @@ def objective(case: Case, settings: ObjectiveSettings, logits: Tensor) -> tuple[
         if n >= first_golden:
             mass = action_mass(p, case.sampled[n], case.stop_ids, settings)
             term = -case.golden_weight / case.lengths[-1] * torch.log(mass)
-            value, differentiable = value + float(term), differentiable + term
+            value, differentiable = value + number(term), differentiable + term
             continue
-        if settings.support == "sampled":
-            term = sampled_loss(case, settings, n, p)
-            pairs = [(term, term)]
-        else:
-            term = dense_loss(case, settings, n, p)
-            pairs = [(term, term)]
-        k, dk = reference_kl(case, settings, n, p)
-        pairs.append((case.reference_kl_weight * k, case.reference_kl_weight * dk))
-        for part, differentiable_part in pairs:
-            value, differentiable = value + weight * float(part), differentiable + weight * differentiable_part
+        term = sampled_loss(case, settings, n, p) if settings.support == "sampled" else dense_loss(case, settings, n, p)
+        kl, differentiable_kl = reference_kl(case, settings, n, p)
+        value = value + weight * number(term + case.reference_kl_weight * kl)
+        differentiable = differentiable + weight * (term + case.reference_kl_weight * differentiable_kl)
     return value, differentiable
+
+
+def number(x: Tensor) -> float:
+    return x.detach().item()
 
 
 def softmax(logits: Tensor) -> list[Tensor]:
@@ -164,7 +159,7 @@ def action_mass(probs: list[Tensor], token: int, stop_ids: list[int], settings: 
 
 def tilted(q: list[Tensor], stop_ids: list[int], b: float) -> list[Tensor]:
     """p'(v) = p(v) e^(b [v in E]) / sum of the same."""
-    lifted = [mass * torch.exp(torch.tensor(b if token in stop_ids else 0.0, dtype=torch.float64)) for token, mass in enumerate(q)]
+    lifted = [mass * math.exp(b if token in stop_ids else 0.0) for token, mass in enumerate(q)]
     return [mass / sum(lifted) for mass in lifted]
 
 
@@ -172,7 +167,7 @@ def importance(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor])
     if settings.importance_cap is None:
         return 1.0
     proximal = p if case.proximal_probs is None else case.proximal_probs[n]
-    ratio = float(proximal[case.sampled[n]]) / float(torch.exp(torch.tensor(case.behaviour_logp[n], dtype=torch.float64)))
+    ratio = number(proximal[case.sampled[n]]) / math.exp(case.behaviour_logp[n])
     return min(ratio, settings.importance_cap)
 
 
@@ -180,7 +175,7 @@ def sampled_loss(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor
     q = tilted(list(case.teacher_probs[n]), case.stop_ids, case.tilts[n])
     mine = action_mass(p, case.sampled[n], case.stop_ids, settings)
     theirs = action_mass(q, case.sampled[n], case.stop_ids, settings)
-    advantage = float(torch.log(theirs) - torch.log(mine))
+    advantage = number(torch.log(theirs) - torch.log(mine))
     if settings.advantage_clip_nats is not None:
         advantage = max(-settings.advantage_clip_nats, min(settings.advantage_clip_nats, advantage))
     advantage += settings.overlong_weight * case.overlong[n]
@@ -188,10 +183,11 @@ def sampled_loss(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor
         ratio = mine / mine.detach()
     else:
         ratio = mine / action_mass(list(case.proximal_probs[n]), case.sampled[n], case.stop_ids, settings)
-    kept = ratio if 1 - settings.clip_low <= float(ratio) <= 1 + settings.clip_high else None
-    bound = 1 + settings.clip_high if float(ratio) > 1 else 1 - settings.clip_low
-    gains = [ratio * advantage, (kept if kept is not None else torch.tensor(bound, dtype=torch.float64)) * advantage]
-    return -importance(case, settings, n, p) * min(gains, key=float)
+    if number(ratio) > 1 + settings.clip_high and advantage > 0:
+        ratio = torch.tensor(1 + settings.clip_high, dtype=torch.float64)
+    if number(ratio) < 1 - settings.clip_low and advantage < 0:
+        ratio = torch.tensor(1 - settings.clip_low, dtype=torch.float64)
+    return -importance(case, settings, n, p) * ratio * advantage
 
 
 def dense_loss(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor]) -> Tensor:
