@@ -1,7 +1,7 @@
 """From a job to a finished run: resolve, check, bring the actors up, hand over to the main loop, write what remains, end everything.
 
-    job --> models, prompts, run directory, HTTP --> Ray --> teachers --> golden pass --+
-                                                      +----> engines, learner ----------+--> Distillation.run --> final/, report
+job --> models, prompts, run directory, HTTP --> Ray --> teachers --> golden pass --+
+                                                  +----> engines, learner ----------+--> Distillation.run --> final/, report
 """
 
 import asyncio
@@ -180,7 +180,9 @@ class Run:
             source = OwnMetrics(f"{self.server.url}/metrics", self.job.name, token)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(Governor).options(num_cpus=0, scheduling_strategy=here)
-        return actor.remote(source, self.job.governor, base_limits(self.job))
+        generation, tunables = self.store.in_force()
+        job = tunables.apply(self.job)
+        return actor.remote(source, job.governor, base_limits(job), generation)
 
     async def _write_golden(self, pool: TeacherPool) -> GoldenSet:
         settings = self.job.data.golden
@@ -210,9 +212,7 @@ class Run:
             settings = self.job.rollout
             decodings = {"greedy": True} | ({"sampled": False} if self.job.data.eval.sampled else {})
             names, runs = list(decodings), [self._answer(fleet, limits, step, settings, greedy) for greedy in decodings.values()]
-            return {
-                name: summarise(responses, self.verify) for name, responses in zip(names, await asyncio.gather(*runs), strict=True)
-            }
+            return {name: summarise(responses, self.verify) for name, responses in zip(names, await asyncio.gather(*runs), strict=True)}
 
         return evaluate
 

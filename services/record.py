@@ -31,9 +31,7 @@ class StepTimes:
         return {"rollout": self.rollout_s, "score": self.score_s, "learn": self.learn_s, "sync": self.sync_s, "total": self.total_s}
 
 
-def record_batch(
-    telemetry: Telemetry, batch: Batch, report: StepReport | None, limits: LengthLimits, max_new_tokens: int
-) -> None:
+def record_batch(telemetry: Telemetry, batch: Batch, report: StepReport | None, limits: LengthLimits, max_new_tokens: int) -> None:
     """Everything a batch and its learner step add to the run's metrics."""
     telemetry.record_rollouts(batch.trajectories, max_new_tokens)
     masked = sum(_tail_masked(scored.trajectory, limits) for scored in batch.scored)
