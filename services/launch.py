@@ -24,7 +24,7 @@ from actors.teacher.actor import start_teacher
 from actors.teacher.pool import Support, TeacherPool
 from actors.trajectory import LengthLimits, Prompt
 from services.control import create_app
-from services.data import PromptStream, load_problems, open_prompts
+from services.data import load_problems, open_prompts
 from services.distill import Distillation, base_limits
 from services.evaluate import Evaluation, Response, load_verifier, summarise
 from services.fleet import Fleet, Models, connect
@@ -268,13 +268,19 @@ def model_card(job: Job, directory: RunDirectory) -> str:
     """README.md of `final/`: what the student came from, and how it did."""
     teachers = ", ".join(t.model for t in job.teacher)
     header = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [on-policy-distillation]\n---\n"
-    return (
-        f"{header}\n# {job.name}\n\nDistilled on-policy by OPD Governor on {time.strftime('%Y-%m-%d')}.\n\n"
-        f"- student: `{job.student.model}`\n- teacher: `{teachers}`\n- objective: `{job.objective.loss}`, support `{job.objective.support}`\n"
-        f"- steps: {job.learner.total_steps}, learning rate {job.learner.learning_rate:g}, seed {job.seed}\n"
-        f"- governor: {job.governor.mode}\n\nThe run's metrics and decisions are in `{directory.metrics.name}` and `{directory.decisions.name}` "
-        "of the run directory.\n"
-    )
+    return f"""{header}
+# {job.name}
+
+Distilled on-policy by OPD Governor on {time.strftime("%Y-%m-%d")}.
+
+- student: `{job.student.model}`
+- teacher: `{teachers}`
+- objective: `{job.objective.loss}`, support `{job.objective.support}`
+- steps: {job.learner.total_steps}, learning rate {job.learner.learning_rate:g}, seed {job.seed}
+- governor: {job.governor.mode}
+
+Metrics and decisions are in `{directory.metrics.name}` and `{directory.decisions.name}` of the run directory.
+"""
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Where snapshots come from: the run's own /metrics, or a Prometheus server that scrapes it."""
 
+from functools import cached_property
 from typing import Protocol
 
 import httpx
@@ -30,7 +31,12 @@ class OwnMetrics:
     def __init__(self, url: str, run: str, token: str | None = None, timeout_s: float = 2.0) -> None:
         self.url = url
         self.run = run
-        self._client = httpx.Client(timeout=timeout_s, trust_env=False, headers={"Authorization": f"Bearer {token}"} if token else {})
+        self._token, self._timeout_s = token, timeout_s
+
+    @cached_property  # a source travels to the governor's actor; its connections do not
+    def _client(self) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        return httpx.Client(timeout=self._timeout_s, trust_env=False, headers=headers)
 
     def read(self) -> Snapshot:
         text = _get(self._client, self.url, {}).text
@@ -51,7 +57,11 @@ class PrometheusServer:
     def __init__(self, url: str, run: str, timeout_s: float = 2.0) -> None:
         self.url = url.rstrip("/") + "/api/v1/query"
         self.query = f'{{__name__=~"opd_.*",run="{run}"}}'
-        self._client = httpx.Client(timeout=timeout_s, trust_env=False)
+        self._timeout_s = timeout_s
+
+    @cached_property
+    def _client(self) -> httpx.Client:
+        return httpx.Client(timeout=self._timeout_s, trust_env=False)
 
     def read(self) -> Snapshot:
         response = _get(self._client, self.url, {"query": self.query})

@@ -81,7 +81,7 @@ class RolloutActor:
         from actors.rollout.loops import find_loop
         from actors.rollout.sampling import budget_tokens, greedy_params, sampling_params
 
-        terms = {"stop_ids": self._stop_ids, "context_tokens": self._engine.context_tokens}
+        terms: dict[str, Any] = {"stop_ids": self._stop_ids, "context_tokens": self._engine.context_tokens}
         if greedy:
             params = greedy_params(prompt, limits, settings, **terms)
         else:
