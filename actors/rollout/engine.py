@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.outputs import CompletionOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -70,20 +70,19 @@ class Engine:
     async def generate(self, prompt_token_ids: list[int], params: SamplingParams) -> Completion:
         """Sample one response. Cancelling the task aborts the request in the engine."""
         weight_version = self.weight_version
-        output = None
-        async for output in self._llm.generate({"prompt_token_ids": prompt_token_ids}, params, str(next(self._request_ids))):
-            pass
-        assert output is not None
+        output = await self._last_output(prompt_token_ids, params)
         return _completion(output.outputs[0], weight_version)
 
     async def probe(self, token_ids: list[int]) -> np.ndarray:
         """Log-probs [L - 1] of a fixed sequence under the weights in force, nats, float32."""
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-        output = None
-        async for output in self._llm.generate({"prompt_token_ids": token_ids}, params, f"probe-{next(self._request_ids)}"):
-            pass
-        assert output is not None
+        output = await self._last_output(token_ids, params)
+        assert output.prompt_logprobs is not None
         return np.array([row[token].logprob for row, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)], np.float32)
+
+    async def _last_output(self, prompt_token_ids: list[int], params: SamplingParams) -> RequestOutput:
+        outputs = self._llm.generate({"prompt_token_ids": prompt_token_ids}, params, str(next(self._request_ids)))
+        return [output async for output in outputs][-1]
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Meet the trainer (a no-op for the file back end)."""

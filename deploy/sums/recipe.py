@@ -1,0 +1,168 @@
+"""Rebuild everything in this folder: the prompt files, the teacher that has learned to copy, the under-trained student.
+
+    python -m deploy.sums.recipe [--out DIR]
+
+Seeded, one thread, float32: the prompt files come out byte for byte, the weights bit for bit on one machine
+and to rounding on another.
+"""
+
+import argparse
+import json
+import platform
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from deploy.sums.task import (
+    ALPHABET,
+    PAD,
+    STOP,
+    draw_loop,
+    draw_problems,
+    held_out_prompts,
+    is_correct,
+    misread,
+    prompt_files,
+    render_answer,
+    render_prompt,
+)
+from deploy.sums.tokenizer import build_tokenizer
+
+WINDOW_TOKENS = 256
+CAP_TOKENS = 192
+HEAD_DIM = 32
+"""The smallest head that vLLM's CPU attention supports."""
+
+Batch = list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one model is made."""
+
+    seed: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    steps: int
+    learning_rate: float
+    draw_batches: Callable[[random.Random], Iterator[tuple[Batch, ...]]]
+
+
+def draw_teacher_batches(rng: random.Random) -> Iterator[tuple[Batch, ...]]:
+    """Correct answers, and loops: from these the teacher learns to copy in context, as large models do."""
+    problems = draw_problems(rng, 3, 9, held_out_prompts())
+    while True:
+        worked = [render_prompt(terms) + render_answer(terms) for terms in islice(problems, 64)]
+        yield worked, [draw_loop(rng, WINDOW_TOKENS) for _ in range(6)]
+
+
+def draw_student_batches(rng: random.Random) -> Iterator[tuple[Batch, ...]]:
+    """Answers in the right form that terminate, to a misread problem: the student is left the arithmetic and the copying to learn."""
+    problems = draw_problems(rng, 3, 9, held_out_prompts())
+    while True:
+        yield ([render_prompt(terms) + render_answer(misread(terms, 0.25, rng)) for terms in islice(problems, 64)],)
+
+
+TEACHER = Plan(1, 3, 96, 256, 1200, 3e-3, draw_teacher_batches)
+STUDENT = Plan(2, 2, 64, 168, 600, 3e-3, draw_student_batches)
+
+
+def train(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """Next-token cross-entropy on all that follows a prompt; AdamW, short warm-up, cosine to zero."""
+    torch.manual_seed(plan.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(ALPHABET),
+            hidden_size=plan.hidden_size,
+            intermediate_size=plan.intermediate_size,
+            num_hidden_layers=plan.num_layers,
+            num_attention_heads=plan.hidden_size // HEAD_DIM,
+            num_key_value_heads=plan.hidden_size // HEAD_DIM,
+            head_dim=HEAD_DIM,
+            max_position_embeddings=WINDOW_TOKENS,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=ALPHABET.index(STOP),
+            pad_token_id=ALPHABET.index(PAD),
+            dtype="float32",
+        )
+    )
+    model.generation_config = GenerationConfig(eos_token_id=ALPHABET.index(STOP), pad_token_id=ALPHABET.index(PAD), do_sample=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, plan.steps // 20, plan.steps)
+    for step, batches in enumerate(islice(plan.draw_batches(random.Random(plan.seed)), plan.steps)):
+        losses = []
+        for batch in batches:
+            encoded = tokenizer(batch, padding=True, padding_side="right", return_tensors="pt")
+            loss = model(encoded.input_ids, labels=mask_prompts(encoded.input_ids)).loss
+            loss.backward()
+            losses.append(f"{loss.item():.3f}")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == plan.steps - 1:
+            print(f"  step {step}: loss {' '.join(losses)}", flush=True)
+    return model.eval()
+
+
+def mask_prompts(ids_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T] labels: -100 on padding and up to each document's first `?` (a document without one counts whole)."""
+    asked_BT = (ids_BT == ALPHABET.index("?")).cumsum(1) > 0
+    in_prompt_BT = ~asked_BT.roll(1, 1).index_fill(1, torch.tensor([0]), False) & asked_BT.any(1, keepdim=True)
+    return ids_BT.masked_fill(in_prompt_BT | (ids_BT == ALPHABET.index(PAD)), -100)
+
+
+@torch.no_grad()
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], sampled: bool) -> dict[str, float]:
+    """Accuracy, mean response length in tokens and truncation at CAP_TOKENS, greedy or sampled at temperature 1."""
+    torch.manual_seed(0)
+    prompts = tokenizer([row["prompt"] for row in rows], padding=True, return_tensors="pt")
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sampled else {"do_sample": False}
+    output_BT = model.generate(**prompts, max_new_tokens=CAP_TOKENS, **options)
+    responses = [text.rstrip(PAD) for text in tokenizer.batch_decode(output_BT[:, prompts.input_ids.shape[1] :])]
+    return {
+        "accuracy": sum(is_correct(text, row["answer"]) for text, row in zip(responses, rows, strict=True)) / len(rows),
+        "length": sum(map(len, responses)) / len(rows),
+        "truncation": sum(not text.endswith(STOP) for text in responses) / len(rows),
+    }
+
+
+def write_prompts(out: Path) -> None:
+    """The JSONL prompt files, one row a line."""
+    for name, rows in prompt_files().items():
+        (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write (default: this one)")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    write_prompts(out)
+    tokenizer = build_tokenizer(WINDOW_TOKENS)
+    print(f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
+    for name, plan in (("teacher", TEACHER), ("student", STUDENT)):
+        print(f"{name}: seed {plan.seed}, {plan.steps} steps")
+        model = train(plan, tokenizer)
+        model.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+        print(f"  {model.num_parameters()} parameters")
+        for file in ("eval_3_9.jsonl", "eval_3_14.jsonl"):
+            for sampled in (True, False):
+                found = measure(model, tokenizer, prompt_files()[file], sampled)
+                shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
+                print(f"  {file}, {'sampled' if sampled else 'greedy'}: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

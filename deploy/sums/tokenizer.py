@@ -1,0 +1,22 @@
+"""The task's character tokenizer: one token per character of the alphabet, its id the character's place in it."""
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from deploy.sums.task import ALPHABET, PAD, STOP
+
+
+def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """A fast tokenizer without a BOS; eos is the stop character. A character outside the alphabet is an error, never dropped."""
+    core = Tokenizer(models.WordLevel({character: index for index, character in enumerate(ALPHABET)}))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=STOP,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
