@@ -40,7 +40,7 @@ LOOSER_WHEN_LOWER = ("golden_weight", "reference_kl_weight", "stop_tilt_nats")
 
 unit = st.floats(0, 1)
 numbers = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True), st.floats(0, 300), unit, st.integers(0, 10**6))
-any_signals = st.builds(Signals, blind=st.booleans(), **{name: numbers for name in NUMBERS})
+any_signals = st.builds(Signals, blind=st.booleans(), **dict.fromkeys(NUMBERS, numbers))
 plausible = st.builds(
     replace,
     st.just(HEALTHY),
