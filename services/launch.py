@@ -91,7 +91,7 @@ class Run:
                 if pool is not None:
                     await pool.close()
                 await asyncio.to_thread(fleet.stop)
-                write_report(self.directory.path)
+                write_report(self.directory.path, ended=True)
                 self.server.stop()
 
     async def _golden_after(self, pool: TeacherPool) -> GoldenSet:

@@ -104,7 +104,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def summarise(records: list[dict[str, Any]], decisions: list[dict[str, Any]]) -> dict[str, Any]:
     """What the table shows of one run. Truncation is of all rollouts before any filter, whoever set the cap."""
-    truncation = {r["step"]: r["truncation"] for r in records}
+    records_with_rollouts = [r for r in records if r["num_rollouts"]]
+    truncation = {r["step"]: r["truncation"] for r in records_with_rollouts}
     accuracy = {r["step"]: r["eval_sampled_accuracy"] for r in records if "eval_sampled_accuracy" in r}
     passed = next((step for step, share in truncation.items() if share > TRUNCATION_COLLAPSE), None)
     lead = next((step for step, share in truncation.items() if share > LEAD_TRUNCATION), None)
@@ -118,15 +119,15 @@ def summarise(records: list[dict[str, Any]], decisions: list[dict[str, Any]]) ->
         else max(truncation.values()),
         "truncation_passes_half_at": passed,
         "truncation_passes_lead_at": lead,
-        "loops_peak": max(r["loops"] for r in records),
-        "length_max_mean": max(r["length_mean"] for r in records),
+        "loops_peak": max(r["loops"] for r in records_with_rollouts),
+        "length_max_mean": max(r["length_mean"] for r in records_with_rollouts),
         "accuracy_best": max(accuracy.values()),
         "accuracy_best_before_collapse": max(before) if before else None,
         "accuracy_lowest_after_peak": min(after_peak),
         "accuracy_final": accuracy[max(accuracy)],
         "first_action_at": acted,
         "rollbacks": sum(d["action"] == "rollback" and d["mode"] == "enforce" for d in decisions),
-        "steps": len(records),
+        "steps": len(records_with_rollouts),
     }
 
 
