@@ -16,8 +16,6 @@ TARGET_LABELS = frozenset({"run", "job", "instance"})
 LARGEST = 1e15
 """No length, count or rate of a run comes near this: beyond it a number is a fault of the source."""
 
-HEARTBEAT = "opd_heartbeat_timestamp_seconds"
-
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -28,15 +26,17 @@ class Snapshot:
     """
 
     series: Mapping[tuple[str, Labels], float] = field(default_factory=dict)
+    taken_s: float | None = None
+    """When a server scraped it, seconds since the epoch; None: read from the run itself, just now."""
 
     @classmethod
-    def of(cls, samples: Iterable[tuple[str, Mapping[str, str], float]]) -> "Snapshot":
+    def of(cls, samples: Iterable[tuple[str, Mapping[str, str], float]], taken_s: float | None = None) -> "Snapshot":
         """From (name, labels, value). Bucket edges are written as floats whatever form they came in."""
         series: dict[tuple[str, Labels], float] = {}
         for name, labels, value in samples:
             kept = {key: str(float(text)) if key == "le" else text for key, text in labels.items() if key not in TARGET_LABELS}
             series[name, tuple(sorted(kept.items()))] = value
-        return cls(series)
+        return cls(series, taken_s)
 
     def total(self, name: str, **labels: str) -> float | None:
         """Sum over the series of that name with these labels; None when the name is absent or the sum is not finite.
@@ -81,7 +81,7 @@ class Signals:
     time_s: float | None = None
     """When it was read, seconds since the epoch."""
     data_age_s: float | None = 0.0
-    """How old the run's heartbeat was then; None: unknown, which counts as too old."""
+    """How long before that the run itself was last seen; None: unknown, which counts as too old."""
     blind: bool = False
     """The source gave nothing that can be trusted."""
     blind_reason: str = ""
