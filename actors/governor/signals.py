@@ -6,6 +6,7 @@ The same code serves both sources, a Prometheus server and the run's own /metric
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 Labels = tuple[tuple[str, str], ...]
@@ -38,29 +39,32 @@ class Snapshot:
             series[name, tuple(sorted(kept.items()))] = value
         return cls(series, taken_s)
 
+    @cached_property
+    def _families(self) -> dict[str, list[tuple[dict[str, str], float]]]:
+        families: dict[str, list[tuple[dict[str, str], float]]] = {}
+        for (name, labels), value in sorted(self.series.items(), key=lambda item: item[0]):
+            families.setdefault(name, []).append((dict(labels), value))
+        return families
+
     def total(self, name: str, **labels: str) -> float | None:
         """Sum over the series of that name with these labels; None when the name is absent or the sum is not finite.
 
         A label value that has not occurred yet counts 0 as long as the name is there.
         """
-        family = [(dict(key), value) for (series, key), value in self.series.items() if series == name]
-        if not family:
+        if name not in self._families:
             return None
-        return _finite(sum(value for key, value in family if labels.items() <= key.items()))
+        return _finite(sum(value for found, value in self._families[name] if labels.items() <= found.items()))
 
     def gauge(self, name: str, **labels: str) -> float | None:
         """The value with these labels; None without one or when it is not finite."""
-        for (series, key), value in sorted(self.series.items()):
-            if series == name and labels.items() <= dict(key).items():
-                return _finite(value)
-        return None
+        matching = [value for found, value in self._families.get(name, []) if labels.items() <= found.items()]
+        return _finite(matching[0]) if matching else None
 
     def buckets(self, name: str, **labels: str) -> dict[float, float]:
         """Cumulative counts by upper edge, in rising order."""
         edges: dict[float, float] = {}
-        for (series, key), value in self.series.items():
-            found = dict(key)
-            if series == f"{name}_bucket" and labels.items() <= found.items():
+        for found, value in self._families.get(f"{name}_bucket", []):
+            if labels.items() <= found.items():
                 edge = float(found["le"])
                 edges[edge] = edges.get(edge, 0.0) + value
         return dict(sorted(edges.items()))
