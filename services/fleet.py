@@ -72,7 +72,7 @@ class Fleet:
         self._probe = [int(i) for i in np.random.default_rng(job.seed).integers(0, models.vocabulary, PROBE_TOKENS)]
         self._descendants: dict[int, float] = {}
 
-    async def start(self, reference_tokens: float = 0.0) -> None:
+    async def start(self) -> None:
         """Bring learner and engines up side by side; returns when all of them answer."""
         job, models = self._job, self._models
         gpu = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
@@ -102,7 +102,7 @@ class Fleet:
                 models.student,
                 job.rollout,
                 stop_ids=models.stop_ids,
-                reference_tokens=reference_tokens,
+                reference_tokens=None,
                 weight_transfer=self._transfer,
                 seed=job.seed,
                 top_k=job.objective.top_k if job.objective.support in ("student", "union") else 0,
@@ -224,9 +224,9 @@ class Fleet:
         """The student alone, in Hugging Face layout."""
         await self._learner.save_student.remote(folder, card)
 
-    async def restore(self, folder: str, *, weight_version: int | None = None, clear_optimizer: bool = False) -> int:
+    async def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Bring the learner back to a checkpoint; returns the weight version in force."""
-        return await self._learner.restore.remote(folder, weight_version=weight_version, clear_optimizer=clear_optimizer)
+        return await self._learner.restore.remote(folder, rollback=rollback)
 
     def _remember_processes(self) -> None:
         """Engines start processes of their own: what descends from this one is ours to end."""

@@ -1,5 +1,6 @@
 """Where snapshots come from: the run's own /metrics, or a Prometheus server that scrapes it."""
 
+from functools import cached_property
 from typing import Protocol
 
 import httpx
@@ -30,7 +31,11 @@ class OwnMetrics:
     def __init__(self, url: str, run: str, token: str | None = None, timeout_s: float = 2.0) -> None:
         self.url = url
         self.run = run
-        self._client = _client(timeout_s, {"Authorization": f"Bearer {token}"} if token else {})
+        self._token, self._timeout_s = token, timeout_s
+
+    @cached_property  # a source travels to the governor's actor, its client does not
+    def _client(self) -> httpx.Client:
+        return _client(self._timeout_s, {"Authorization": f"Bearer {self._token}"} if self._token else {})
 
     def read(self) -> Snapshot:
         text = _get(self._client, self.url, {}).text
@@ -53,7 +58,11 @@ class PrometheusServer:
         scraped = f'timestamp(opd_heartbeat_timestamp_seconds{{run="{run}"}})'
         # `or` drops what has the same labels apart from the name: the time of the scrape needs a label of its own.
         self.query = f'{{__name__=~"opd_.*",run="{run}"}} or label_replace({scraped}, "is", "scrape_time", "", "")'
-        self._client = _client(timeout_s, {})
+        self._timeout_s = timeout_s
+
+    @cached_property
+    def _client(self) -> httpx.Client:
+        return _client(self._timeout_s, {})
 
     def read(self) -> Snapshot:
         response = _get(self._client, self.url, {"query": self.query})

@@ -1,6 +1,7 @@
 """Both sources over a real registry: a Prometheus server, and the run's own /metrics."""
 
 import dataclasses
+import pickle
 import shutil
 import time
 from collections.abc import Iterator
@@ -130,3 +131,9 @@ def test_a_server_that_lost_sight_of_the_run_is_blindness_too(a_run, server):
     a_run.serve()
     a_run.step(INFLATED)
     wait_until(lambda: governor.tick(3)[0].action == "tighten")
+
+
+def test_sources_travel_to_another_process():
+    for source in (OwnMetrics("http://127.0.0.1:1/metrics", "sums", token="secret"), PrometheusServer("http://127.0.0.1:1", "sums")):
+        with pytest.raises(SourceDownError):
+            pickle.loads(pickle.dumps(source)).read()
