@@ -112,13 +112,12 @@ def report(
     """
     from services.report import compare_reports, write_report
 
-    missing = [str(directory) for directory in directories if not (directory / "job.yaml").is_file()]
-    if missing:
-        _fail([f"{directory}: no job.yaml in it; give the directory of a run" for directory in missing], 2)
-    if len(directories) == 1:
-        typer.echo(write_report(directories[0]))
-    else:
-        typer.echo(compare_reports(directories, out or Path("comparison.html")))
+    if out and len(directories) == 1:
+        _fail(["--out: goes with several directories; the report of one run lies in its own directory"], 2)
+    try:
+        typer.echo(write_report(directories[0]) if len(directories) == 1 else compare_reports(directories, out or Path("comparison.html")))
+    except JobError as error:
+        _fail([str(error)], 2)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from services.evaluate import Evaluation
 from services.fleet import Fleet, Sync
 from services.job import Job
 from services.monitor import RunMonitor
-from services.record import StepTimes, record_batch, sample_records, step_record
+from services.record import StepTimes, evaluation_fields, record_batch, sample_records, step_record
 from services.rundir import Record, RunDirectory
 from services.telemetry import Telemetry
 from services.tunables import ConfigStore
@@ -117,7 +117,7 @@ class Distillation:
         version = await self._restore_newest() if resume else 0
         await self._sync(version)
         if not self._step:
-            await self._evaluate_now()
+            self._publish_start(await self._evaluate_now())
         self._monitor.enter("running")
         try:
             while self._step < self._job.learner.total_steps and not self._stopping:
@@ -253,6 +253,14 @@ class Distillation:
                 "look at the teacher's scores and the learning rate; the newest checkpoint is whole"
             )
 
+    def _publish_start(self, evaluations: dict[str, Evaluation]) -> None:
+        """The student as it came: a line of metrics.jsonl for step 0, so that a rise has a beginning."""
+        if evaluations:
+            record: Record = {"step": 0, "time": time.time(), "num_rollouts": 0, "lengths": []} | evaluation_fields(evaluations)
+            self._directory.append(self._directory.metrics, record)
+            self._monitor.add_step(record)
+            self._on_step(record)
+
     def _publish(self, record: Record, batch: Batch, times: StepTimes) -> None:
         for phase, seconds in times.by_phase().items():
             self._telemetry.observe("opd_step_seconds", seconds, phase=phase)
@@ -310,7 +318,7 @@ class Distillation:
         for line in refused:
             self._warn(line)
         if folder is None:
-            self._directory.cut_after(0)
+            self._directory.cut_after(-1)
             return 0
         self._step = state["step"]
         self._next_launch = self._step + 1

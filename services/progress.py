@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from services.report import summarise_run
 from services.rundir import Record, read_records
 
 HEADER = "  step      kl   length mean/p95   trunc  loops    cap  press   tok/s  stale  accuracy"
@@ -29,7 +30,10 @@ class Progress:
         self._console.print(f"[{time.monotonic() - self._started:6.1f} s] {text}", markup=False)
 
     def step(self, record: Record) -> None:
-        """One line for one step."""
+        """One line for one step; a record without rollouts is the evaluation before the first."""
+        if not record["num_rollouts"]:
+            self.say(f"held-out accuracy before the first step: {record['eval_accuracy']:.3f}")
+            return
         if self._lines % 25 == 0:
             self._console.print(HEADER, style="bold")
         self._lines += 1
@@ -38,8 +42,6 @@ class Progress:
 
     def finish(self, directory: Path) -> None:
         """The summary a person scrolls back for."""
-        from services.report import summarise_run  # matplotlib's import is not for the first line of a run
-
         for line in summarise_run(directory, read_records(directory / "metrics.jsonl")):
             self._console.print(line, markup=False)
 

@@ -57,12 +57,12 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], Policy, LengthLimits]
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            if not isinstance(record, dict) or not {"step", "signals", "before"} <= record.keys():
+                raise ValueError("not a decision record")
             if "policy" in record:
                 policy, base = Policy.model_validate(record["policy"]), LengthLimits(**record["base"])
             if policy is None or base is None:
                 raise ValueError("no policy in this record or before it")
-            if not {"step", "signals", "before"} <= record.keys():
-                raise ValueError("not a decision record")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         yield record, policy, base

@@ -13,21 +13,22 @@ from typing import Any
 
 from actors.governor.law import decide, start
 from actors.governor.policy import Policy
-from actors.governor.signals import HEARTBEAT, Signals, Snapshot, compute, read_reference
+from actors.governor.signals import Signals, Snapshot, compute, read_reference
 from actors.governor.sources import MetricsSource, SourceDownError
 from actors.governor.state import Decision, State
 from actors.trajectory import LengthLimits
 
 CLOCK_TOLERANCE_S = 5.0
-"""A heartbeat further than this in the future means that a clock jumped."""
+"""A scrape further than this in the future means that a clock jumped."""
 
 
 class Governor:
     """Decides the limits at every step border.
 
     >>> governor = Governor(source, Policy(), base=LengthLimits(cap_tokens=192))   # doctest: +SKIP
-    >>> governor.tick(step=12).limits.cap_tokens                                   # doctest: +SKIP
-    192
+    >>> decision, record = governor.tick(step=12)                                  # doctest: +SKIP
+    >>> decision.limits.cap_tokens, decision.command                               # doctest: +SKIP
+    (192, None)
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Governor:
         self._recorded_generation: int | None = None
         # A new run counts from zero.
         self._previous: Snapshot | None = Snapshot()
-        self._heartbeat_s: float | None = None
+        self._taken_s: float | None = None
         self._age_s = 0.0
         self._age_read_at_s = monotonic_s()
 
@@ -88,19 +89,16 @@ class Governor:
             snapshot = self._source.read()
         except SourceDownError as error:
             return self._blind(now_s, str(error))
-        heartbeat_s = snapshot.total(HEARTBEAT)
-        if heartbeat_s is None:
-            return self._blind(now_s, "no heartbeat of this run in the metrics")
-        if heartbeat_s > now_s + CLOCK_TOLERANCE_S:
-            return self._blind(now_s, f"the heartbeat lies {heartbeat_s - now_s:.0f} s in the future: a clock jumped")
+        taken_s = now_s if snapshot.taken_s is None else snapshot.taken_s
+        if taken_s > now_s + CLOCK_TOLERANCE_S:
+            return self._blind(now_s, f"scraped {taken_s - now_s:.0f} s in the future: a clock jumped")
+        if taken_s != self._taken_s:
+            self._set_age(max(0.0, now_s - taken_s))
+            self._taken_s = taken_s
         age_s = self._aged()
-        if heartbeat_s != self._heartbeat_s:
-            age_s = max(0.0, now_s - heartbeat_s)
-            self._heartbeat_s = heartbeat_s
-        self._set_age(age_s)
         reference = read_reference(snapshot, self._state.reference)
         if age_s > policy.blind_after_s:
-            return Signals(time_s=now_s, data_age_s=age_s, blind=True, blind_reason="the heartbeat is old")
+            return Signals(time_s=now_s, data_age_s=age_s, blind=True, blind_reason="the last scrape is old")
         previous = snapshot if self._previous is None else self._previous
         signals = replace(compute(previous, snapshot, reference, policy.tail_multiple), time_s=now_s, data_age_s=age_s)
         if signals.num_rollouts is None:
@@ -110,11 +108,10 @@ class Governor:
         return signals
 
     def _blind(self, now_s: float, reason: str) -> Signals:
-        self._set_age(self._aged())
-        return Signals(time_s=now_s, data_age_s=self._age_s, blind=True, blind_reason=reason)
+        return Signals(time_s=now_s, data_age_s=self._aged(), blind=True, blind_reason=reason)
 
     def _aged(self) -> float:
-        """The last known age plus the time since, on a clock that cannot jump."""
+        """The age at the last new data plus the time since, on a clock that cannot jump."""
         return self._age_s + self._monotonic_s() - self._age_read_at_s
 
     def _set_age(self, age_s: float) -> None:

@@ -53,6 +53,8 @@ def settle(moved: State, before: State, policy: Policy, base: LengthLimits, grow
 
 
 def _with_cap(moved: State, before: State, policy: Policy, base: LengthLimits, growth_steps: float, fresh: bool) -> State:
+    if policy.mode == "off":
+        return replace(moved, cap_tokens=None, base_cap_tokens=None)
     held, held_base = before.cap_tokens, before.base_cap_tokens
     if held is None or held_base is None:
         held, held_base = min(base.cap_tokens, policy.initial_cap_tokens or base.cap_tokens), base.cap_tokens

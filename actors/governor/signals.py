@@ -6,6 +6,7 @@ The same code serves both sources, a Prometheus server and the run's own /metric
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 Labels = tuple[tuple[str, str], ...]
@@ -15,8 +16,6 @@ TARGET_LABELS = frozenset({"run", "job", "instance"})
 
 LARGEST = 1e15
 """No length, count or rate of a run comes near this: beyond it a number is a fault of the source."""
-
-HEARTBEAT = "opd_heartbeat_timestamp_seconds"
 
 
 @dataclass(frozen=True)
@@ -28,39 +27,44 @@ class Snapshot:
     """
 
     series: Mapping[tuple[str, Labels], float] = field(default_factory=dict)
+    taken_s: float | None = None
+    """When a server scraped it, seconds since the epoch; None: read from the run itself, just now."""
 
     @classmethod
-    def of(cls, samples: Iterable[tuple[str, Mapping[str, str], float]]) -> "Snapshot":
+    def of(cls, samples: Iterable[tuple[str, Mapping[str, str], float]], taken_s: float | None = None) -> "Snapshot":
         """From (name, labels, value). Bucket edges are written as floats whatever form they came in."""
         series: dict[tuple[str, Labels], float] = {}
         for name, labels, value in samples:
             kept = {key: str(float(text)) if key == "le" else text for key, text in labels.items() if key not in TARGET_LABELS}
             series[name, tuple(sorted(kept.items()))] = value
-        return cls(series)
+        return cls(series, taken_s)
+
+    @cached_property
+    def _families(self) -> dict[str, list[tuple[dict[str, str], float]]]:
+        families: dict[str, list[tuple[dict[str, str], float]]] = {}
+        for (name, labels), value in sorted(self.series.items(), key=lambda item: item[0]):
+            families.setdefault(name, []).append((dict(labels), value))
+        return families
 
     def total(self, name: str, **labels: str) -> float | None:
         """Sum over the series of that name with these labels; None when the name is absent or the sum is not finite.
 
         A label value that has not occurred yet counts 0 as long as the name is there.
         """
-        family = [(dict(key), value) for (series, key), value in self.series.items() if series == name]
-        if not family:
+        if name not in self._families:
             return None
-        return _finite(sum(value for key, value in family if labels.items() <= key.items()))
+        return _finite(sum(value for found, value in self._families[name] if labels.items() <= found.items()))
 
     def gauge(self, name: str, **labels: str) -> float | None:
         """The value with these labels; None without one or when it is not finite."""
-        for (series, key), value in sorted(self.series.items()):
-            if series == name and labels.items() <= dict(key).items():
-                return _finite(value)
-        return None
+        matching = [value for found, value in self._families.get(name, []) if labels.items() <= found.items()]
+        return _finite(matching[0]) if matching else None
 
     def buckets(self, name: str, **labels: str) -> dict[float, float]:
         """Cumulative counts by upper edge, in rising order."""
         edges: dict[float, float] = {}
-        for (series, key), value in self.series.items():
-            found = dict(key)
-            if series == f"{name}_bucket" and labels.items() <= found.items():
+        for found, value in self._families.get(f"{name}_bucket", []):
+            if labels.items() <= found.items():
                 edge = float(found["le"])
                 edges[edge] = edges.get(edge, 0.0) + value
         return dict(sorted(edges.items()))
@@ -81,7 +85,7 @@ class Signals:
     time_s: float | None = None
     """When it was read, seconds since the epoch."""
     data_age_s: float | None = 0.0
-    """How old the run's heartbeat was then; None: unknown, which counts as too old."""
+    """How long before that the run itself was last seen; None: unknown, which counts as too old."""
     blind: bool = False
     """The source gave nothing that can be trusted."""
     blind_reason: str = ""

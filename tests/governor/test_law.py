@@ -1,5 +1,6 @@
 """The law: what holds for any input, and how it answers scenarios."""
 
+import itertools
 import json
 import math
 from dataclasses import asdict, fields, replace
@@ -273,7 +274,7 @@ def test_a_longer_cap_is_granted_only_after_a_healthy_stretch():
     caps = [d.limits.cap_tokens for d in decisions]
     assert caps[:10] == [96] * 10
     assert caps == sorted(caps)
-    assert all(after <= before * 1.05 + 1 for before, after in zip(caps, caps[1:], strict=False))
+    assert all(after <= before * 1.05 + 1 for before, after in itertools.pairwise(caps))
     assert caps[-1] == 192
 
 
@@ -330,10 +331,11 @@ def test_observe_decides_but_commands_and_changes_nothing():
 
 def test_off_gives_the_jobs_own_settings():
     tight = run([replace(HEALTHY, tail_share=0.5)] * 4, Policy())[-1].after
-    _, limits, decision = decide(tight, Signals(), Policy(mode="off"), BASE, 5)
+    off, limits, decision = decide(tight, Signals(), Policy(mode="off"), BASE, 5)
     assert replace(limits, generation=0) == BASE
     assert limits.generation == tight.limits.generation + 1
     assert decision.after.pressure == 0
+    assert decide(off, HEALTHY, Policy(), BASE, 6)[1] == limits
 
 
 def test_blindness_holds_then_falls_back_and_is_released_like_any_pressure():
@@ -374,8 +376,8 @@ def test_a_step_change_is_met_within_ten_steps_and_without_oscillation(delay):
     assert max(tails) < 0.2
     assert first[-1] - first[0] < 10
     # Pressure tries once how low it can go, and comes to rest above where that failed.
-    ways = [b - a for a, b in zip(pressures, pressures[1:], strict=False) if a != b]
-    assert sum(a * b < 0 for a, b in zip(ways, ways[1:], strict=False)) <= 3
+    ways = [b - a for a, b in itertools.pairwise(pressures) if a != b]
+    assert sum(a * b < 0 for a, b in itertools.pairwise(ways)) <= 3
     assert max(tails[160:]) < 0.05
     assert 0.3 < pressures[-1] < 0.6
 

@@ -1,5 +1,7 @@
 """Learning rates and decay groups."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ def test_warm_up_rises_to_the_rate_and_the_end_is_the_minimum(schedule: str) -> 
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[4] == 2.0
     assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.5)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates))
 
 
 def test_decay_spares_vectors() -> None:
