@@ -33,7 +33,7 @@ from services.evaluate import Evaluation
 from services.fleet import Fleet, Sync
 from services.job import Job
 from services.monitor import RunMonitor
-from services.record import StepTimes, record_batch, sample_records, step_record
+from services.record import StepTimes, evaluation_fields, record_batch, sample_records, step_record
 from services.rundir import Record, RunDirectory
 from services.telemetry import Telemetry
 from services.tunables import ConfigStore
@@ -111,11 +111,13 @@ class Distillation:
 
     async def run(self, resume: bool) -> None:
         """From the first step (or the newest checkpoint) to the last. Raises GuardRailError, SyncError, LearnerError."""
+        self._generation, tunables = self._store.in_force()
+        self._job = tunables.apply(self._original_job)
+        self._limits = await self._governor.limits.remote()
         version = await self._restore_newest() if resume else 0
-        await self._take_config()
         await self._sync(version)
         if not self._step:
-            await self._evaluate_now()
+            self._publish_start(await self._evaluate_now())
         self._monitor.enter("running")
         try:
             while self._step < self._job.learner.total_steps and not self._stopping:
@@ -129,7 +131,8 @@ class Distillation:
         await self._obey_verbs()
         if self._stopping:
             return
-        await self._take_config()
+        if self._store.generation != self._generation:  # changed while the run was paused
+            await self._decide()
         self._launch(1)
         batch = await self._launched[0][1]
         waited_s = time.monotonic() - started
@@ -148,15 +151,15 @@ class Distillation:
         self._step = launch.step
         record_batch(self._telemetry, batch, report, limits, self._job.rollout.max_new_tokens)
         self._telemetry.beat()
-        decision_task = asyncio.ensure_future(self._governor.tick.remote(self._step))
+        pressure = self._pressure
+        deciding = asyncio.create_task(self._decide())  # beside the sync: reading metrics costs the loop nothing
         sync = await self._sync(report.weight_version) if report else Sync(0.0, 0.0)
-        decision, decision_record = await decision_task
+        decision = await deciding
         evaluations = await self._evaluate_now() if self._is_eval_step() else {}
 
         times = StepTimes(batch.rollout_s, batch.score_s, learn_s, sync.seconds, time.monotonic() - started, waited_s)
-        record = step_record(batch, report, limits, self._pressure, times, evaluations)
+        record = step_record(batch, report, limits, pressure, times, evaluations)
         self._publish(record, batch, times)
-        self._obey(decision, decision_record)
         if decision.command == "rollback":
             await self._roll_back(decision.reason)
         elif decision.command == "stop":
@@ -178,18 +181,24 @@ class Distillation:
 
     # ---- borders
 
-    async def _take_config(self) -> None:
-        """Bring a person's change into force: new base limits and policy for the governor."""
+    async def _decide(self) -> Any:
+        """Bring a person's changes into force, have the governor decide, obey. Returns its Decision."""
         generation, tunables = self._store.in_force()
         self._telemetry.set("opd_config_generation", generation)
-        if generation == self._generation:
-            return
-        self._generation = generation
-        self._job = tunables.apply(self._original_job)
-        base = base_limits(self._job)
-        self._limits = await self._governor.set_policy.remote(self._job.governor, base, generation)
+        if generation != self._generation:
+            self._generation = generation
+            self._job = tunables.apply(self._original_job)
+            await self._governor.set_policy.remote(self._job.governor, base_limits(self._job), generation)
+        decision, record = await self._governor.tick.remote(self._step)
+        self._limits, self._pressure, self._healthy = decision.limits, decision.after.pressure, decision.healthy
         self._telemetry.record_limits(self._limits, self._pressure)
+        self._telemetry.set("opd_governor_metrics_age_seconds", decision.signals.data_age_s)
+        self._telemetry.inc("opd_governor_decisions_total", action=decision.action, signal=decision.signal)
+        self._directory.append(self._directory.decisions, record)
+        view = {"mode": decision.mode, "pressure": self._pressure, "signals": record["signals"], "limits": record["limits"]}
+        self._monitor.add_decision(record, view)
         self._monitor.update(limits=self._limits)
+        return decision
 
     async def _obey_verbs(self) -> None:
         """Verbs that came over HTTP; returns when the run may go on."""
@@ -220,16 +229,6 @@ class Distillation:
         self._stopping = True
         self._monitor.enter("stopping")
 
-    def _obey(self, decision: Any, record: Record) -> None:
-        self._limits, self._pressure, self._healthy = decision.limits, decision.after.pressure, decision.healthy
-        self._telemetry.record_limits(self._limits, self._pressure)
-        self._telemetry.set("opd_governor_metrics_age_seconds", decision.signals.data_age_s)
-        self._telemetry.inc("opd_governor_decisions_total", action=decision.action, signal=decision.signal)
-        self._directory.append(self._directory.decisions, record)
-        view = {"mode": decision.mode, "pressure": self._pressure, "signals": record["signals"], "limits": record["limits"]}
-        self._monitor.add_decision(record, view)
-        self._monitor.update(limits=self._limits)
-
     async def _sync(self, version: int) -> Sync:
         sync = await self._fleet.sync_weights(version)
         self._telemetry.observe("opd_weight_sync_seconds", sync.seconds)
@@ -253,6 +252,14 @@ class Distillation:
                 f"{self._skipped_in_a_row} steps in a row brought no finite loss and gradient, or no scored rollout: "
                 "look at the teacher's scores and the learning rate; the newest checkpoint is whole"
             )
+
+    def _publish_start(self, evaluations: dict[str, Evaluation]) -> None:
+        """The student as it came: a line of metrics.jsonl for step 0, so that a rise has a beginning."""
+        if evaluations:
+            record: Record = {"step": 0, "time": time.time(), "num_rollouts": 0, "lengths": []} | evaluation_fields(evaluations)
+            self._directory.append(self._directory.metrics, record)
+            self._monitor.add_step(record)
+            self._on_step(record)
 
     def _publish(self, record: Record, batch: Batch, times: StepTimes) -> None:
         for phase, seconds in times.by_phase().items():
@@ -311,13 +318,14 @@ class Distillation:
         for line in refused:
             self._warn(line)
         if folder is None:
-            self._directory.cut_after(0)
+            self._directory.cut_after(-1)
             return 0
         self._step = state["step"]
         self._next_launch = self._step + 1
         self._stream.restore(state["cursor"])
         self._telemetry.restore(state["totals"])
-        self._limits = await self._governor.restore.remote(state["governor"])
+        await self._governor.restore.remote(state["governor"])
+        self._limits = await self._governor.limits.remote()
         self._directory.cut_after(self._step)
         self._last_healthy = folder if state["healthy"] else None
         return await self._fleet.restore(str(folder))

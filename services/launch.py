@@ -1,7 +1,7 @@
 """From a job to a finished run: resolve, check, bring the actors up, hand over to the main loop, write what remains, end everything.
 
-    job --> models, prompts, run directory, HTTP --> Ray --> teachers --> golden pass --+
-                                                      +----> engines, learner ----------+--> Distillation.run --> final/, report
+job --> models, prompts, run directory, HTTP --> Ray --> teachers --> golden pass --+
+                                                  +----> engines, learner ----------+--> Distillation.run --> final/, report
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from actors.teacher.actor import start_teacher
 from actors.teacher.pool import Support, TeacherPool
 from actors.trajectory import LengthLimits, Prompt
 from services.control import create_app
-from services.data import PromptStream, load_problems, open_prompts
+from services.data import load_problems, open_prompts
 from services.distill import Distillation, base_limits
 from services.evaluate import Evaluation, Response, load_verifier, summarise
 from services.fleet import Fleet, Models, connect
@@ -67,31 +67,32 @@ class Run:
         self.server = ControlServer(app, self._listener)
         self.monitor.update(links={"page": self.server.url, "metrics": f"{self.server.url}/metrics"})
         self._loop: Distillation | None = None
+        self._ending = False
 
     async def execute(self) -> None:
-        """The whole run. The first SIGINT or SIGTERM ends it at the next step border with a checkpoint, the second at once."""
-        main = asyncio.current_task()
-        assert main is not None
-        with _signals(lambda: self._interrupt(main)), self._announced():
-            self.server.start()
-            self._say(f"run {self.job.name}: {self.server.url} (token in {self.directory.path / 'token'})")
-            pool = None
-            fleet = Fleet(self.job, self.models)
+        """The whole run, and the end of every process of it, however it ends."""
+        self.server.start()
+        self._say(f"run {self.job.name}: {self.server.url} (token in {self.directory.path / 'token'})")
+        fleet, pool = Fleet(self.job, self.models), None
+        with contextlib.ExitStack() as stack:
             try:
-                await asyncio.to_thread(connect, self.job.cluster.address)
+                stack.enter_context(self._announced())
+                connect(self.job.cluster.address)
+                # After Ray's own handlers, so that these hold; they stay until everything is ended.
+                stack.enter_context(self._signals())
                 pool = self._start_teachers()
-                starting = asyncio.gather(fleet.start(), self._golden_after(pool))
-                _, golden = await starting
+                _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
                 await self._train(fleet, pool, golden)
                 self.monitor.enter("finished")
             except BaseException:
                 self.monitor.enter("failed")
                 raise
             finally:
+                self._ending = True
                 if pool is not None:
                     await pool.close()
                 await asyncio.to_thread(fleet.stop)
-                write_report(self.directory.path)
+                write_report(self.directory.path, ended=True)
                 self.server.stop()
 
     async def _golden_after(self, pool: TeacherPool) -> GoldenSet:
@@ -128,12 +129,29 @@ class Run:
         await self._loop.run(self._resume)
         await fleet.save_student(str(self.directory.final), model_card(self.job, self.directory))
 
-    def _interrupt(self, main: "asyncio.Task[Any]") -> None:
-        if self._loop is None or self.monitor.status()["phase"] == "stopping":
-            main.cancel()
-            return
-        self._say("interrupted: the run ends after this step, with a checkpoint (again: at once)")
-        self._loop.stop()
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the run at the next step border with a checkpoint, the second at once."""
+        main, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert main is not None
+
+        def interrupt() -> None:
+            if self._ending:
+                return
+            if self._loop is None or self.monitor.status()["phase"] == "stopping":
+                main.cancel()
+                return
+            self._say("interrupted: the run ends after this step, with a checkpoint (again: at once)")
+            self._loop.stop()
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, interrupt)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
 
     # ---- the parts
 
@@ -180,7 +198,9 @@ class Run:
             source = OwnMetrics(f"{self.server.url}/metrics", self.job.name, token)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(Governor).options(num_cpus=0, scheduling_strategy=here)
-        return actor.remote(source, self.job.governor, base_limits(self.job))
+        generation, tunables = self.store.in_force()
+        job = tunables.apply(self.job)
+        return actor.remote(source, job.governor, base_limits(job), generation)
 
     async def _write_golden(self, pool: TeacherPool) -> GoldenSet:
         settings = self.job.data.golden
@@ -210,9 +230,7 @@ class Run:
             settings = self.job.rollout
             decodings = {"greedy": True} | ({"sampled": False} if self.job.data.eval.sampled else {})
             names, runs = list(decodings), [self._answer(fleet, limits, step, settings, greedy) for greedy in decodings.values()]
-            return {
-                name: summarise(responses, self.verify) for name, responses in zip(names, await asyncio.gather(*runs), strict=True)
-            }
+            return {name: summarise(responses, self.verify) for name, responses in zip(names, await asyncio.gather(*runs), strict=True)}
 
         return evaluate
 
@@ -268,23 +286,16 @@ def model_card(job: Job, directory: RunDirectory) -> str:
     """README.md of `final/`: what the student came from, and how it did."""
     teachers = ", ".join(t.model for t in job.teacher)
     header = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [on-policy-distillation]\n---\n"
-    return (
-        f"{header}\n# {job.name}\n\nDistilled on-policy by OPD Governor on {time.strftime('%Y-%m-%d')}.\n\n"
-        f"- student: `{job.student.model}`\n- teacher: `{teachers}`\n- objective: `{job.objective.loss}`, support `{job.objective.support}`\n"
-        f"- steps: {job.learner.total_steps}, learning rate {job.learner.learning_rate:g}, seed {job.seed}\n"
-        f"- governor: {job.governor.mode}\n\nThe run's metrics and decisions are in `{directory.metrics.name}` and `{directory.decisions.name}` "
-        "of the run directory.\n"
-    )
+    return f"""{header}
+# {job.name}
 
+Distilled on-policy by OPD Governor on {time.strftime("%Y-%m-%d")}.
 
-@contextlib.contextmanager
-def _signals(handler: Callable[[], None]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    for number in numbers:
-        loop.add_signal_handler(number, handler)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
+- student: `{job.student.model}`
+- teacher: `{teachers}`
+- objective: `{job.objective.loss}`, support `{job.objective.support}`
+- steps: {job.learner.total_steps}, learning rate {job.learner.learning_rate:g}, seed {job.seed}
+- governor: {job.governor.mode}
+
+Metrics and decisions are in `{directory.metrics.name}` and `{directory.decisions.name}` of the run directory.
+"""

@@ -31,9 +31,7 @@ class StepTimes:
         return {"rollout": self.rollout_s, "score": self.score_s, "learn": self.learn_s, "sync": self.sync_s, "total": self.total_s}
 
 
-def record_batch(
-    telemetry: Telemetry, batch: Batch, report: StepReport | None, limits: LengthLimits, max_new_tokens: int
-) -> None:
+def record_batch(telemetry: Telemetry, batch: Batch, report: StepReport | None, limits: LengthLimits, max_new_tokens: int) -> None:
     """Everything a batch and its learner step add to the run's metrics."""
     telemetry.record_rollouts(batch.trajectories, max_new_tokens)
     masked = sum(_tail_masked(scored.trajectory, limits) for scored in batch.scored)
@@ -140,14 +138,20 @@ def step_record(
             "reference_kl_nats": metrics.reference_kl_nats / num_tokens,
             "golden_nats": metrics.golden_nats / metrics.num_golden_tokens if metrics.num_golden_tokens else None,
         }
+    return record | evaluation_fields(evaluations)
+
+
+def evaluation_fields(evaluations: Mapping[str, Evaluation]) -> Record:
+    """eval_accuracy, eval_length, eval_truncation of greedy decoding, and the same as eval_sampled_* where sampled too."""
+    fields: Record = {}
     for decoding, evaluation in evaluations.items():
         prefix = "eval" if decoding == "greedy" else f"eval_{decoding}"
-        record |= {
+        fields |= {
             f"{prefix}_accuracy": evaluation.accuracy_ratio,
             f"{prefix}_length": evaluation.length_tokens,
             f"{prefix}_truncation": evaluation.truncation_ratio,
         }
-    return record
+    return fields
 
 
 def sample_records(batch: Batch, num: int, decode: Callable[[Sequence[int]], str]) -> list[Record]:
