@@ -8,15 +8,22 @@ from typing import Any
 import ray
 import torch
 
+from actors.teacher.http_scorer import HttpScorer
 from actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest, TorchScorer, digest_weights
 from actors.teacher.settings import TeacherSettings
+from actors.teacher.vllm_scorer import VllmScorer
 from actors.trajectory import TokenScores
 
 
 def load_scorer(settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int) -> Scorer:
     """The back end that `settings.backend` names, its model loaded."""
-    assert settings.backend == "torch", settings.backend
-    return TorchScorer(settings, stop_ids)
+    match settings.backend:
+        case "torch":
+            return TorchScorer(settings, stop_ids)
+        case "vllm":
+            return VllmScorer(settings, stop_ids, seed)
+        case "http":
+            return HttpScorer(settings, stop_ids, seed)
 
 
 class TeacherActor:
