@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -72,17 +73,32 @@ class RayTeacher:
         await asyncio.to_thread(ray.kill, self.actor, no_restart=False)
 
 
-def start_teacher(
-    settings: TeacherSettings,
+def start_teachers(
+    teachers: Sequence[TeacherSettings],
     stop_ids: tuple[int, ...],
     seed: int,
     *,
     num_cpus: float = 0.0,
     num_gpus: float = 0.0,
-) -> list[RayTeacher]:
-    """Start `settings.num_actors` actors of one teacher on the connected cluster. They load in the background: ping them to wait.
+) -> list[tuple[TeacherSettings, list[RayTeacher]]]:
+    """Start every teacher's actors on the connected cluster: what `TeacherPool` takes. They load in the background.
 
-    Ray restarts one that dies, without limit: its weights are frozen and it holds nothing else.
+    Teachers with equal weight files, alike in all that shapes a score, get the same actors. Ray restarts one that dies, without
+    limit: its weights are frozen and it holds nothing else. `num_gpus` is per GPU that one copy of a model needs.
     """
-    actor_type = ray.remote(TeacherActor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1)
-    return [RayTeacher(actor_type.remote(settings, stop_ids, seed)) for _ in range(settings.num_actors)]
+    actor_type = ray.remote(TeacherActor)
+    started: dict[TeacherSettings, list[RayTeacher]] = {}
+    for settings in teachers:
+        gpus = 0.0 if settings.backend == "http" else num_gpus * settings.tensor_parallel_size
+        if (twin := loaded_as(settings)) not in started:
+            place = actor_type.options(num_cpus=num_cpus, num_gpus=gpus, max_restarts=-1)
+            started[twin] = [RayTeacher(place.remote(settings, stop_ids, seed)) for _ in range(settings.num_actors)]
+    return [(settings, started[loaded_as(settings)]) for settings in teachers]
+
+
+def loaded_as(settings: TeacherSettings) -> TeacherSettings:
+    """Settings without what does not shape the loaded model; a folder becomes the digest of its weights."""
+    weights = digest_weights(settings.model) if Path(settings.model).is_dir() else settings.model
+    default = TeacherSettings(model=weights)
+    routing = ("name", "domains", "weight", "system_prompt", "beams", "length_penalty", "no_repeat_ngram", "max_attempts", "hedge_after_s")
+    return settings.model_copy(update={"model": weights} | {key: getattr(default, key) for key in routing})

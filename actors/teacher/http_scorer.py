@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 
-from actors.teacher.scorers import GenerateOptions, ScoreRequest, cut_at_stop, score_logp
+from actors.teacher.scorers import GenerateOptions, ScoreRequest, cut_at_stop, generate_timeout_s, score_logp
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import TokenScores
 
@@ -25,6 +25,8 @@ SERVER_TOP_K = 20
 """Ids asked for where the vocabulary is not read whole: vLLM's own limit (--max-logprobs) unless the server raises it."""
 MAX_IN_FLIGHT = 32
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.25, 10.0
+DEADLINE_SHARE = 0.9
+"""Of a call's deadline at the pool: what has arrived by then is handed over in time."""
 CLAMPED_LOGP = -9999.0
 """What a vLLM server writes for minus infinity."""
 T = TypeVar("T")
@@ -57,14 +59,12 @@ class HttpScorer:
         self.stop_ids = stop_ids
         self._random = random.Random(seed)
         key = os.environ.get("VLLM_API_KEY")
-        # Several attempts fit into the deadline of the call as a whole.
-        timeout = httpx.Timeout(settings.timeout_s / (settings.max_attempts + 1))
-        self._client = httpx.Client(base_url=settings.url, timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
+        self._client = httpx.Client(base_url=settings.url, headers={"Authorization": f"Bearer {key}"} if key else {})
         self._vocabulary: int | None = None
         """Size of a vocabulary read whole; 0: only the most likely ids are read; None: not asked yet."""
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
-        deadline = time.monotonic() + 0.9 * self.settings.timeout_s
+        deadline = time.monotonic() + DEADLINE_SHARE * self.settings.timeout_s
         if self._vocabulary is None:
             self._vocabulary = self._find_vocabulary(deadline)
         return self._in_parallel(lambda request: self._score_one(request, deadline), requests)
@@ -73,6 +73,7 @@ class HttpScorer:
         """Answers with their stop id. Sampling only. Raises TeacherUnavailableError unless every prompt is answered."""
         if options.beams > 1 or options.no_repeat_ngram > 0:
             raise ValueError(f"teacher {self.settings.name}: beams and no_repeat_ngram need backend torch")
+        deadline = time.monotonic() + DEADLINE_SHARE * generate_timeout_s(self.settings, options)
         plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # not the checkpoint's own defaults
 
         def answer(item: tuple[int, tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -85,7 +86,6 @@ class HttpScorer:
                 "stop_token_ids": list(self.stop_ids),
                 "ignore_eos": True,
             }
-            deadline = time.monotonic() + self.settings.timeout_s * (1 + options.max_new_tokens)
             return self._ask(body | plain, lambda choice: cut_at_stop(choice["token_ids"], self.stop_ids), deadline)
 
         answers = [answer for answer in self._in_parallel(answer, list(enumerate(prompts))) if answer is not None]
@@ -147,9 +147,11 @@ class HttpScorer:
         """`read` over the answer's only choice; None when attempts or time ran out."""
         body = {"model": self.settings.model, "return_token_ids": True, **body}
         for attempt in range(self.settings.max_attempts):
+            # Shares of the time left, so that a server that hangs can be asked again before the deadline.
+            timeout_s = max(deadline - time.monotonic(), 0.0) / (self.settings.max_attempts - attempt + 1)
             wait_s = self._random.uniform(0.5, 1.0) * min(FIRST_BACKOFF_S * 2**attempt, MAX_BACKOFF_S)
             try:
-                response = self._client.post("/v1/completions", json=body)
+                response = self._client.post("/v1/completions", json=body, timeout=timeout_s)
                 if response.is_success:
                     return read(_only_choice(response, body["prompt"]))
                 if response.status_code < 500 and response.status_code not in (408, 429):

@@ -64,6 +64,11 @@ class GenerateOptions:
     no_repeat_ngram: int = 0
 
 
+def generate_timeout_s(settings: TeacherSettings, options: GenerateOptions) -> float:
+    """One `timeout_s` for the prompts and one per 32 decoded tokens: a pass per token, each far cheaper than scoring a full batch."""
+    return settings.timeout_s * (1 + options.max_new_tokens / 32)
+
+
 class Scorer(Protocol):
     """A frozen teacher. `score` keeps the order of its requests; None: this one could not be scored (only where a server answers)."""
 
@@ -90,7 +95,7 @@ class TorchScorer:
         self.model.generation_config = GenerationConfig()
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.context_tokens: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        _require_stop_ids(stop_ids, self.vocabulary)
+        require_stop_ids(stop_ids, self.vocabulary)
         self._check_head()
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
@@ -312,6 +317,7 @@ def digest_weights(model: str) -> str:
     return digest.hexdigest()
 
 
-def _require_stop_ids(stop_ids: tuple[int, ...], vocabulary: int) -> None:
+def require_stop_ids(stop_ids: tuple[int, ...], vocabulary: int) -> None:
+    """Raises ValueError where the teacher has no way to stop."""
     if not any(0 <= stop_id < vocabulary for stop_id in stop_ids):
         raise ValueError(f"stop ids {stop_ids}: none is in the teacher's vocabulary of {vocabulary} tokens")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, score_logp, split_batches
+from actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, require_stop_ids, score_logp, split_batches
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import TokenScores
 
@@ -43,8 +43,7 @@ class VllmScorer:
         config = AutoConfig.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code).get_text_config()
         self.vocabulary: int = config.vocab_size
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
-        if not any(0 <= stop_id < self.vocabulary for stop_id in stop_ids):
-            raise ValueError(f"stop ids {stop_ids}: none is in the teacher's vocabulary of {self.vocabulary} tokens")
+        require_stop_ids(stop_ids, self.vocabulary)
         self._params = vllm.SamplingParams
         self.engine: Any = vllm.LLM(
             model=settings.model,

@@ -3,13 +3,14 @@
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 
-from actors.teacher.actor import start_teacher
+from actors.teacher.actor import start_teachers
 from actors.teacher.pool import Support, TeacherPool
 from actors.teacher.scorers import ScoreRequest, TorchScorer, digest_weights
 from actors.teacher.settings import TeacherSettings
@@ -52,7 +53,9 @@ def trajectories(count: int) -> list[Trajectory]:
 async def test_two_actors_score_answer_and_survive_a_kill(cluster, tmp_path):
     folder = str(build_tiny(tmp_path / "teacher", seed=5))
     settings = TeacherSettings(model=folder, name="tiny", num_actors=2, batch_tokens=256)
-    handles = start_teacher(settings, STOP_IDS, seed=0)
+    same_weights = settings.model_copy(update={"name": "twin", "model": str(build_tiny(tmp_path / "twin", seed=5)), "domains": ("maths",)})
+    (_, handles), (_, shared) = start_teachers([settings, same_weights], STOP_IDS, seed=0)
+    assert shared is handles
     restarts = []
     pool = TeacherPool([(settings, handles)], support=Support(top_k=4), on_restart=lambda *event: restarts.append(event))
     await pool.start()
@@ -84,11 +87,4 @@ async def test_two_actors_score_answer_and_survive_a_kill(cluster, tmp_path):
     assert None not in await pool.score(samples)
     await pool.close()
     with pytest.raises(ValueError, match="context window 256"):
-        await TeacherPool([(settings, handles[:1])]).score([trajectories(1)[0], *[long_sample()]])
-
-
-def long_sample() -> Trajectory:
-    (sample,) = trajectories(1)
-    from dataclasses import replace
-
-    return replace(sample, token_ids=(5,) * 300)
+        await TeacherPool([(settings, handles[:1])]).score([samples[0], replace(samples[1], token_ids=(5,) * 300)])
