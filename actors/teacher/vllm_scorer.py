@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoConfig
 
 from actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, require_stop_ids, score_logp, split_batches
@@ -22,7 +21,7 @@ MAX_ENTRIES = 4_000_000
 
 
 class VllmScorer:
-    """A vLLM engine in this process.
+    """A vLLM engine in this process (with tensor parallelism its workers are processes of their own).
 
     With vLLM's V2 model runner (GPUs) the sampled token, the stop ids and given ids are read exactly, by
     `prompt_logprob_token_ids`. The V1 runner (CPU) only offers a position's most likely ids, so there the whole vocabulary is
@@ -85,7 +84,7 @@ class VllmScorer:
                 if not request.token_ids:
                     scores[index] = score_logp(self.settings.name, request, np.zeros((0, self.vocabulary), np.float32), self.stop_ids)
                 elif self.by_id:
-                    scores[index] = self._scores_by_id(request, next(outputs))
+                    scores[index] = scores_by_id(self.settings.name, request, self.stop_ids, self.vocabulary, next(outputs))
                 else:
                     logp_TV = _whole_vocabulary(next(outputs).prompt_logprobs, request, self.vocabulary)
                     scores[index] = score_logp(self.settings.name, request, logp_TV, self.stop_ids)
@@ -114,39 +113,41 @@ class VllmScorer:
         if not self.by_id:
             return self._params(prompt_logprobs=-1, **common)
         return self._params(
-            prompt_logprobs=request.top_k or None,
-            prompt_logprob_token_ids=self._ids_asked(request),
+            prompt_logprobs=min(request.top_k, self.vocabulary) or None,
+            prompt_logprob_token_ids=ids_asked(request, self.stop_ids, self.vocabulary),
             prompt_logprob_start=len(request.prompt_token_ids) - 1,
             **common,
         )
 
-    def _ids_asked(self, request: ScoreRequest) -> np.ndarray:
-        """[T, 1 + E + K]: the sampled id, the stop ids, the given ids; those outside the vocabulary are -1 and score -inf."""
-        sampled_T1 = np.array(request.token_ids, np.int32)[:, None]
-        stop_TE = np.broadcast_to(np.array(self.stop_ids, np.int32), (len(sampled_T1), len(self.stop_ids)))
-        given = [] if request.support_ids_TK is None else [request.support_ids_TK.astype(np.int32)]
-        asked = np.concatenate([sampled_T1, stop_TE, *given], axis=1)
-        return np.where(asked < self.vocabulary, asked, -1)
 
-    def _scores_by_id(self, request: ScoreRequest, output: Any) -> TokenScores:
-        asked = self._ids_asked(request)
-        logps = np.asarray(output.prompt_token_id_logprobs, np.float32)
-        assert logps.shape == asked.shape, (logps.shape, asked.shape)
-        given_from = 1 + len(self.stop_ids)
-        top_ids_TK = np.empty((len(asked), 0), np.int32)
-        top_logp_TK = np.empty((len(asked), 0), np.float32)
-        if request.top_k:
-            ids_TK, logp_TK = _flat_rows(output.prompt_logprobs, request)
-            # The prompt's own token stands first, the most likely ones follow in order.
-            top_ids_TK, top_logp_TK = ids_TK[:, 1 : request.top_k + 1], logp_TK[:, 1 : request.top_k + 1]
-        ids_TK, logp_TK = merge_support(asked[:, given_from:], logps[:, given_from:], top_ids_TK, top_logp_TK)
-        return TokenScores(
-            teacher=self.settings.name,
-            sampled_logp_T=logps[:, 0].copy(),
-            stop_logp_T=torch.from_numpy(logps[:, 1:given_from]).logsumexp(-1).numpy(),
-            support_ids_TK=ids_TK if ids_TK.shape[1] else None,
-            support_logp_TK=logp_TK if ids_TK.shape[1] else None,
-        )
+def ids_asked(request: ScoreRequest, stop_ids: tuple[int, ...], vocabulary: int) -> np.ndarray:
+    """[T, 1 + E + K] int32: the sampled id, the stop ids, the given ids; those outside the vocabulary are -1 and score -inf."""
+    sampled_T1 = np.array(request.token_ids, np.int32)[:, None]
+    stop_TE = np.broadcast_to(np.array(stop_ids, np.int32), (len(sampled_T1), len(stop_ids)))
+    given = [] if request.support_ids_TK is None else [request.support_ids_TK.astype(np.int32)]
+    asked = np.concatenate([sampled_T1, stop_TE, *given], axis=1)
+    return np.where(asked < vocabulary, asked, np.int32(-1))
+
+
+def scores_by_id(teacher: str, request: ScoreRequest, stop_ids: tuple[int, ...], vocabulary: int, output: Any) -> TokenScores:
+    """Scores from a vLLM RequestOutput whose `prompt_token_id_logprobs` answer `ids_asked`."""
+    asked = ids_asked(request, stop_ids, vocabulary)
+    logps = np.asarray(output.prompt_token_id_logprobs, np.float32)
+    assert logps.shape == asked.shape, (logps.shape, asked.shape)
+    given_from = 1 + len(stop_ids)
+    top_ids_TK = np.empty((len(asked), 0), np.int32)
+    top_logp_TK = np.empty((len(asked), 0), np.float32)
+    if request.top_k:
+        # The prompt's own token stands first, the most likely ones follow in order.
+        top_ids_TK, top_logp_TK = (entries[:, 1 : request.top_k + 1] for entries in _flat_rows(output.prompt_logprobs, request))
+    ids_TK, logp_TK = merge_support(asked[:, given_from:], logps[:, given_from:], top_ids_TK, top_logp_TK)
+    return TokenScores(
+        teacher=teacher,
+        sampled_logp_T=logps[:, 0].copy(),
+        stop_logp_T=np.logaddexp.reduce(logps[:, 1:given_from], axis=1),
+        support_ids_TK=ids_TK if ids_TK.shape[1] else None,
+        support_logp_TK=logp_TK if ids_TK.shape[1] else None,
+    )
 
 
 def _flat_rows(flat: Any, request: ScoreRequest) -> tuple[np.ndarray, np.ndarray]:
