@@ -58,8 +58,9 @@ class HttpScorer:
         self.settings = settings
         self.stop_ids = stop_ids
         self._random = random.Random(seed)
+        address = settings.url.rstrip("/").removesuffix("/v1")  # people write both forms
         key = os.environ.get("VLLM_API_KEY")
-        self._client = httpx.Client(base_url=settings.url, headers={"Authorization": f"Bearer {key}"} if key else {})
+        self._client = httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"} if key else {})
         self._vocabulary: int | None = None
         """Size of a vocabulary read whole; 0: only the most likely ids are read; None: not asked yet."""
 
@@ -86,7 +87,7 @@ class HttpScorer:
                 "stop_token_ids": list(self.stop_ids),
                 "ignore_eos": True,
             }
-            return self._ask(body | plain, lambda choice: cut_at_stop(choice["token_ids"], self.stop_ids), deadline)
+            return self._ask(body | plain, lambda choice: cut_at_stop(read_answer(choice), self.stop_ids), deadline)
 
         answers = [answer for answer in self._in_parallel(answer, list(enumerate(prompts))) if answer is not None]
         if len(answers) < len(prompts):
@@ -132,9 +133,10 @@ class HttpScorer:
 
     def _find_vocabulary(self, deadline: float) -> int:
         """Ask for a whole vocabulary once, over two tokens: its size where that is allowed and small, else 0."""
-        body = {"prompt": [self.stop_ids[0]] * 2, "max_tokens": 1, "temperature": 0, "prompt_logprobs": -1}
+        probe = ScoreRequest(prompt_token_ids=self.stop_ids[:1], token_ids=self.stop_ids[:1])
+        body = {"prompt": list(self.stop_ids[:1]) * 2, "max_tokens": 1, "temperature": 0, "prompt_logprobs": -1}
         try:
-            size = self._ask(body, lambda choice: len(choice["prompt_logprobs"][1]), deadline)
+            size = self._ask(body, lambda choice: len(read_rows(choice, probe)[0]), deadline)
         except ValueError as error:
             if "prompt logprobs" not in str(error):  # refused for another reason: a wrong model, a missing key
                 raise
@@ -174,6 +176,14 @@ def _only_choice(response: httpx.Response, prompt: list[int]) -> Mapping[str, An
     if echoed != prompt:
         raise BadAnswerError("the answer is about other token ids than those sent")
     return choice
+
+
+def read_answer(choice: Mapping[str, Any]) -> list[int]:
+    """The ids generated. Raises BadAnswerError."""
+    token_ids = choice.get("token_ids")
+    if not isinstance(token_ids, list) or not all(isinstance(token, int) for token in token_ids):
+        raise BadAnswerError("no token ids in the answer")
+    return token_ids
 
 
 def read_rows(choice: Mapping[str, Any], request: ScoreRequest) -> list[dict[int, float]]:

@@ -21,7 +21,7 @@ class TeacherSettings(Settings):
     """Share in the blend where several teachers serve one domain."""
     backend: Literal["torch", "vllm", "http"] = "torch"
     url: str | None = None
-    """Address of an OpenAI-compatible vLLM server (back end `http`)."""
+    """Address of an OpenAI-compatible vLLM server (back end `http`). The environment's VLLM_API_KEY is sent where set."""
     num_actors: Annotated[int, Field(ge=1)] = 1
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")] = "float32"
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1

@@ -252,6 +252,12 @@ def test_a_teacher_without_url_is_refused():
         HttpScorer(TeacherSettings(model="big", name="far", backend="http"), STOP_IDS)
 
 
+def test_both_forms_of_an_address_work(server):
+    scorer = HttpScorer(TeacherSettings(model="big", backend="http", url=f"{server.url}/v1/"), STOP_IDS)
+    check(scorer.score([request(5)])[0], request(5))
+    scorer.close()
+
+
 def test_answers_are_cut_at_their_stop_id(server, scorer):
     assert scorer.generate([(5, 6), (7,)], GenerateOptions(max_new_tokens=8, seed=4)) == [(7, 3), (7, 3)]
     assert sorted(body["seed"] for body in server.bodies) == [4, 5]
