@@ -3,7 +3,6 @@
 import asyncio
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -73,32 +72,18 @@ class RayTeacher:
         await asyncio.to_thread(ray.kill, self.actor, no_restart=False)
 
 
-def start_teachers(
-    teachers: Sequence[TeacherSettings],
+def start_teacher(
+    settings: TeacherSettings,
     stop_ids: tuple[int, ...],
     seed: int,
     *,
     num_cpus: float = 0.0,
     num_gpus: float = 0.0,
-) -> list[tuple[TeacherSettings, list[RayTeacher]]]:
-    """Start every teacher's actors on the connected cluster: what `TeacherPool` takes. They load in the background.
+) -> list[RayTeacher]:
+    """Start `settings.num_actors` actors of one teacher on the connected cluster. They load in the background: ping them to wait.
 
-    Teachers with equal weight files, alike in all that shapes a score, get the same actors. Ray restarts one that dies, without
-    limit: its weights are frozen and it holds nothing else. `num_gpus` is per GPU that one copy of a model needs.
+    Ray restarts one that dies, without limit: its weights are frozen and it holds nothing else. `num_gpus` is for each of the
+    GPUs that one copy of the model takes (`settings.tensor_parallel_size`).
     """
-    actor_type = ray.remote(TeacherActor)
-    started: dict[TeacherSettings, list[RayTeacher]] = {}
-    for settings in teachers:
-        gpus = 0.0 if settings.backend == "http" else num_gpus * settings.tensor_parallel_size
-        if (twin := loaded_as(settings)) not in started:
-            place = actor_type.options(num_cpus=num_cpus, num_gpus=gpus, max_restarts=-1)
-            started[twin] = [RayTeacher(place.remote(settings, stop_ids, seed)) for _ in range(settings.num_actors)]
-    return [(settings, started[loaded_as(settings)]) for settings in teachers]
-
-
-def loaded_as(settings: TeacherSettings) -> TeacherSettings:
-    """Settings without what does not shape the loaded model; a folder becomes the digest of its weights."""
-    weights = digest_weights(settings.model) if Path(settings.model).is_dir() else settings.model
-    default = TeacherSettings(model=weights)
-    routing = ("name", "domains", "weight", "system_prompt", "beams", "length_penalty", "no_repeat_ngram", "max_attempts", "hedge_after_s")
-    return settings.model_copy(update={"model": weights} | {key: getattr(default, key) for key in routing})
+    place = ray.remote(TeacherActor).options(num_cpus=num_cpus, num_gpus=num_gpus * settings.tensor_parallel_size, max_restarts=-1)
+    return [RayTeacher(place.remote(settings, stop_ids, seed)) for _ in range(settings.num_actors)]

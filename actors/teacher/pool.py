@@ -55,7 +55,7 @@ class TeacherPool:
 
     Actors given to several teachers (equal weights, loaded once) are one member: their load and health are shared.
 
-    >>> pool = TeacherPool(start_teachers(job.teacher, stop_ids, seed), domains={"maths"})
+    >>> pool = TeacherPool([(settings, start_teacher(settings, stop_ids, seed))], domains={"maths"})
     >>> await pool.start()
     >>> scores = await pool.score(trajectories)  # None where no score arrived
     """
