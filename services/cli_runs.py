@@ -214,7 +214,7 @@ def _ask(endpoint: "Endpoint", verb: "Verb") -> None:
 
     with RunClient(endpoint) as client:
         answer = client.ask(verb)
-        typer.echo(f"{client.name}: {verb} asked for at step {answer['step']} ({answer['phase']}); taken at the next step border")
+        typer.echo(f"{client.name} ({answer['phase']}): {verb} asked for; taken at the next step border")
 
 
 def _follow(client: "JobClient", submission: "Submission") -> None:

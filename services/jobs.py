@@ -97,8 +97,7 @@ def connect(address: str | None) -> JobClient:
 
 def submissions(client: JobClient) -> list[Submission]:
     """Every job on the cluster that is a run, oldest first."""
-    found = [_submission(details) for details in client.list_jobs() if RUN_KEY in (details.metadata or {})]
-    return sorted(found, key=lambda submission: submission.started_s)
+    return _runs(client.list_jobs())
 
 
 def find(client: JobClient, run: str) -> Submission:
@@ -125,10 +124,10 @@ def submit(client: JobClient, job: Job, out: Path) -> tuple[Submission, bool]:
 
     A run that has ended is started again under the next free id, and goes on from the newest checkpoint in `out`.
     """
-    own = [submission for submission in submissions(client) if submission.run == job.name]
-    if live := [submission for submission in own if submission.live]:
+    there = client.list_jobs()
+    if live := [submission for submission in _runs(there) if submission.run == job.name and submission.live]:
         return live[0], False
-    taken = {details.submission_id for details in client.list_jobs()}
+    taken = {details.submission_id for details in there}
     submission_id = next(i for i in (job.name, *(f"{job.name}.{n}" for n in range(2, len(taken) + 3))) if i not in taken)
     with tempfile.TemporaryDirectory(prefix="opd-") as folder:
         (Path(folder) / "job.yaml").write_text(yaml.safe_dump(_for_cluster(job).model_dump(mode="json"), sort_keys=False))
@@ -169,6 +168,11 @@ def _for_cluster(job: Job) -> Job:
             "cluster": job.cluster.model_copy(update={"address": None}),
         }
     )
+
+
+def _runs(jobs: list[Any]) -> list[Submission]:
+    found = [_submission(details) for details in jobs if RUN_KEY in (details.metadata or {})]
+    return sorted(found, key=lambda submission: submission.started_s)
 
 
 def _submission(details: Any) -> Submission:

@@ -3,6 +3,7 @@
 opd tune RUN key=value --> endpoint of RUN (directory, URL or cluster: services/jobs.py) --> RunClient --HTTP--> services/control.py
 """
 
+import contextlib
 import getpass
 import os
 import socket
@@ -103,18 +104,22 @@ class RunClient:
     """
 
     def __init__(self, endpoint: Endpoint, transport: httpx.BaseTransport | None = None) -> None:
-        """Reads the run's status once, so that a port another run has taken since is noticed before anything is asked of it."""
         headers = {"user-agent": f"opd {getpass.getuser()}@{socket.gethostname()}"}
         if endpoint.token:
             headers["authorization"] = f"Bearer {endpoint.token}"
         self._endpoint = endpoint
         # No proxy of the environment: the token is for the run alone.
         self._http = httpx.Client(base_url=endpoint.url, headers=headers, timeout=TIMEOUT_S, trust_env=False, transport=transport)
-        self.name = str(self.status()["name"])
-        if endpoint.name is not None and endpoint.name != self.name:
-            raise RemoteError(f"{endpoint.url} is run {self.name} now; {endpoint.name} has ended")
+        self.name = endpoint.name
 
     def __enter__(self) -> "RunClient":
+        """Reads the run's status once, so that a port another run has taken since is noticed before anything is asked of it."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._http.close)
+            self.name = self.status()["name"]
+            if self._endpoint.name not in (None, self.name):
+                raise RemoteError(f"{self._endpoint.url} is run {self.name} now; {self._endpoint.name} has ended")
+            stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,6 +155,8 @@ class RunClient:
                 f"{url}: no answer ({why}); the run has ended, or listens on its own machine only: "
                 f"set service.host in the job file, or forward the port and give RUN as that URL with OPD_TOKEN"
             ) from None
+        if "json" not in response.headers.get("content-type", ""):
+            raise RemoteError(f"{url}: HTTP {response.status_code}, and not from a run's service; is the address right?")
         if response.status_code == 401:
             raise RemoteError(f"{url}: refused the token; set OPD_TOKEN to the run's (file `token` in its run directory)")
         if response.status_code == 412:
@@ -161,10 +168,7 @@ class RunClient:
 
 def _detail(response: httpx.Response) -> str:
     """One line out of a problem document (RFC 9457): fields in the job file's spelling where it names any."""
-    try:
-        problem = response.json()
-        errors = problem.get("errors") or []
-        lines = [f"{error['pointer'][1:].replace('/', '.')}: {error['detail']}" for error in errors if error["pointer"].startswith("/")]
-        return "; ".join(lines) or str(problem["detail"])
-    except (ValueError, KeyError, AttributeError):
-        return f"{response.request.url}: HTTP {response.status_code}, and not from a run's service; is the address right?"
+    problem = response.json()
+    errors = problem.get("errors") or []
+    lines = [f"{error['pointer'][1:].replace('/', '.')}: {error['detail']}" for error in errors if error["pointer"].startswith("/")]
+    return "; ".join(lines) or str(problem["detail"])
