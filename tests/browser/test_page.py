@@ -207,17 +207,19 @@ def test_the_page_reconnects_after_the_run_restarts_and_reads_everything_again(p
 def test_decisions_are_marks_with_their_sentence_for_pointer_and_keyboard_and_a_list(page):
     from selenium.webdriver import ActionChains
 
-    sentence = "p95 is 94 tokens, over twice the reference: pressure up"
+    sentence = "p95 is 114 tokens: pressure up"
     mark = wait_until(lambda: page.find("#chart-length .event"))
-    assert mark.get_attribute("aria-label") == f"Step 2: tighten: {sentence}"
+    assert mark.get_attribute("aria-label") == f"Step 12: tighten: {sentence}"
     page.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", mark)
     ActionChains(page.browser).move_to_element(mark).perform()
-    wait_until(lambda: page.text("#tip") == f"Step 2: tighten: {sentence}")
+    wait_until(lambda: page.text("#tip") == f"Step 12: tighten: {sentence}")
     ActionChains(page.browser).move_to_element(page.find("h1")).perform()
     wait_until(lambda: not page.find("#tip").is_displayed())
     page.browser.execute_script("arguments[0].focus()", mark)
     wait_until(lambda: sentence in page.text("#tip"))
-    assert page.text("#decisions li").startswith("Step 60: tighten. p95 is 210 tokens")
+    lines = [line.text for line in page.browser.find_elements("css selector", "#decisions li")]
+    assert lines[0] == "Step 60: tighten. p95 is 210 tokens: pressure up"
+    assert lines[-1] == "Steps 1 to 10: hold. all signals within their targets: pressure stays 0.00"
 
 
 def test_the_arrow_keys_read_single_steps(page):
