@@ -12,12 +12,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 from starlette.concurrency import run_in_threadpool
 
 from services.problem import MAX_INTEGER, PROBLEM_SCHEMA, Problem, install, read_json, respond
@@ -25,14 +25,22 @@ from services.tunables import ConfigError, ConfigStore, Document, Generation, St
 
 STATIC = Path(__file__).parent / "static"
 MERGE_PATCH = "application/merge-patch+json"
-PAGE_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
-MAX_STEPS = 1000
-# Records of one GET /v1/steps: about 1 MB.
+PAGE_POLICY = "default-src 'self'; style-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
+MAX_RECORDS = 1000
+# Step or decision records in one answer: a few MB.
 
 Phase = Literal["starting", "running", "paused", "stopping", "finished", "failed"]
 Responses = dict[int | str, dict[str, Any]]
-After = Annotated[int, Query(ge=-1, le=MAX_INTEGER, description="Only records of later steps.")]
 Verb = Literal["pause", "resume", "stop", "checkpoint", "rollback"]
+
+
+def _only_digits(value: str | int) -> str | int:
+    if not re.fullmatch(r"-?[0-9]{1,16}", str(value)):
+        raise ValueError("expected a whole number")
+    return value
+
+
+After = Annotated[int, Query(ge=-1, le=MAX_INTEGER, description="Only records of later steps."), BeforeValidator(_only_digits)]
 
 
 class RunView(Protocol):
@@ -88,6 +96,7 @@ class SampleRecords(BaseModel):
 
 class DecisionRecords(BaseModel):
     decisions: list[Document]
+    more: bool
 
 
 class ConfigDocument(Tunables):
@@ -125,11 +134,12 @@ def create_app(
     run: RunView, store: ConfigStore, registry: CollectorRegistry, token: str | None, *, protect_metrics: bool = False
 ) -> FastAPI:
     """All routes. `token` None leaves the API open: for loopback only, which `bind` sees to."""
-    app = FastAPI(title="OPD Governor", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="OPD Governor", version="1", docs_url=None, redoc_url=None, generate_unique_id_function=lambda route: route.name)
     install(app)
     guard = [Depends(_bearer(token))] if token is not None else []
+    strict = [*guard, Depends(_refuse_unknown_parameters)]
     unauthorised = _problems(401) if token is not None else {}
-    api = APIRouter(prefix="/v1", dependencies=guard, responses=unauthorised)
+    api = APIRouter(prefix="/v1", dependencies=strict, responses=unauthorised | _problems(422))
     open_to_all = APIRouter()
     metrics = APIRouter(dependencies=guard, responses=unauthorised) if protect_metrics else open_to_all
     instance = secrets.token_hex(8)
@@ -154,10 +164,10 @@ def create_app(
     def show_run() -> Response:
         return respond(run.status() | {"instance": instance})
 
-    @api.get("/steps", responses=_answers(StepRecords) | _problems(422))
+    @api.get("/steps", responses=_answers(StepRecords))
     def show_steps(after: After = -1) -> Response:
         records = run.steps(after)
-        return respond({"steps": records[:MAX_STEPS], "more": len(records) > MAX_STEPS})
+        return respond({"steps": records[:MAX_RECORDS], "more": len(records) > MAX_RECORDS})
 
     @api.get("/samples", responses=_answers(SampleRecords))
     def show_samples() -> Response:
@@ -167,11 +177,12 @@ def create_app(
     def show_governor() -> Response:
         return respond(run.governor())
 
-    @api.get("/governor/decisions", responses=_answers(DecisionRecords) | _problems(422))
+    @api.get("/governor/decisions", responses=_answers(DecisionRecords))
     def show_decisions(after: After = -1) -> Response:
-        return respond({"decisions": run.decisions(after)})
+        records = run.decisions(after)
+        return respond({"decisions": records[:MAX_RECORDS], "more": len(records) > MAX_RECORDS})
 
-    @api.post("/run/{verb}", status_code=202, responses=_answers(_Open, 202) | _problems(409, 422))
+    @api.post("/run/{verb}", status_code=202, responses=_answers(_Open, 202) | _problems(409))
     def request_verb(verb: Verb) -> Response:
         try:
             return respond(run.request(verb), 202)
@@ -196,7 +207,11 @@ def _config_routes(store: ConfigStore) -> APIRouter:
     def etag(number: int) -> dict[str, str]:
         return {"etag": f'"{number}"'}
 
-    @router.get("/config", responses=_answers(ConfigDocument))
+    # The ETag of either answer goes into the next change: said as OpenAPI links, which clients and tests can follow.
+    link = {"change": {"operationId": "patch_config", "parameters": {"header.If-Match": "$response.header.ETag"}}}
+    tagged: dict[str, Any] = {"headers": {"ETag": {"required": True, "schema": {"type": "string"}}}, "links": link}
+
+    @router.get("/config", responses={200: {"model": ConfigDocument, **tagged}})
     def show_config() -> Response:
         newest = store.history()[-1]
         return respond(document(newest), headers=etag(newest.generation))
@@ -209,17 +224,17 @@ def _config_routes(store: ConfigStore) -> APIRouter:
     def show_history() -> Response:
         return respond({"history": [generation.record() for generation in store.history()]})
 
-    patch_body = {"requestBody": {"required": True, "content": {MERGE_PATCH: {"schema": patch_schema()}}}}
+    # Both are read by hand, to answer 428 and 415, and so are described by hand.
+    if_match_header = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}}
+    described = {"parameters": [if_match_header], "requestBody": {"required": True, "content": {MERGE_PATCH: {"schema": patch_schema()}}}}
+    refusals = _problems(400, 412, 413, 415, 428)
 
-    @router.patch("/config", responses=_answers(ConfigChange) | _problems(400, 412, 413, 415, 422, 428), openapi_extra=patch_body)
-    async def patch_config(
-        request: Request,
-        if_match: Annotated[str | None, Header(description="The ETag the patch was made against.")] = None,
-        dry_run: Literal["true", "false"] = "false",
-    ) -> Response:
+    @router.patch("/config", responses={**refusals, 200: {"model": ConfigChange, **tagged}}, openapi_extra=described)
+    async def patch_config(request: Request, dry_run: Literal["true", "false"] = "false") -> Response:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != MERGE_PATCH:
             raise Problem(415, f"send a merge patch (RFC 7396) as {MERGE_PATCH}", headers={"accept-patch": MERGE_PATCH})
+        if_match = request.headers.get("if-match")
         if if_match is None:
             raise Problem(428, "send If-Match with the ETag of GET /v1/config, so that nobody's change is overwritten unseen")
         patch = await read_json(request)
@@ -281,6 +296,16 @@ def _bearer(token: str) -> Any:
             raise Problem(401, "send the run's token as `Authorization: Bearer TOKEN`", headers={"www-authenticate": "Bearer"})
 
     return check
+
+
+def _refuse_unknown_parameters(request: Request) -> None:
+    """`?dryrun=true` must not make a change for real."""
+    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
+    given = [name for name, _ in request.query_params.multi_items()]
+    bad = {name: "unknown" for name in given if name not in known} | {name: "given twice" for name in given if given.count(name) > 1}
+    if bad:
+        allowed = ", ".join(sorted(known)) or "none"
+        raise Problem(422, f"parameters of this route: {allowed}, each once", [(f"?{name}", detail) for name, detail in bad.items()])
 
 
 def _add_page(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ learner.weights --one object--> every rollout actor --> probe held against the l
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -53,7 +54,8 @@ def connect(address: str | None) -> None:
     """Join the cluster at `address` (or RAY_ADDRESS), else start a private one that ends with this process."""
     environment = {"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}}
     address = address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"runtime_env": environment, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    options: dict[str, Any] = {"runtime_env": environment, "log_to_driver": False, "configure_logging": False}
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if address:
         ray.init(address=address, **options)
     else:
@@ -72,7 +74,7 @@ class Fleet:
         self._probe = [int(i) for i in np.random.default_rng(job.seed).integers(0, models.vocabulary, PROBE_TOKENS)]
         self._descendants: dict[int, float] = {}
 
-    async def start(self, reference_tokens: float = 0.0) -> None:
+    async def start(self) -> None:
         """Bring learner and engines up side by side; returns when all of them answer."""
         job, models = self._job, self._models
         gpu = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
@@ -102,7 +104,7 @@ class Fleet:
                 models.student,
                 job.rollout,
                 stop_ids=models.stop_ids,
-                reference_tokens=reference_tokens,
+                reference_tokens=None,
                 weight_transfer=self._transfer,
                 seed=job.seed,
                 top_k=job.objective.top_k if job.objective.support in ("student", "union") else 0,
@@ -224,9 +226,9 @@ class Fleet:
         """The student alone, in Hugging Face layout."""
         await self._learner.save_student.remote(folder, card)
 
-    async def restore(self, folder: str, *, weight_version: int | None = None, clear_optimizer: bool = False) -> int:
+    async def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Bring the learner back to a checkpoint; returns the weight version in force."""
-        return await self._learner.restore.remote(folder, weight_version=weight_version, clear_optimizer=clear_optimizer)
+        return await self._learner.restore.remote(folder, rollback=rollback)
 
     def _remember_processes(self) -> None:
         """Engines start processes of their own: what descends from this one is ours to end."""

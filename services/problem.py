@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 MAX_BODY_BYTES = 65536
 # A whole tunable document is under 4 KiB.
@@ -60,18 +61,31 @@ def respond(value: Any, status: int = 200, headers: dict[str, str] | None = None
 def install(app: FastAPI) -> None:
     """Every error of the app becomes a problem document."""
 
-    async def answer(_request: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         errors = error.errors if isinstance(error, Problem) else ()
-        return _problem(error.status_code, error.detail, errors, dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            # Starlette names the methods of the first route with this path only.
+            headers["allow"] = ", ".join(sorted(_methods_at(app, request)))
+        return _problem(error.status_code, error.detail, errors, headers)
 
     async def answer_validation(_request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        errors = [(f"?{item['loc'][-1]}", item["msg"]) for item in error.errors()]
+        errors = [(f"?{item['loc'][-1]}", item["msg"].removeprefix("Value error, ")) for item in error.errors()]
         return _problem(422, "; ".join(f"{pointer}: {detail}" for pointer, detail in errors), errors)
 
+    async def answer_fault(_request: Request, _error: Exception) -> Response:
+        return _problem(500, "a fault of the service; its log has the traceback", ())
+
+    app.add_exception_handler(Exception, answer_fault)
     app.add_exception_handler(HTTPException, answer)
     app.add_exception_handler(RequestValidationError, answer_validation)
+
+
+def _methods_at(app: FastAPI, request: Request) -> set[str]:
+    routes = [route for route in app.routes if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in routes for method in route.methods or ()}
 
 
 def _problem(status: int, detail: str, errors: Sequence[tuple[str, str]], headers: dict[str, str] | None = None) -> Response:

@@ -5,15 +5,17 @@ and rebuild histogram sums from bucket midpoints, so nothing that people compare
 `run`. Means are ratios of two counters; freshness is a heartbeat.
 """
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.metrics import MetricWrapperBase
 
-from actors.trajectory import LengthLimits, Trajectory
+from actors.learner.metrics import POSITION_BUCKETS
+from actors.trajectory import FinishReason, LengthLimits, Trajectory
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -21,6 +23,15 @@ LOGPROB_BUCKETS = (-64.0, -32.0, -16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.25, -0.
 SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0)
 NUM_LENGTH_BUCKETS = 64
+LABEL_VALUES = {
+    "finish_reason": get_args(FinishReason),
+    "outcome": ("admitted", "masked_tail", "over_quota", "unscored"),
+    "position": POSITION_BUCKETS,
+    "form": ("raw", "class"),
+    "phase": ("rollout", "score", "learn", "sync", "total"),
+    "role": ("rollout", "teacher", "learner", "governor"),
+}
+"""Labels whose values are known beforehand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +116,11 @@ class Telemetry:
         self.registry = CollectorRegistry()
         buckets = {"opd_rollout_length_tokens": length_buckets(max_new_tokens)}
         self._metrics = {metric.name: _create(metric, buckets.get(metric.name, metric.buckets), self.registry) for metric in METRICS}
+        for metric in METRICS:
+            # Counters start at 0, not absent: rate() and a governor's first look need a value to start from.
+            if metric.kind != "gauge" and all(label in LABEL_VALUES for label in metric.labels):
+                for values in itertools.product(*(LABEL_VALUES[label] for label in metric.labels)):
+                    self._child(metric.name, dict(zip(metric.labels, values, strict=True)))
 
     def inc(self, name: str, amount: float = 1.0, **labels: str) -> None:
         """Add to a counter."""

@@ -20,6 +20,7 @@ from services.job import Job
 Document = dict[str, Any]
 """A tree of JSON values."""
 
+UNKNOWN = "not a tunable setting; GET /v1/config/schema lists them"
 _ROLLOUT = RolloutSettings.model_fields
 _LEARNER = LearnerSettings.model_fields
 # The fields below take range, default and description from the settings they tune.
@@ -78,6 +79,15 @@ def merge_patch(target: Any, patch: Any) -> Any:
         else:
             merged[key] = merge_patch(merged.get(key), value)
     return merged
+
+
+def _unknown_nulls(patch: Document, known: Document, loc: tuple[str, ...] = ()) -> list[str]:
+    """Keys that a patch removes and that were never there: a merge patch alone would pass over a misspelt one."""
+    pointers = [_pointer((*loc, key)) for key, value in patch.items() if value is None and key not in known]
+    for key in patch.keys() & known.keys():
+        if _both_objects(patch[key], known[key]):
+            pointers += _unknown_nulls(patch[key], known[key], (*loc, key))
+    return pointers
 
 
 class StaleConfigError(ValueError):
@@ -212,8 +222,9 @@ class ConfigStore:
                 )
             if not isinstance(patch, dict):
                 raise ConfigError([("", f"expected an object with any of {', '.join(Tunables.model_fields)}")])
-            document = self._merge(present.config, patch)
-            tunables = self._validate(document)
+            if unknown := _unknown_nulls(patch, self._base):
+                raise ConfigError([(pointer, UNKNOWN) for pointer in unknown])
+            tunables = self._validate(self._merge(present.config, patch))
             # Compared and kept as the model prints it, so that 1 and 1.0 are one value.
             document = tunables.model_dump(mode="json")
             changes = _compare(present.config, document)
@@ -268,5 +279,5 @@ def _pointer(loc: tuple[int | str, ...]) -> str:
 
 def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
-        return "not a tunable setting; GET /v1/config/schema lists them"
+        return UNKNOWN
     return str(item["msg"]).removeprefix("Value error, ")

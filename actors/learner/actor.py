@@ -26,6 +26,8 @@ from actors.learner.optimizer import build_optimizer, learning_rate_at
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout
 
+COUNTERS = "learner.json"
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -185,22 +187,21 @@ class Learner:
         """Student, optimiser and the learner's own counters, for `restore`."""
         self.save_student(str(Path(folder) / STUDENT))
         save_optimizer(self._optimizer, self._optimized_names(), Path(folder) / OPTIMIZER)
-        (Path(folder) / "learner.json").write_text(json.dumps({"weight_version": self.weight_version}))
+        (Path(folder) / COUNTERS).write_text(json.dumps({"weight_version": self.weight_version}))
 
-    def restore(self, folder: str, *, weight_version: int | None = None, clear_optimizer: bool = False) -> int:
-        """Go back to a checkpoint's weights; returns the weight version in force.
+    def restore(self, folder: str, *, rollback: bool = False) -> int:
+        """Take a checkpoint's weights; returns the weight version in force.
 
-        After a rollback the version goes on from the present one (`weight_version`), for versions never repeat, and the
-        moments that led astray are dropped (`clear_optimizer`).
+        On a rollback the version goes on from the present one, for versions never repeat, and the moments that led astray are
+        dropped.
         """
         saved = CausalLM(str(Path(folder) / STUDENT), device="cpu", trust_remote_code=self._trust)
         self._student.model.load_state_dict(saved.model.state_dict())
-        if clear_optimizer:
+        if rollback:
             self._optimizer.state.clear()
         else:
             load_optimizer(self._optimizer, self._optimized_names(), Path(folder) / OPTIMIZER)
-        stored = json.loads((Path(folder) / "learner.json").read_text())["weight_version"]
-        self.weight_version = stored if weight_version is None else weight_version
+            self.weight_version = json.loads((Path(folder) / COUNTERS).read_text())["weight_version"]
         return self.weight_version
 
     def ping(self) -> int:

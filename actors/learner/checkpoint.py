@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,22 @@ class CheckpointError(ValueError):
     """A checkpoint that must not be used; names the file and what is wrong with it."""
 
 
-def write_checkpoint(root: Path, step: int, write_student: Callable[[Path], None], state: dict[str, Any]) -> Path:
-    """Write `root/step-N` whole or not at all.
+def partial_folder(root: Path, step: int) -> Path:
+    """Where a checkpoint is written before it counts; empty."""
+    folder = root / f".step-{step}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
-    `write_student(folder)` puts `student/` and the optimizer there. Raises OSError (disk full, read-only) with everything
-    that was there before left untouched.
+
+def seal_checkpoint(root: Path, step: int, state: dict[str, Any]) -> Path:
+    """Add state and manifest to what lies in the partial folder, bring all of it to the disk, and rename it to `root/step-N`.
+
+    Raises OSError (disk full, read-only); the partial folder is gone then, and everything that was there before is untouched.
     """
     final = root / f"step-{step}"
     partial = root / f".step-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        write_student(partial)
         (partial / STATE).write_text(json.dumps(state))
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         manifest = {"step": step, "files": {str(path.relative_to(partial)): _digest(path) for path in files}}
@@ -75,7 +79,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def newest_checkpoint(root: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     """The newest checkpoint that verifies, its state, and one line for each that was refused."""
-    refused = []
+    refused: list[str] = []
     for folder in sorted(root.glob("step-*"), key=step_of, reverse=True):
         try:
             return folder, read_state(folder), refused

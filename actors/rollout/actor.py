@@ -31,7 +31,7 @@ class RolloutActor:
         settings: RolloutSettings,
         *,
         stop_ids: tuple[int, ...],
-        reference_tokens: float,
+        reference_tokens: float | None,
         weight_transfer: str,
         seed: int,
         top_k: int = 0,
@@ -79,27 +79,26 @@ class RolloutActor:
         self, prompt: Prompt, sample: int, limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool
     ) -> Trajectory:
         from actors.rollout.loops import find_loop
-        from actors.rollout.sampling import sampling_params
+        from actors.rollout.sampling import budget_tokens, greedy_params, sampling_params
 
-        params = sampling_params(
-            prompt,
-            limits,
-            settings,
-            stop_ids=self._stop_ids,
-            context_tokens=self._engine.context_tokens,
-            seed=request_seed(self._seed, prompt, sample, step),
-            reference_tokens=self._reference_tokens,
-            top_k_logprobs=0 if greedy else self._top_k,
-            greedy=greedy,
-        )
+        terms: dict[str, Any] = {"stop_ids": self._stop_ids, "context_tokens": self._engine.context_tokens}
+        if greedy:
+            params = greedy_params(prompt, limits, settings, **terms)
+        else:
+            seed = request_seed(self._seed, prompt, sample, step)
+            params = sampling_params(
+                prompt, limits, settings, seed=seed, reference_tokens=self._reference_tokens, top_k_logprobs=self._top_k, **terms
+            )
         completion = await self._engine.generate(list(prompt.token_ids), params)
-        loop = find_loop(completion.token_ids, settings.loop_min_repeats, settings.loop_min_tokens, stop_ids=self._stop_ids)
+        token_ids = completion.token_ids
+        spoken = token_ids[:-1] if token_ids and token_ids[-1] in self._stop_ids else token_ids
+        loop = find_loop(spoken, min_repeats=settings.loop_min_repeats, min_tokens=settings.loop_min_tokens)
         return Trajectory(
             prompt=prompt,
-            token_ids=completion.token_ids,
+            token_ids=token_ids,
             logprobs_T=completion.logprobs_T,
             finish_reason=completion.finish_reason,  # type: ignore[arg-type]
-            cap_tokens=params.max_tokens,
+            cap_tokens=budget_tokens(prompt, limits, self._engine.context_tokens),
             step=step,
             weight_version=completion.weight_version,
             limits_generation=limits.generation,
@@ -141,7 +140,7 @@ class RolloutActor:
             os.close(handle)
             self._weights_file = Path(name)
         try:
-            self._weights_file.write_bytes(memoryview(weights))
+            self._weights_file.write_bytes(weights.tobytes())
             await update_from_file(self._engine, self._weights_file, weight_version)
         finally:
             self._weights_file.unlink(missing_ok=True)

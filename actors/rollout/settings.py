@@ -13,7 +13,7 @@ class LoopStop(Settings):
     enabled: bool = False
     """Off by default: the loss mask handles loop tails; turn on to save the tokens as well."""
     max_period_tokens: Annotated[int, Field(ge=1, le=512)] = 64
-    """Longest repeating unit looked for, tokens."""
+    """Longest repeating unit looked for, tokens; raised to twice min_tokens / min_repeats where it is less."""
     min_repeats: Annotated[int, Field(ge=2)] = 8
     """Repeats of the unit before the rollout is ended."""
     min_tokens: Annotated[int, Field(ge=2)] = 64

@@ -101,7 +101,7 @@ def test_many_step_records_come_in_pages(run, store):
 
 
 def test_samples_governor_and_decisions_are_shown(client):
-    assert client.get("/v1/samples").json()["samples"][1]["loop_onset_char"] == 16
+    assert client.get("/v1/samples").json()["samples"][1]["loop_onset_char"] == 11
     assert client.get("/v1/governor").json()["signals"]["truncation"] is None
     assert [decision["step"] for decision in client.get("/v1/governor/decisions", params={"after": 2}).json()["decisions"]] == [4]
 
@@ -154,6 +154,13 @@ def test_if_match_is_required_and_must_be_current(client):
         assert client.patch("/v1/config", content="{}", headers=headers).status_code == status, tag
 
 
+def test_a_misspelt_parameter_does_not_make_a_dry_run_real(client):
+    refused = patch(client, {"rollout": {"top_k": 7}}, dryrun="true")
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "?dryrun")
+    assert client.get("/v1/steps?after=1&after=2").status_code == 422
+    assert client.get("/v1/config").json()["generation"] == 1
+
+
 def test_only_a_merge_patch_is_taken(client):
     for content_type in ("application/json", "application/json-patch+json", "text/plain", ""):
         refused = client.patch("/v1/config", content="{}", headers=PATCH_HEADERS | {"content-type": content_type})
@@ -172,6 +179,12 @@ def test_errors_are_problem_documents_with_a_pointer_per_bad_field(client):
     for response in (client.get("/nothing"), client.delete("/v1/config"), client.get("/v1/steps", params={"after": "x"})):
         assert response.headers["content-type"] == "application/problem+json"
         assert response.json()["status"] == response.status_code
+
+
+def test_a_fault_of_the_run_is_a_problem_document_too(run, store, monkeypatch):
+    monkeypatch.setattr(run, "status", lambda: 1 / 0)
+    client = TestClient(create_app(run, store, run.registry, None), raise_server_exceptions=False)
+    assert client.get("/v1/run").json()["status"] == 500
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_null_returns_a_field_to_the_job_files_value(path):
         ({"rollout": {"a/b~c": 2}}, ["/rollout/a~1b~0c"]),
         ({"rollout": {"top_k": -1, "top_p": 7}, "governor": {"mode": "x"}}, ["/rollout/top_p", "/rollout/top_k", "/governor/mode"]),
         ({"name": "other"}, ["/name"]),
+        ({"name": None, "rollout": {"topk": None}}, ["/name", "/rollout/topk"]),
         ({"rollout": 3}, ["/rollout"]),
         ([], [""]),
         (None, [""]),

