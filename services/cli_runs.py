@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 
+SHOWN = (
+    "name", "id", "status", "exit_code", "message", "started", "ended", "out", "url",
+    "phase", "step", "total_steps", "weight_version", "cap_tokens", "pressure",
+)  # fmt: skip
+"""Lines of `opd status`; --json has everything."""
+
 RunName = Annotated[str, typer.Argument(help="A run's name on the cluster, its run directory, or its URL.", metavar="RUN")]
 Address = Annotated[
     str | None, typer.Option("--address", envvar="RAY_ADDRESS", help="The cluster: http://HEAD:8265, or what Ray itself takes.")
@@ -93,11 +99,9 @@ def status(run: RunName, address: Address = None, as_json: AsJson = False) -> No
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
-    governor, limits = facts.pop("governor", {}), facts.pop("limits", {})
-    facts |= {"pressure": governor.get("pressure"), "cap_tokens": limits.get("cap_tokens")}
-    times = {key: _clock(facts[key]) for key in ("started_s", "ended_s") if facts.get(key)}
-    shown = {key.removesuffix("_s") if key in times else key: times.get(key, value) for key, value in facts.items()}
-    _print_table((), [(key, value) for key, value in shown.items() if value not in (None, "") and not isinstance(value, dict)])
+    facts |= {"pressure": facts.get("governor", {}).get("pressure"), "cap_tokens": facts.get("limits", {}).get("cap_tokens")}
+    facts |= {"started": _clock(facts.get("started_s")), "ended": _clock(facts.get("ended_s")), "name": facts.get("run", facts.get("name"))}
+    _print_table((), [(key, facts[key]) for key in SHOWN if facts.get(key) not in (None, "", "-")])
 
 
 @commands.command()

@@ -60,6 +60,7 @@ class Submission:
     """Unix time."""
     ended_s: float | None
     message: str
+    """Why it ended."""
     exit_code: int | None
     out: str | None
     """The run directory, a path on the cluster."""
@@ -183,7 +184,7 @@ def _submission(details: Any) -> Submission:
         status=str(getattr(details.status, "value", details.status)),
         started_s=(details.start_time or 0) / 1000,
         ended_s=details.end_time / 1000 if details.end_time else None,
-        message=(details.message or "").split("\n")[0],
+        message=(details.message or "").split("\n")[0] if details.end_time else "",
         exit_code=details.driver_exit_code,
         out=metadata.get(OUT_KEY),
         url=metadata.get(URL_KEY),
