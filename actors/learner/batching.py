@@ -172,6 +172,7 @@ def deal(micro_batches: Sequence[MicroBatch], num_ranks: int) -> list[list[Micro
 
     Losses and gradients are to be summed over ranks, not averaged.
     """
+    assert micro_batches, "nothing to deal"
     hands = [list(micro_batches[rank::num_ranks]) for rank in range(num_ranks)]
     for hand in hands:
         hand += [_weightless(micro_batches[-1])] * (len(hands[0]) - len(hand))
