@@ -25,9 +25,9 @@ from services.tunables import ConfigError, ConfigStore, Document, Generation, St
 
 STATIC = Path(__file__).parent / "static"
 MERGE_PATCH = "application/merge-patch+json"
-PAGE_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
-MAX_STEPS = 1000
-# Records of one GET /v1/steps: about 1 MB.
+PAGE_POLICY = "default-src 'self'; style-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'"
+MAX_RECORDS = 1000
+# Step or decision records in one answer: a few MB.
 
 Phase = Literal["starting", "running", "paused", "stopping", "finished", "failed"]
 Responses = dict[int | str, dict[str, Any]]
@@ -96,6 +96,7 @@ class SampleRecords(BaseModel):
 
 class DecisionRecords(BaseModel):
     decisions: list[Document]
+    more: bool
 
 
 class ConfigDocument(Tunables):
@@ -166,7 +167,7 @@ def create_app(
     @api.get("/steps", responses=_answers(StepRecords))
     def show_steps(after: After = -1) -> Response:
         records = run.steps(after)
-        return respond({"steps": records[:MAX_STEPS], "more": len(records) > MAX_STEPS})
+        return respond({"steps": records[:MAX_RECORDS], "more": len(records) > MAX_RECORDS})
 
     @api.get("/samples", responses=_answers(SampleRecords))
     def show_samples() -> Response:
@@ -178,7 +179,8 @@ def create_app(
 
     @api.get("/governor/decisions", responses=_answers(DecisionRecords))
     def show_decisions(after: After = -1) -> Response:
-        return respond({"decisions": run.decisions(after)})
+        records = run.decisions(after)
+        return respond({"decisions": records[:MAX_RECORDS], "more": len(records) > MAX_RECORDS})
 
     @api.post("/run/{verb}", status_code=202, responses=_answers(_Open, 202) | _problems(409))
     def request_verb(verb: Verb) -> Response:

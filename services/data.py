@@ -7,7 +7,7 @@ Rows are kept raw and tokenised when drawn; the check up front sees each of them
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -200,6 +200,21 @@ class PromptEncoder:
         return body if body[-1:] == (stop,) else (*body, stop)
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What the check of every row found."""
+
+    indices: tuple[int, ...]
+    """Rows that are used."""
+    refused: tuple[str, ...] = ()
+    """One line per prompt that leaves too little of the context window."""
+    domains: Mapping[str, str] = field(default_factory=dict)
+    """Domain -> FILE:LINE of its first prompt."""
+    longest_tokens: int = 0
+    num_golden: int = 0
+    """Prompts with a golden column."""
+
+
 class PromptStream:
     """An endless, shuffled, resumable stream of prompts.
 
@@ -213,18 +228,11 @@ class PromptStream:
     """
 
     def __init__(
-        self,
-        rows: Rows,
-        encoder: PromptEncoder,
-        indices: Sequence[int],
-        seed: int,
-        unfinished: Literal["drop", "quota", "keep"] = "keep",
-        refused: Sequence[str] = (),
+        self, rows: Rows, encoder: PromptEncoder, survey: Survey, seed: int, unfinished: Literal["drop", "quota", "keep"] = "keep"
     ) -> None:
-        self.refused = tuple(refused)
-        """One line per prompt that leaves too little of the context window."""
+        self.survey = survey
         self._rows, self._encoder, self._seed, self._unfinished = rows, encoder, seed, unfinished
-        self._indices = np.asarray(indices)
+        self._indices = np.asarray(survey.indices)
         self._finished: dict[int, bool] = {}
         self._golden: dict[int, tuple[int, ...]] = {}
         self._epoch = self._position = 0
@@ -305,23 +313,29 @@ def open_prompts(job: Job, tokenizer: Any, context_tokens: int) -> PromptStream:
     """The training prompts of a job, every row checked.
 
     `context_tokens`: the window both models can hold. A prompt that leaves less than `rollout.min_new_tokens` of it
-    is refused (see `PromptStream.refused`). Raises DataError: file missing, empty, a broken line, or no prompt left.
+    is refused (see `PromptStream.survey`). Raises DataError: file missing, empty, a broken line, or no prompt left.
     """
     source = job.data.prompts
     encoder = PromptEncoder(tokenizer, source, job.teacher)
     rows = read_rows(source.path, source.split)
-    accepted, refused = [], []
+    accepted: list[int] = []
+    refused: list[str] = []
+    domains: dict[str, str] = {}
+    longest = num_golden = 0
     for index in range(min(len(rows), source.limit or len(rows))):
         prompt = encoder.encode(rows, index)
         num_tokens = max(len(prompt.token_ids), len(prompt.teacher_token_ids or ()))
         if context_tokens - num_tokens < job.rollout.min_new_tokens:
             refused.append(f"{rows.where(index)}: {num_tokens} tokens leave {context_tokens - num_tokens} of {context_tokens}")
-        else:
-            accepted.append(index)
-    stream = PromptStream(rows, encoder, accepted, job.seed, job.data.unfinished_by_teacher, refused)
+            continue
+        accepted.append(index)
+        domains.setdefault(prompt.domain, rows.where(index))
+        longest = max(longest, num_tokens)
+        num_golden += prompt.golden_ids is not None
     if not accepted:
-        raise DataError(f"{describe_refusals(stream.refused, job.rollout.min_new_tokens)}; no prompt is left")
-    return stream
+        raise DataError(f"{describe_refusals(refused, job.rollout.min_new_tokens)}; no prompt is left")
+    survey = Survey(tuple(accepted), tuple(refused), domains, longest, num_golden)
+    return PromptStream(rows, encoder, survey, job.seed, job.data.unfinished_by_teacher)
 
 
 def describe_refusals(refused: Sequence[str], min_new_tokens: int) -> str:

@@ -6,6 +6,7 @@ learner.weights --one object--> every rollout actor --> probe held against the l
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -53,7 +54,8 @@ def connect(address: str | None) -> None:
     """Join the cluster at `address` (or RAY_ADDRESS), else start a private one that ends with this process."""
     environment = {"env_vars": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}}
     address = address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"runtime_env": environment, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    options: dict[str, Any] = {"runtime_env": environment, "log_to_driver": False, "configure_logging": False}
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if address:
         ray.init(address=address, **options)
     else:

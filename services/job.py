@@ -51,7 +51,7 @@ class GoldenSettings(Settings):
     """Prompts the teacher answers."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """None: rollout.max_new_tokens."""
-    temperature: Annotated[float, Field(gt=0, le=4)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     cache_dir: str | None = None
     """Folder of the Parquet cache. None: `golden/` beside the run's parent folder."""
 

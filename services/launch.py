@@ -67,27 +67,28 @@ class Run:
         self.server = ControlServer(app, self._listener)
         self.monitor.update(links={"page": self.server.url, "metrics": f"{self.server.url}/metrics"})
         self._loop: Distillation | None = None
+        self._ending = False
 
     async def execute(self) -> None:
-        """The whole run. The first SIGINT or SIGTERM ends it at the next step border with a checkpoint, the second at once."""
-        main = asyncio.current_task()
-        assert main is not None
-        with _signals(lambda: self._interrupt(main)), self._announced():
-            self.server.start()
-            self._say(f"run {self.job.name}: {self.server.url} (token in {self.directory.path / 'token'})")
-            pool = None
-            fleet = Fleet(self.job, self.models)
+        """The whole run, and the end of every process of it, however it ends."""
+        self.server.start()
+        self._say(f"run {self.job.name}: {self.server.url} (token in {self.directory.path / 'token'})")
+        fleet, pool = Fleet(self.job, self.models), None
+        with contextlib.ExitStack() as stack:
             try:
-                await asyncio.to_thread(connect, self.job.cluster.address)
+                stack.enter_context(self._announced())
+                connect(self.job.cluster.address)
+                # After Ray's own handlers, so that these hold; they stay until everything is ended.
+                stack.enter_context(self._signals())
                 pool = self._start_teachers()
-                starting = asyncio.gather(fleet.start(), self._golden_after(pool))
-                _, golden = await starting
+                _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
                 await self._train(fleet, pool, golden)
                 self.monitor.enter("finished")
             except BaseException:
                 self.monitor.enter("failed")
                 raise
             finally:
+                self._ending = True
                 if pool is not None:
                     await pool.close()
                 await asyncio.to_thread(fleet.stop)
@@ -128,12 +129,29 @@ class Run:
         await self._loop.run(self._resume)
         await fleet.save_student(str(self.directory.final), model_card(self.job, self.directory))
 
-    def _interrupt(self, main: "asyncio.Task[Any]") -> None:
-        if self._loop is None or self.monitor.status()["phase"] == "stopping":
-            main.cancel()
-            return
-        self._say("interrupted: the run ends after this step, with a checkpoint (again: at once)")
-        self._loop.stop()
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the run at the next step border with a checkpoint, the second at once."""
+        main, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert main is not None
+
+        def interrupt() -> None:
+            if self._ending:
+                return
+            if self._loop is None or self.monitor.status()["phase"] == "stopping":
+                main.cancel()
+                return
+            self._say("interrupted: the run ends after this step, with a checkpoint (again: at once)")
+            self._loop.stop()
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, interrupt)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
 
     # ---- the parts
 
@@ -281,16 +299,3 @@ Distilled on-policy by OPD Governor on {time.strftime("%Y-%m-%d")}.
 
 Metrics and decisions are in `{directory.metrics.name}` and `{directory.decisions.name}` of the run directory.
 """
-
-
-@contextlib.contextmanager
-def _signals(handler: Callable[[], None]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    for number in numbers:
-        loop.add_signal_handler(number, handler)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)

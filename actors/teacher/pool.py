@@ -92,9 +92,13 @@ class TeacherPool:
             raise ValueError(f"domain {domain!r}: teachers {names} blend only on the same ids; set objective.support to sampled or student")
         return serving
 
-    async def start(self, timeout_s: float = 600.0) -> None:
+    async def start(self) -> None:
         """Wait until every actor has its model. Raises what a constructor raised, or TimeoutError."""
-        await asyncio.gather(*(member.start(timeout_s) for member in self.members))
+        await asyncio.gather(*(member.start() for member in self.members))
+
+    def num_live(self) -> dict[str, int]:
+        """Teacher -> actors that take work now; 0 while all of them restart or fail."""
+        return {teacher.settings.name: sum(member.live.is_set() for member in teacher.members) for teacher in self.teachers}
 
     async def close(self) -> None:
         await asyncio.gather(*(member.close() for member in self.members))

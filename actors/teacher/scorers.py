@@ -64,6 +64,11 @@ class GenerateOptions:
     no_repeat_ngram: int = 0
 
 
+def generate_timeout_s(settings: TeacherSettings, options: GenerateOptions) -> float:
+    """One `timeout_s` for the prompts and one per 32 decoded tokens: a pass per token, each far cheaper than scoring a full batch."""
+    return settings.timeout_s * (1 + options.max_new_tokens / 32)
+
+
 class Scorer(Protocol):
     """A frozen teacher. `score` keeps the order of its requests; None: this one could not be scored (only where a server answers)."""
 
@@ -90,17 +95,12 @@ class TorchScorer:
         self.model.generation_config = GenerationConfig()
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
         self.context_tokens: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        _require_stop_ids(stop_ids, self.vocabulary)
+        require_stop_ids(stop_ids, self.vocabulary)
         self._check_head()
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
         scores: list[TokenScores | None] = [None] * len(requests)
-        for request in requests:
-            if self.context_tokens is not None and request.num_tokens > self.context_tokens:
-                raise ValueError(
-                    f"teacher {self.settings.name}: prompt and response have {request.num_tokens} tokens, "
-                    f"its context window {self.context_tokens}; lower rollout.max_new_tokens or shorten the prompts"
-                )
+        check_window(self.settings.name, requests, self.context_tokens)
         for batch in split_batches([request.num_tokens for request in requests], self.settings.batch_tokens):
             for index, scored in zip(batch, self._score_batch([requests[index] for index in batch]), strict=True):
                 scores[index] = scored
@@ -201,6 +201,16 @@ class TorchScorer:
             )
 
 
+def check_window(teacher: str, requests: Sequence[ScoreRequest], context_tokens: int | None) -> None:
+    """Raises ValueError for a request longer than the teacher's context window."""
+    longest = max((request.num_tokens for request in requests), default=0)
+    if context_tokens is not None and longest > context_tokens:
+        raise ValueError(
+            f"teacher {teacher}: prompt and response have {longest} tokens, its context window {context_tokens}; "
+            "lower rollout.max_new_tokens or shorten the prompts"
+        )
+
+
 def split_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of like length, longest first, whose padded size stays within `batch_tokens` (a longer one goes alone).
 
@@ -259,6 +269,30 @@ def split_scores(
     return results
 
 
+def score_logp(teacher: str, request: ScoreRequest, logp_TV: np.ndarray, stop_ids: tuple[int, ...]) -> TokenScores:
+    """Scores of one response from its log-probs over the whole vocabulary, where a back end gives them."""
+    scored = score_positions(
+        torch.from_numpy(logp_TV),
+        lambda logp_CV: logp_CV,
+        torch.tensor(request.token_ids, dtype=torch.long),
+        stop_ids,
+        top_k=request.top_k,
+        given_ids_NK=None if request.support_ids_TK is None else torch.from_numpy(request.support_ids_TK.astype(np.int64)),
+    )
+    support = scored.support_ids_NK.to(torch.int32).numpy(), scored.support_logp_NK.numpy()
+    return split_scores(teacher, [request], scored.sampled_logp_N.numpy(), scored.stop_logp_N.numpy(), *support)[0]
+
+
+def merge_support(
+    given_ids_TK: np.ndarray, given_logp_TK: np.ndarray, top_ids_TK: np.ndarray, top_logp_TK: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Given columns first, then the top ones; a top id that its row already gives becomes padding, as in `score_positions`."""
+    repeated_TK = (top_ids_TK[:, :, None] == given_ids_TK[:, None, :]).any(-1)
+    ids_TK = np.concatenate([given_ids_TK, np.where(repeated_TK, PAD_ID, top_ids_TK)], axis=1).astype(np.int32)
+    logp_TK = np.concatenate([given_logp_TK, np.where(repeated_TK, -np.inf, top_logp_TK)], axis=1).astype(np.float32)
+    return ids_TK, logp_TK
+
+
 def cut_at_stop(token_ids: Sequence[int], stop_ids: Sequence[int]) -> tuple[int, ...]:
     """The ids up to the first stop id, that one included; all of them where there is none."""
     ends = [position + 1 for position, token in enumerate(token_ids) if token in stop_ids]
@@ -283,6 +317,7 @@ def digest_weights(model: str) -> str:
     return digest.hexdigest()
 
 
-def _require_stop_ids(stop_ids: tuple[int, ...], vocabulary: int) -> None:
+def require_stop_ids(stop_ids: tuple[int, ...], vocabulary: int) -> None:
+    """Raises ValueError where the teacher has no way to stop."""
     if not any(0 <= stop_id < vocabulary for stop_id in stop_ids):
         raise ValueError(f"stop ids {stop_ids}: none is in the teacher's vocabulary of {vocabulary} tokens")

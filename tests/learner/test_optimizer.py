@@ -14,9 +14,9 @@ def test_warm_up_rises_to_the_rate_and_the_end_is_the_minimum(schedule: str) -> 
     settings = LearnerSettings(learning_rate=2.0, warmup_steps=4, total_steps=20, schedule=schedule, min_lr_ratio=0.25)  # type: ignore[arg-type]
     rates = [learning_rate_at(step, settings) for step in range(21)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
-    assert rates[4] == 2.0
+    assert rates[4] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.5)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
 
 def test_decay_spares_vectors() -> None:

@@ -56,8 +56,12 @@ class FakeRun:
         self.requested: list[str] = []
         self.healthy_checkpoint = True
         self.registry = CollectorRegistry()
-        gauge = Gauge("opd_governor_cap_tokens", "The cap in force.", ["run"], registry=self.registry)
-        gauge.labels("sums").set(self.records[-1]["cap_tokens"] if self.records else 256)
+        self._cap = Gauge("opd_governor_cap_tokens", "The cap in force.", ["run"], registry=self.registry)
+        self.show_in_metrics()
+
+    def show_in_metrics(self) -> None:
+        """The metrics say what the newest record says."""
+        self._cap.labels("sums").set(self.records[-1]["cap_tokens"])
 
     def status(self) -> dict[str, Any]:
         return {
@@ -86,10 +90,10 @@ class FakeRun:
             {
                 "step": len(self.records),
                 "prompt": "1 + 2 =",
-                "response": "1 + 2 = 3, so 3, so 3, so 3, so 3",
+                "response": "1 + 2 = 3, so 3, so 3, so 3",
                 "finish_reason": "length",
-                "length_tokens": 34,
-                "loop_onset_char": 16,
+                "length_tokens": 28,
+                "loop_onset_char": 11,
             },
         ]
 

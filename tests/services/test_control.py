@@ -101,7 +101,7 @@ def test_many_step_records_come_in_pages(run, store):
 
 
 def test_samples_governor_and_decisions_are_shown(client):
-    assert client.get("/v1/samples").json()["samples"][1]["loop_onset_char"] == 16
+    assert client.get("/v1/samples").json()["samples"][1]["loop_onset_char"] == 11
     assert client.get("/v1/governor").json()["signals"]["truncation"] is None
     assert [decision["step"] for decision in client.get("/v1/governor/decisions", params={"after": 2}).json()["decisions"]] == [4]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.data import DataError, PromptEncoder, PromptStream, load_problems, open_prompts
+from services.data import DataError, PromptEncoder, PromptStream, Survey, load_problems, open_prompts
 from services.job import EvalSettings, Job, PromptSource
 from tests.tiny import tiny_tokenizer
 
@@ -54,7 +54,7 @@ def test_a_restored_cursor_goes_on_where_the_stream_was(steps, n):
     def stream():
         rows = [{"prompt": "x"}] * 7
         encoder = PromptEncoder(PLAIN, PromptSource(path="unused"))
-        return PromptStream(FakeRows(rows), encoder, range(7), seed=5)
+        return PromptStream(FakeRows(rows), encoder, Survey(tuple(range(7))), seed=5)
 
     original, resumed = stream(), stream()
     for step in steps:
@@ -93,7 +93,7 @@ def test_drop_leaves_out_what_the_teacher_does_not_finish(tmp_path):
 @given(quota=st.floats(0, 1), n=st.integers(1, 12), num_unfinished=st.integers(0, 9))
 def test_quota_bounds_the_share_of_unfinished_prompts_in_every_batch(quota, n, num_unfinished):
     encoder = PromptEncoder(PLAIN, PromptSource(path="unused"))
-    stream = PromptStream(FakeRows([{"prompt": "x"}] * 10), encoder, range(10), seed=1, unfinished="quota")
+    stream = PromptStream(FakeRows([{"prompt": "x"}] * 10), encoder, Survey(tuple(range(10))), seed=1, unfinished="quota")
     stream.mark({i: i >= num_unfinished for i in range(10)})
     for _ in range(3):
         batch = stream.next(n, unfinished_quota=quota)
@@ -197,7 +197,7 @@ def test_prompts_that_leave_too_little_of_the_window_are_refused_by_line(tmp_pat
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "x" * n} for n in (10, 60, 48, 49)])
     stream = open_prompts(job_of(path), PLAIN, 64)
     assert sorted(indices(stream.next(2))) == [0, 2]
-    assert stream.refused == (f"{path}:2: 60 tokens leave 4 of 64", f"{path}:4: 49 tokens leave 15 of 64")
+    assert stream.survey.refused == (f"{path}:2: 60 tokens leave 4 of 64", f"{path}:4: 49 tokens leave 15 of 64")
     with pytest.raises(DataError, match="no prompt is left"):
         open_prompts(job_of(path), PLAIN, 20)
 

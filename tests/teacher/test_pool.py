@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -188,8 +188,10 @@ async def test_without_a_live_actor_the_request_waits_then_is_unscored():
         async def ping(self):
             raise ConnectionError("gone")
 
-    pool = build([(settings(timeout_s=0.1, max_attempts=5), [Dead(faults=[RuntimeError("dead")] * 9)])])
+    pool = build([(settings(name="t", timeout_s=0.1, max_attempts=5), [Dead(faults=[RuntimeError("dead")] * 9)])])
+    assert pool.num_live() == {"t": 1}
     assert await asyncio.wait_for(pool.score([trajectory()]), 2) == [None]
+    assert pool.num_live() == {"t": 0}
     await pool.close()
 
 
@@ -284,8 +286,6 @@ async def test_a_concise_teacher_sees_its_own_prompt():
 
 
 async def test_a_trajectory_without_the_support_asked_for_is_refused():
-    from dataclasses import replace
-
     pool = build([(settings(), [FakeTeacher()])], support=Support(student=True))
     with pytest.raises(ValueError, match="carries no support_ids_TK"):
         await pool.score([replace(trajectory(), support_ids_TK=None)])

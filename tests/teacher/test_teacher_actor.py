@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +85,4 @@ async def test_two_actors_score_answer_and_survive_a_kill(cluster, tmp_path):
     assert None not in await pool.score(samples)
     await pool.close()
     with pytest.raises(ValueError, match="context window 256"):
-        await TeacherPool([(settings, handles[:1])]).score([trajectories(1)[0], *[long_sample()]])
-
-
-def long_sample() -> Trajectory:
-    (sample,) = trajectories(1)
-    from dataclasses import replace
-
-    return replace(sample, token_ids=(5,) * 300)
+        await TeacherPool([(settings, handles[:1])]).score([samples[0], replace(samples[1], token_ids=(5,) * 300)])
