@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help run test check bench setup prometheus
+.PHONY: help run test check bench bench-collapse setup packages
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -37,11 +37,14 @@ check: $(STAMP) ## fast tests, lint, format, types, arrows between rooms (under 
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -m "not integration and not prometheus and not chaos and not browser"
 
-prometheus:
-	@tests/install-prometheus.sh
+packages:
+	@tests/install-packages.sh
 
-test: $(STAMP) prometheus check ## everything: check, then real Ray, vLLM and Prometheus
+test: $(STAMP) packages check ## everything: check, then real Ray, vLLM and Prometheus
 	$(BIN)/python -m pytest -q -m "integration or prometheus or chaos or browser"
 
 bench: $(STAMP) ## memory of the losses, cost of governing
 	$(BIN)/python tests/bench/loss_memory.py
+
+bench-collapse: $(STAMP) ## what collapses and what holds it: every arm and seed not yet kept (hours), then table and plot
+	$(BIN)/python tests/bench/collapse/bench.py run

@@ -184,7 +184,7 @@ def token_losses(
         with torch.no_grad():
             teacher_CX = _log_softmax(teacher_logits_CV[:, :num_ids]).clamp(min=LOWEST_LOGP)
             teacher_logp_C = _gather(teacher_CX, fields.sampled_ids_N)
-            teacher_stop_logp_C = teacher_CX[:, stop_ids_E[stop_ids_E < num_ids]].logsumexp(-1)
+            teacher_stop_logp_C = teacher_CX[:, stop_ids_E[stop_ids_E < num_ids]].logsumexp(-1).clamp(min=LOWEST_LOGP)
     else:
         teacher_logp_C = fields.teacher_logp_N.to(logp_CV.dtype).clamp(min=LOWEST_LOGP)
         teacher_stop_logp_C = fields.teacher_stop_logp_N.to(logp_CV.dtype).clamp(min=LOWEST_LOGP)

@@ -19,7 +19,8 @@ export class Problem extends Error {
 
 let asking = null;
 
-function askToken() {
+function askToken(refused) {
+  document.getElementById("token-refused").hidden = !refused;
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("token-dialog");
     const input = document.getElementById("token-input");
@@ -41,7 +42,7 @@ export async function request(path, { method = "GET", headers = {}, body } = {})
     const given = token ? { authorization: `Bearer ${token}` } : {};
     const answer = await fetch(path, { method, body, cache: "no-store", headers: { ...headers, ...given } });
     if (answer.status === 401) {
-      await askToken();
+      await askToken(Boolean(token));
       continue;
     }
     const document = await answer.json();

@@ -66,7 +66,7 @@ class Chart {
       legend: { show: false },
       cursor: { drag: { x: false, y: false }, y: false },
       scales: { x: { time: false }, y },
-      axes: [axis, { ...axis, size: 58 }],
+      axes: [{ ...axis, size: 32 }, { ...axis, size: 58 }],
       series: [{}, ...this.lines.map(({ color, dash }) => ({ stroke: color, width: 2, dash, spanGaps: Boolean(this.spec.sparse), points: { show: Boolean(this.spec.sparse) } }))],
       hooks: { draw: [() => this.drawEvents()], setCursor: [(u) => this.writeLegend(u.cursor.idx)] },
     }, [[], ...this.lines.map(() => [])], this.plot);
@@ -107,8 +107,10 @@ class Chart {
     this.writeLegend(this.cursor);
   }
 
+  // Without a cursor: the newest record, or the newest that has any of these values where most have none.
   writeLegend(index) {
-    const record = this.records[index ?? this.records.length - 1];
+    const newest = this.spec.sparse ? this.records.findLast((record) => this.lines.some(({ key }) => read(record, key) !== null)) : this.records.at(-1);
+    const record = this.records[index] ?? newest;
     for (const value of this.legend.querySelectorAll("[data-series]")) {
       const raw = record ? read(record, value.dataset.series) : null;
       value.textContent = show(raw);

@@ -65,13 +65,20 @@ function showRun(run, governor) {
   charts.setRecords(records, findEvents());
 }
 
+// Steps in a row at which nothing moved are one line.
 function showDecisions() {
-  const items = decisions.slice().reverse().map(({ step, action, reason }) => {
+  const lines = [];
+  for (const { step, action, reason } of decisions) {
+    const last = lines.at(-1);
+    if (action === "hold" && last?.action === "hold") Object.assign(last, { until: step, reason });
+    else lines.push({ from: step, until: step, action, reason });
+  }
+  $("decisions").replaceChildren(...lines.reverse().map(({ from, until, action, reason }) => {
     const item = document.createElement("li");
-    item.textContent = `Step ${step}: ${action ? `${action}. ` : ""}${reason}`;
+    const steps = from === until ? `Step ${from}` : `Steps ${from} to ${until}`;
+    item.textContent = `${steps}: ${action ? `${action}. ` : ""}${reason}`;
     return item;
-  });
-  $("decisions").replaceChildren(...items);
+  }));
 }
 
 function showSample() {

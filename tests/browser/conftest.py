@@ -17,7 +17,6 @@ from services.control import create_app
 from services.server import ControlServer, bind
 from services.tunables import ConfigStore
 
-TOKEN = "browser-token"
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -33,6 +32,8 @@ FLAGS = (
 class Service:
     """A fake run with its server, which can go away and come back on the same port."""
 
+    token = "browser-token"
+
     def __init__(self, folder: Path) -> None:
         self.run = FakeRun(num_steps=60)
         self.store = ConfigStore(make_job(), folder / "config.jsonl")
@@ -41,7 +42,8 @@ class Service:
         self.start()
 
     def start(self) -> None:
-        self._server = ControlServer(create_app(self.run, self.store, self.run.registry, TOKEN), bind("127.0.0.1", self._port, TOKEN))
+        app = create_app(self.run, self.store, self.run.registry, self.token)
+        self._server = ControlServer(app, bind("127.0.0.1", self._port, self.token))
         self._server.start()
         self._port = self._server.port
         self.url = self._server.url
@@ -54,7 +56,7 @@ class Service:
         self.run.records.append(make_step(len(self.run.records) + 1) | values)
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, headers={"authorization": f"Bearer {TOKEN}"}, trust_env=False)
+        return httpx.get(self.url + path, headers={"authorization": f"Bearer {self.token}"}, trust_env=False)
 
     def patch(self, patch: dict[str, Any]) -> None:
         self.store.change(patch, expected=None, source="somebody else")

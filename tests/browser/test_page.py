@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TOKEN
 from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.browser
@@ -33,9 +32,9 @@ def wait_until(condition: Callable[[], Any], seconds: float = 20) -> Any:
 class Page:
     """What a person does with the page."""
 
-    def __init__(self, browser: Any, url: str) -> None:
+    def __init__(self, browser: Any, service: Any) -> None:
         self.browser = browser
-        browser.get(f"{url}/#token={TOKEN}")
+        browser.get(f"{service.url}/#token={service.token}")
         wait_until(lambda: "Live" in self.text("#connection"))
 
     def find(self, selector: str) -> Any:
@@ -81,7 +80,7 @@ class Page:
 
 @pytest.fixture
 def page(open_browser, service) -> Page:
-    return Page(open_browser(), service.url)
+    return Page(open_browser(), service)
 
 
 def test_the_page_shows_the_values_of_the_step_records_and_of_metrics(page, service):
@@ -100,6 +99,7 @@ def test_the_page_shows_the_values_of_the_step_records_and_of_metrics(page, serv
     for chart, series in shown.items():
         for name in series:
             assert page.value(chart, name) == pytest.approx(last[name]), name
+    assert page.value("eval", "eval_accuracy") == service.run.records[59]["eval_accuracy"]
     for bucket, nats in last["kl_by_position"].items():
         assert page.value("kl", f"kl:{bucket}") == pytest.approx(nats)
     service.run.show_in_metrics()
@@ -121,12 +121,14 @@ def test_the_token_leaves_the_address_and_is_asked_for_once_where_it_is_missing(
     browser = open_browser()
     browser.get(service.url)
     entry = wait_until(lambda: browser.find_element("css selector", "#token-dialog[open] input"))
-    entry.send_keys(TOKEN + "\n")
+    entry.send_keys("wrong\n")
+    wait_until(lambda: browser.find_element("id", "token-refused").is_displayed())
+    entry.send_keys(service.token + "\n")
     wait_until(lambda: "Live" in browser.find_element("id", "connection").text)
     browser.refresh()
     wait_until(lambda: "Live" in browser.find_element("id", "connection").text)
-    page = Page(browser, service.url)
-    wait_until(lambda: TOKEN not in page.browser.current_url)
+    page = Page(browser, service)
+    wait_until(lambda: service.token not in page.browser.current_url)
 
 
 def test_a_change_is_shown_before_it_is_sent_and_arrives(page, service):
@@ -167,7 +169,7 @@ def test_a_refused_value_is_explained_at_its_field(page, service):
 
 
 def test_a_second_tabs_stale_edit_is_refused_and_explained(page, service, open_browser):
-    other = Page(open_browser(), service.url)
+    other = Page(open_browser(), service)
     page.write("rollout.temperature", "0.7")
     other.write("rollout.top_k", "20")
     page.press("#preview-button")
@@ -205,17 +207,19 @@ def test_the_page_reconnects_after_the_run_restarts_and_reads_everything_again(p
 def test_decisions_are_marks_with_their_sentence_for_pointer_and_keyboard_and_a_list(page):
     from selenium.webdriver import ActionChains
 
-    sentence = "p95 is 94 tokens, over twice the reference: pressure up"
+    sentence = "p95 is 114 tokens: pressure up"
     mark = wait_until(lambda: page.find("#chart-length .event"))
-    assert mark.get_attribute("aria-label") == f"Step 2: tighten: {sentence}"
+    assert mark.get_attribute("aria-label") == f"Step 12: tighten: {sentence}"
     page.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", mark)
     ActionChains(page.browser).move_to_element(mark).perform()
-    wait_until(lambda: page.text("#tip") == f"Step 2: tighten: {sentence}")
+    wait_until(lambda: page.text("#tip") == f"Step 12: tighten: {sentence}")
     ActionChains(page.browser).move_to_element(page.find("h1")).perform()
     wait_until(lambda: not page.find("#tip").is_displayed())
     page.browser.execute_script("arguments[0].focus()", mark)
     wait_until(lambda: sentence in page.text("#tip"))
-    assert page.text("#decisions li").startswith("Step 60: tighten. p95 is 210 tokens")
+    lines = [line.text for line in page.browser.find_elements("css selector", "#decisions li")]
+    assert lines[0] == "Step 60: tighten. p95 is 210 tokens: pressure up"
+    assert lines[-1] == "Steps 1 to 10: hold. all signals within their targets: pressure stays 0.00"
 
 
 def test_the_arrow_keys_read_single_steps(page):
@@ -252,7 +256,7 @@ def test_verbs_reach_the_run_and_dangerous_ones_ask_first(page, service):
 def test_the_page_fits_its_screen_and_axe_finds_no_serious_fault(open_browser, service, tmp_path, name, width, height, dark):
     service.patch({"rollout": {"top_k": 20}})
     service.add_step(config_generation=2)
-    page = Page(open_browser(width, height, dark), service.url)
+    page = Page(open_browser(width, height, dark), service)
     wait_until(lambda: page.value("length", "step") == 61)
     page.write("rollout.max_new_tokens", "128")
     page.press("#preview-button")

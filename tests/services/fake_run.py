@@ -101,15 +101,14 @@ class FakeRun:
         return {"mode": "enforce", "pressure": 0.25, "signals": {"truncation": math.nan}, "limits": self.status()["limits"]}
 
     def decisions(self, after: int) -> list[dict[str, Any]]:
+        """Holds for ten steps, then tightens at every second one."""
+        steps = [step for step in range(1, len(self.records) + 1) if step > after and (step <= 10 or step % 2 == 0)]
+        hold = {"action": "hold", "signal": "", "reason": "all signals within their targets: pressure stays 0.00"}
         return [
-            {
-                "step": step,
-                "action": "tighten",
-                "signal": "length",
-                "reason": f"p95 is {90 + 2 * step} tokens, over twice the reference: pressure up",
-            }
-            for step in range(max(1, after + 1), len(self.records) + 1)
-            if step % 2 == 0
+            {"step": step} | hold
+            if step <= 10
+            else {"step": step, "action": "tighten", "signal": "length", "reason": f"p95 is {90 + 2 * step} tokens: pressure up"}
+            for step in steps
         ]
 
     def request(self, verb: str) -> dict[str, Any]:
