@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -28,12 +29,12 @@ def run(
     """
     job = load(job_file, sets)
     _quiet_environment()
-    from services.preflight import check, failures
+    from services.preflight import check, exit_code, failures
 
     directory = out or Path("runs") / job.name
-    failed = failures(check(job, directory))
-    if failed:
-        fail(failed, 3)
+    checks = check(job, directory)
+    if code := exit_code(checks):
+        fail(failures(checks), code)
     from services.distill import GuardRailError, LearnerError
     from services.fleet import SyncError
     from services.launch import Run
@@ -68,12 +69,11 @@ def check(
     job = load(job_file, sets)
     _quiet_environment()
     from services.preflight import check as preflight
-    from services.preflight import failures, render
+    from services.preflight import exit_code, render
 
     checks = preflight(job, out or Path("runs") / job.name)
     typer.echo(json.dumps([c.to_json() for c in checks], indent=1) if as_json else render(checks))
-    if failures(checks):
-        raise typer.Exit(3)
+    raise typer.Exit(exit_code(checks))
 
 
 @app.command()
@@ -82,6 +82,7 @@ def prune(
     layers: Annotated[int, typer.Option(help="Layers to keep.", min=1)],
     calibration: Annotated[Path, typer.Option(help="Prompts (.jsonl, .parquet) on which the change is measured.")],
     out: Annotated[Path, typer.Option(help="Folder for the pruned student.")],
+    heal_steps: Annotated[int, typer.Option(help="Steps of forward KL on the model's own answers afterwards; 0: none.", min=0)] = 24,
     as_json: AsJson = False,
 ) -> None:
     """Make a depth-pruned student: drop the layers whose removal changes the output least; print the measured KL per layer.
@@ -92,7 +93,7 @@ def prune(
     from services.prune import prune_model, render
 
     try:
-        rows = prune_model(model, layers, calibration, out)
+        rows = prune_model(model, layers, calibration, out, heal_steps)
     except JobError as error:
         fail([str(error)], 2)
     typer.echo(json.dumps(rows, indent=1) if as_json else render(rows))
@@ -151,7 +152,9 @@ def main() -> None:
 
 
 def _quiet_environment() -> None:
-    """What must stand before torch, vllm and ray are imported."""
+    """What must stand before torch, vllm and ray are imported; the long work before a run says how far it is."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("services").setLevel(logging.INFO)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -159,6 +162,6 @@ def _quiet_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+    from transformers.utils.logging import disable_progress_bar
 
-if __name__ == "__main__":
-    main()
+    disable_progress_bar()

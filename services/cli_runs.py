@@ -138,8 +138,8 @@ def stop(run: RunName, address: Address = None) -> None:
         if endpoint is None:
             client = jobs.connect(address)
             submission = jobs.find(client, run)
-            if not submission.live:
-                typer.echo(f"{run}: has ended already ({submission.status})")
+            if not submission.live or submission.ending:
+                typer.echo(f"{run}: {'is ending' if submission.live else 'has ended'} already ({submission.status})")
                 return
             if submission.url is None:
                 client.stop_job(submission.id)

@@ -158,9 +158,7 @@ class Fleet:
             await asyncio.gather(*(actor.announce_version.remote(version) for actor in self._rollouts))
             await self._learner.send_weights.remote(self._transfer, self._rollouts, self._job.rollout.tensor_parallel_size)
         seconds = time.monotonic() - started
-        expected, *probes = await asyncio.gather(
-            self._learner.probe.remote(self._probe), *(actor.probe.remote(self._probe) for actor in self._rollouts)
-        )
+        expected, *probes = await asyncio.gather(self.learner_probe(), *(actor.probe.remote(self._probe) for actor in self._rollouts))
         gap = max(float(np.abs(probe - expected).max()) for probe in probes)
         tolerance = self._job.cluster.probe_tolerance_nats or (1e-3 if self._all_float32() else 0.25)
         if not gap <= tolerance:
@@ -238,6 +236,10 @@ class Fleet:
         """One optimiser step."""
         return await self._learner.step.remote(rollouts, golden, limits, reference_tokens, learning_rate)
 
+    async def learner_probe(self) -> np.ndarray:
+        """The learner's log-probs on the probe sequence."""
+        return await self._learner.probe.remote(self._probe)
+
     async def save(self, folder: str) -> None:
         """Student and optimiser into a checkpoint's folder, which learner and driver share."""
         await self._learner.save.remote(folder)
@@ -260,13 +262,17 @@ class Fleet:
         """End every actor and, where it is private, the cluster; afterwards no process of the run is left."""
         self._remember_processes()
         if ray.is_initialized():
-            with contextlib.suppress(Exception):  # an engine that is already gone has nothing to shut down
-                ray.get([actor.shutdown.remote() for actor in self._rollouts], timeout=10)
-            for actor in (*self._rollouts, self._learner):
-                if actor is not None:
-                    ray.kill(actor)
+            self.end_actors()
             ray.shutdown()
         end_processes(self._descendants.items())
+
+    def end_actors(self) -> None:
+        """Engines first, so that they end their own processes."""
+        with contextlib.suppress(Exception):  # an engine that is already gone has nothing to shut down
+            ray.get([actor.shutdown.remote() for actor in self._rollouts], timeout=10)
+        for actor in (*self._rollouts, self._learner):
+            if actor is not None:
+                ray.kill(actor)
 
 
 def end_processes(processes: Iterable[tuple[int, float]], grace_s: float = 5.0) -> None:

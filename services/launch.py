@@ -277,7 +277,7 @@ class Run:
 
 def resolve_models(job: Job) -> tuple[Models, Any]:
     """Folders or ids of the models, their stop event and common window; and the student's tokenizer. Raises JobError."""
-    student = resolve_model(job.student.model)
+    student = resolve_model(job.student.model, job.data.prompts)
     teachers = tuple(t.model if t.backend == "http" else resolve_model(t.model) for t in job.teacher)
     tokenizer = tokenizer_of(job.student.tokenizer or student, job.student.trust_remote_code)
     stop_ids = job.rollout.stop_token_ids

@@ -20,6 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from actors.teacher.settings import TeacherSettings
+from actors.teacher.vllm_scorer import MAX_FULL_VOCABULARY
 from services.data import DataError, PromptStream, describe_refusals, load_problems, open_prompts
 from services.evaluate import load_verifier
 from services.job import Job, JobError
@@ -57,17 +59,19 @@ class Check:
 def check(job: Job, directory: Path) -> list[Check]:
     """Check a job against the world; starts nothing, writes nothing but converted models in the cache."""
     checks = [*_check_folder(directory), *_check_service(job), *_check_objective(job), *_check_dtypes(job)]
-    student, found = _try("student model", partial(_stand_in, job.student.model), config_of, "student.model")
+    student, found = _resolve("student model", partial(_stand_in, job.student.model), job.student.trust_remote_code, "student.model")
     checks += found
     teachers: list[str | None] = []
     for teacher in job.teacher:
         if teacher.backend == "http":
             teachers.append(None)
             continue
-        resolve = partial(_stand_in, teacher.model)
-        model, found = _try(f"teacher model {teacher.name}", resolve, config_of, f"teacher {teacher.name}: model")
+        resolve = partial(resolve_model, teacher.model)
+        model, found = _resolve(f"teacher model {teacher.name}", resolve, teacher.trust_remote_code, f"teacher {teacher.name}: model")
         teachers.append(model)
         checks += found
+        if model is not None:
+            checks += _check_vocabulary(teacher, model)
     if student is None:
         return checks
     tokenizer, found = _load_tokenizer("student", job.student.tokenizer or student, job.student.trust_remote_code)
@@ -75,16 +79,18 @@ def check(job: Job, directory: Path) -> list[Check]:
     if tokenizer is None:
         return checks
     checks += _check_pad(tokenizer)
-    stops = stop_event_ids(student, tokenizer)
-    windows = {"student": context_tokens(student)}
+    trusted = job.student.trust_remote_code
+    stops = stop_event_ids(student, tokenizer, trusted)
+    windows = [context_tokens(student, trusted)]
     for settings, model in zip(job.teacher, teachers, strict=True):
         if model is None:
             continue
         theirs, found = _load_tokenizer(f"teacher {settings.name}", model, settings.trust_remote_code)
         checks += found
         if theirs is not None:
-            checks += _check_pair(settings.name, tokenizer, theirs, stops, stop_event_ids(model, theirs), job)
-            windows[f"teacher {settings.name}"] = context_tokens(model)
+            trusted = settings.trust_remote_code
+            checks += _check_pair(settings.name, tokenizer, theirs, stops, stop_event_ids(model, theirs, trusted), job)
+            windows.append(context_tokens(model, trusted))
     checks += _check_data(job, tokenizer, windows)
     checks += _check_disk(job, student, directory)
     return checks
@@ -116,11 +122,11 @@ def _escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _try(name: str, resolve: Callable[[], str], probe: Callable[[str], Any], where: str) -> tuple[str | None, list[Check]]:
+def _resolve(name: str, resolve: Callable[[], str], trust_remote_code: bool, where: str) -> tuple[str | None, list[Check]]:
     """A model's folder or id when its config can be read, and the check that says so."""
     try:
         model = resolve()
-        probe(model)
+        config_of(model, trust_remote_code)
     except JobError as error:
         return None, [Check(name, "fail", f"{where}: {error}")]
     except (OSError, ValueError) as error:  # unknown id, no network, an architecture transformers does not know
@@ -205,25 +211,29 @@ def _check_service(job: Job) -> Iterator[Check]:
 
 def _check_objective(job: Job) -> Iterator[Check]:
     support = job.objective.support
-    gpu = torch.cuda.is_available() or bool(job.cluster.address or os.environ.get("RAY_ADDRESS"))  # a cluster may have some
+    if support == "full" and (len(job.teacher) > 1 or job.teacher[0].backend == "http"):
+        detail = "objective.support: full needs one teacher, loaded beside the learner"
+        yield Check("teacher support", "fail", detail, "name a single local teacher, or set it to sampled, student or teacher", exit_code=2)
     for teacher in job.teacher:
-        name = f"teacher support {teacher.name}"
-        refused = {
-            "vllm": support == "full" or (support in ("student", "union") and not gpu),
-            "http": support == "full",
-            "torch": False,
-        }[teacher.backend]
-        if refused:
-            detail = f"objective.support: {support} cannot be had from the {teacher.backend} back end of teacher {teacher.name}"
-            yield Check(
-                name, "fail", detail + ("" if gpu else " without a GPU"), "set its backend to torch, or support to sampled or teacher"
-            )
-        else:
-            yield Check(name, "pass", f"{support} through {teacher.backend}")
         if teacher.backend == "http" and not teacher.url:
-            yield Check(name, "fail", f"teacher {teacher.name}: backend http needs a url", "add teacher.url", exit_code=2)
+            detail = f"teacher {teacher.name}: backend http needs a url"
+            yield Check("teacher support", "fail", detail, "add url to the teacher", exit_code=2)
+        if teacher.backend == "http" and support in ("student", "union"):
+            detail = f"objective.support {support} asks teacher {teacher.name}'s server for any id's log-prob"
+            yield Check("teacher support", "warn", detail, "start the server with --max-logprobs -1, or set it to sampled or teacher")
     if any(t.backend == "vllm" for t in job.teacher) and importlib.util.find_spec("vllm") is None:
         yield Check("vllm", "fail", "teacher.backend: vllm is not installed", "install the cpu or gpu extra, or set it to torch")
+
+
+def _check_vocabulary(teacher: TeacherSettings, model: str) -> Iterator[Check]:
+    """vLLM gives log-probs by id on GPUs alone; elsewhere the scorer reads whole vocabularies, up to a size."""
+    no_gpu = not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS")  # a cluster may have some
+    vocabulary = config_of(model, teacher.trust_remote_code).vocab_size
+    if teacher.backend == "vllm" and no_gpu and vocabulary > MAX_FULL_VOCABULARY:
+        detail = (
+            f"teacher {teacher.name}: backend vllm without a GPU takes at most {MAX_FULL_VOCABULARY} tokens of vocabulary, not {vocabulary}"
+        )
+        yield Check(f"teacher support {teacher.name}", "fail", detail, "set its backend to torch")
 
 
 def _check_dtypes(job: Job) -> Iterator[Check]:
@@ -280,12 +290,12 @@ def _named(tokenizer: Any, token_id: int) -> str:
     return f"{token_id} {tokenizer.convert_ids_to_tokens(token_id)!r}"
 
 
-def _check_data(job: Job, tokenizer: Any, windows: dict[str, int]) -> Iterator[Check]:
+def _check_data(job: Job, tokenizer: Any, windows: Sequence[int]) -> Iterator[Check]:
     if job.data.prompts.chat and not tokenizer.chat_template:
         detail = "data.prompts.chat: the student's tokenizer has no chat template"
         yield Check("chat template", "fail", detail, "set it to false, or student.tokenizer to one that has a template")
         return
-    window = min(windows.values())
+    window = min(windows)
     if job.rollout.max_model_len:
         window = min(window, job.rollout.max_model_len)
     try:

@@ -126,11 +126,11 @@ class Stack:
 def prune(stack: Stack, texts: Texts, num_layers: int, shortlist: int = SHORTLIST) -> tuple[list[int], list[Drop]]:
     """Greedy search: (layers kept, the drops in order). Leaves the kept layers installed.
 
-    The first round tries every layer, later ones the `shortlist` best of the round before. A candidate runs only the layers
-    behind it, on hidden states kept from the round's own model.
+    The first round tries every layer, later ones the `shortlist` whose removal last added least. A candidate runs only the
+    layers behind it, on hidden states kept from the round's own model.
     """
-    kept = list(range(len(stack.layers)))
-    candidates, drops = list(kept), []
+    kept, drops = list(range(len(stack.layers))), list[Drop]()
+    added_nats = dict.fromkeys(kept, 0.0)
     with torch.inference_mode():
         full_NH = stack.hidden(texts)
         while len(kept) > num_layers:
@@ -138,13 +138,13 @@ def prune(stack: Stack, texts: Texts, num_layers: int, shortlist: int = SHORTLIS
             with stack.recorded() as inputs:
                 stack.hidden(texts)
             kl_nats = {}
-            for layer in candidates:
+            for layer in sorted(kept, key=added_nats.__getitem__)[: shortlist if drops else None]:
                 place = kept.index(layer)
                 stack.install(kept[place + 1 :], inputs[place])
                 kl_nats[layer] = _mean_kl(stack, full_NH, stack, stack.hidden(texts))
-            least, *rest = sorted(kl_nats, key=kl_nats.__getitem__)
+                added_nats[layer] = kl_nats[layer] - (drops[-1].kl_nats if drops else 0.0)
+            least = min(kl_nats, key=kl_nats.__getitem__)
             kept.remove(least)
-            candidates = rest[:shortlist] or list(kept)
             drops.append(Drop(least, kl_nats[least]))
             log.info("layer %d dropped: KL %.3f nats, %d layers left", least, kl_nats[least], len(kept))
     stack.install(kept)

@@ -1,11 +1,10 @@
 """Scored rollouts and golden answers in, padded micro-batches with every token's fields out.
 
-    admit: bounds truncated rollouts --> (teacher scores them) --> build_micro_batches --> deal: one list per rank
+    admit: bounds truncated rollouts --> (teacher scores them) --> build_micro_batches
 
 Shapes: B rows of a micro-batch, L padded length, N its response tokens in row order, T tokens of one response, K support.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -165,25 +164,6 @@ def build_micro_batches(
     rows += [_golden_row(prompt, limits.golden_weight / max(num_golden_tokens, 1), settings) for prompt in golden]
     rows.sort(key=lambda row: -row.num_tokens)
     return [_pad(group, pad_id) for group in _group(rows, micro_batch_tokens)]
-
-
-def deal(micro_batches: Sequence[MicroBatch], num_ranks: int) -> list[list[MicroBatch]]:
-    """Micro-batches dealt to ranks in turn; short hands are filled with weightless copies, as all ranks must run equally often.
-
-    Losses and gradients are to be summed over ranks, not averaged.
-    """
-    assert micro_batches, "nothing to deal"
-    hands = [list(micro_batches[rank::num_ranks]) for rank in range(num_ranks)]
-    for hand in hands:
-        hand += [_weightless(micro_batches[-1])] * (len(hands[0]) - len(hand))
-    return hands
-
-
-def _weightless(micro: MicroBatch) -> MicroBatch:
-    """The same passes with no loss; its tokens count as golden, so they enter no rollout metric."""
-    zero_N = torch.zeros_like(micro.fields.weight_N)
-    fields = dataclasses.replace(micro.fields, weight_N=zero_N, golden_weight_N=zero_N, rollout_N=torch.zeros_like(micro.fields.rollout_N))
-    return dataclasses.replace(micro, fields=fields)
 
 
 def _rollout_row(

@@ -13,15 +13,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
+from actors.causal_lm import CausalLM
 from actors.teacher.scoring import PAD_ID, score_positions
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import TokenScores
-
-PROBE_TOLERANCE = 1e-2
-"""Largest relative gap between our head and the model's own forward on a probe: far above rounding (bf16 included), far below a
-missing soft cap or scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +84,15 @@ class TorchScorer:
     def __init__(self, settings: TeacherSettings, stop_ids: tuple[int, ...], device: str | None = None) -> None:
         self.settings = settings
         self.stop_ids = stop_ids
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, settings.dtype)
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.lm = CausalLM(settings.model, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code)
+        self.lm.model.requires_grad_(False)
         # The checkpoint's own sampling defaults (top_p, penalties) would bend golden answers.
-        self.model.generation_config = GenerationConfig()
-        self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        self.context_tokens: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        require_stop_ids(stop_ids, self.vocabulary)
-        self._check_head()
+        self.lm.model.generation_config = GenerationConfig()
+        require_stop_ids(stop_ids, self.lm.vocabulary)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
         scores: list[TokenScores | None] = [None] * len(requests)
-        check_window(self.settings.name, requests, self.context_tokens)
+        check_window(self.settings.name, requests, self.lm.context_tokens)
         for batch in split_batches([request.num_tokens for request in requests], self.settings.batch_tokens):
             for index, scored in zip(batch, self._score_batch([requests[index] for index in batch]), strict=True):
                 scores[index] = scored
@@ -115,18 +107,19 @@ class TorchScorer:
         for row, request in enumerate(requests):
             ids_BS[row, : request.num_tokens] = torch.tensor(request.prompt_token_ids + request.token_ids)
             mask_BS[row, : request.num_tokens] = 1
-        hidden_BSD = self._hidden(ids_BS.to(self.device), mask_BS.to(self.device))
+        device = self.lm.device
+        hidden_BSD = self.lm.hidden(ids_BS.to(device), mask_BS.to(device))
         # Token t of a response is predicted at position len(prompt) - 1 + t; prompt positions get no logits.
         hidden_ND = torch.cat([hidden_BSD[row, len(r.prompt_token_ids) - 1 : r.num_tokens - 1] for row, r in enumerate(requests)])
-        sampled_N = torch.tensor([token for request in requests for token in request.token_ids], dtype=torch.long, device=self.device)
+        sampled_N = torch.tensor([token for request in requests for token in request.token_ids], dtype=torch.long, device=device)
         given_ids_NK = join_supports(requests)
         scored = score_positions(
             hidden_ND,
-            self._head,
+            self.lm.head,
             sampled_N,
             self.stop_ids,
             top_k=max(request.top_k for request in requests),
-            given_ids_NK=None if given_ids_NK is None else torch.from_numpy(given_ids_NK).to(self.device),
+            given_ids_NK=None if given_ids_NK is None else torch.from_numpy(given_ids_NK).to(device),
             chunk_tokens=self.settings.chunk_tokens,
         )
         return split_scores(
@@ -159,7 +152,8 @@ class TorchScorer:
             pad_token_id=self.stop_ids[0],
         )
         lengths = [(len(prompt) + options.max_new_tokens) * options.beams for prompt in prompts]
-        with torch.random.fork_rng(devices=[self.device] if self.device != "cpu" else []):
+        device = self.lm.device
+        with torch.random.fork_rng(devices=[device] if device.type != "cpu" else []):
             torch.manual_seed(options.seed)
             for batch in split_batches(lengths, self.settings.batch_tokens):
                 width = max(len(prompts[index]) for index in batch)
@@ -168,37 +162,10 @@ class TorchScorer:
                 for row, index in enumerate(batch):
                     ids_BS[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
                     mask_BS[row, width - len(prompts[index]) :] = 1
-                out_BS = self.model.generate(ids_BS.to(self.device), attention_mask=mask_BS.to(self.device), generation_config=config)
+                out_BS = self.lm.model.generate(ids_BS.to(device), attention_mask=mask_BS.to(device), generation_config=config)
                 for index, row_ids in zip(batch, out_BS[:, width:].tolist(), strict=True):
                     answers[index] = cut_at_stop(row_ids, self.stop_ids)
         return answers
-
-    def _hidden(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
-        return self.model.base_model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).last_hidden_state
-
-    def _head(self, hidden_CD: torch.Tensor) -> torch.Tensor:
-        """Logits as the model's own forward makes them: soft cap (Gemma 2), multiplier (Cohere), divisor (Granite)."""
-        logits_CV = self.model.get_output_embeddings()(hidden_CD)
-        config = self.model.config.get_text_config()
-        if scale := getattr(config, "logit_scale", None):
-            logits_CV = logits_CV * scale
-        if divisor := getattr(config, "logits_scaling", None):
-            logits_CV = logits_CV / divisor
-        if cap := getattr(config, "final_logit_softcapping", None):
-            logits_CV = torch.tanh(logits_CV / cap) * cap
-        return logits_CV
-
-    @torch.inference_mode()
-    def _check_head(self) -> None:
-        ids_BS = torch.arange(min(4, self.vocabulary), device=self.device)[None]
-        mask_BS = torch.ones_like(ids_BS)
-        theirs_BSV = self.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).logits.float()
-        gap = (self._head(self._hidden(ids_BS, mask_BS)[0]).float() - theirs_BSV[0]).abs().max() / theirs_BSV.abs().max().clamp_min(1.0)
-        if not gap <= PROBE_TOLERANCE:
-            raise ValueError(
-                f"teacher {self.settings.name}: {type(self.model).__name__} changes its logits in a way the torch back end does not "
-                f"know (relative gap {gap:.3g} on a probe); use backend: vllm"
-            )
 
 
 def check_window(teacher: str, requests: Sequence[ScoreRequest], context_tokens: int | None) -> None:

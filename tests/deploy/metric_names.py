@@ -26,8 +26,9 @@ def names_in(expression: str) -> set[str]:
 
     def collect(node: object) -> None:
         selector = node.vector_selector if isinstance(node, MatrixSelector) else node
-        if isinstance(selector, VectorSelector) and selector.name:
-            found.add(selector.name)
+        if isinstance(selector, VectorSelector):
+            named = selector.name or next(m.value for m in selector.matchers.matchers if m.name == "__name__")
+            found.add(named.replace("[:_]", ":"))
 
     promql_parser.walk(promql_parser.parse(expression), collect)
     return found

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.learner.batching import admit, build_micro_batches, deal, overlong_penalty, stop_tilt, token_mask, token_weights
+from actors.learner.batching import admit, build_micro_batches, overlong_penalty, stop_tilt, token_mask, token_weights
 from actors.learner.metrics import summarise
 from actors.learner.objective import LazyLogits, chunked_objective
 from actors.learner.settings import ObjectiveSettings
@@ -118,7 +118,7 @@ def learn(micro_batches, objective):
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "constant"])
 @pytest.mark.parametrize(("support", "loss"), [("sampled", "reverse_kl"), ("union", "jsd"), ("full", "forward_kl")])
-def test_micro_batches_and_ranks_add_up_to_the_whole_batch(support, loss, reduction):
+def test_micro_batches_add_up_to_the_whole_batch(support, loss, reduction):
     objective = ObjectiveSettings(support=support, loss=loss, reduction=reduction)
     options = {"top_k": 4} if support == "union" else {}
     rollouts = [*batch_of([12, 0, 30, 9, 9, 25], **options), rollout(7, 3, 40, reason="length", onset=10, period=4, **options)]
@@ -131,12 +131,6 @@ def test_micro_batches_and_ranks_add_up_to_the_whole_batch(support, loss, reduct
         total, grad = learn(part, objective)
         assert total == pytest.approx(whole, rel=1e-6)
         assert torch.allclose(grad, whole_grad, rtol=1e-6, atol=1e-9)
-
-    ranks = deal(split, 3)
-    assert len({len(hand) for hand in ranks}) == 1
-    results = [learn(hand, objective) for hand in ranks]
-    assert sum(total for total, _ in results) == pytest.approx(whole, rel=1e-6)
-    assert torch.allclose(sum(grad for _, grad in results), whole_grad, rtol=1e-6, atol=1e-9)
 
 
 def test_a_rollout_does_not_depend_on_the_widest_support_beside_it():
@@ -242,7 +236,3 @@ def test_metrics_are_sums_over_rollout_tokens():
             own = logp[t, [3, 4]].logsumexp(-1) if token in (3, 4) else logp[t, token]
             kl_nats += float(own) - float((r.scores.stop_logp_T if token in (3, 4) else r.scores.sampled_logp_T)[t])
     assert metrics.kl_nats_P.sum() == pytest.approx(kl_nats, rel=1e-5)
-
-    by_rank = [metrics_of(hand) for hand in deal(build(rollouts, micro_batch_tokens=60), 2)]
-    assert (by_rank[0] + by_rank[1]).num_tokens_P.tolist() == metrics.num_tokens_P.tolist()
-    assert (by_rank[0] + by_rank[1]).loss == pytest.approx(metrics.loss, rel=1e-6)

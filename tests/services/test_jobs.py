@@ -185,6 +185,19 @@ def test_stop_asks_a_live_run_and_ends_the_job_of_one_that_has_not_begun(opd: Op
     assert run.requested == ["stop"]
     assert cluster.jobs["sums.2"].status == "RUNNING"
 
+    del cluster.jobs["sums.2"].metadata[jobs.URL_KEY]
+    cluster.run("sums.2", **{jobs.ENDING_KEY: "yes"})
+    assert "is ending already" in opd("stop", "sums").output
+    assert cluster.jobs["sums.2"].status == "RUNNING"  # its report is being written: not to be killed
+
+
+def test_a_run_that_was_killed_is_found_ended_though_it_took_nothing_back(opd: Opd, cluster: FakeJobs, job_file: Path) -> None:
+    opd("submit", job_file)
+    cluster.run("sums", **{jobs.URL_KEY: "http://10.0.0.7:1234", jobs.TOKEN_KEY: TOKEN})
+    cluster.end("sums", "FAILED", 137, "killed")
+    assert "10.0.0.7" not in opd("list").output
+    assert "has ended (FAILED)" in opd("pause", "sums").stderr
+
 
 def test_pause_and_resume_reach_the_run_of_that_name_only(opd: Opd, cluster: FakeJobs, job_file: Path, service: Any) -> None:
     (one, run_one, _), (two, run_two, _) = service("one"), service("two")

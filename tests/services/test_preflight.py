@@ -75,9 +75,6 @@ def test_failures_are_one_line_each_that_names_the_field_and_the_remedy(job, mod
     assert "student.model: model" in failed(student="./absent")
     assert "teacher teacher: model: model" in failed(teacher={"model": str(models)})
     assert "id 85 is nothing for the student and 'é'" in failed(teacher={"model": str(models / "wide")})
-    assert "objective.support: full cannot be had from the vllm back end" in failed(
-        teacher={"backend": "vllm"}, objective={"support": "full", "loss": "reverse_kl"}
-    )
     chat = {"prompts": {"path": "unused.jsonl", "chat": True}}
     assert "data.prompts.chat: the student's tokenizer has no chat template" in failed(data=chat)
     assert "service.prometheus_url http://127.0.0.1:9" in failed(service={"prometheus_url": "http://127.0.0.1:9"})
@@ -86,12 +83,19 @@ def test_failures_are_one_line_each_that_names_the_field_and_the_remedy(job, mod
         assert f"service.port: 127.0.0.1:{port} is in use" in failed(service={"port": port})
 
 
-def test_a_student_support_needs_a_teacher_that_can_score_given_ids(job, tmp_path, monkeypatch):
+def test_a_vllm_teacher_without_a_gpu_takes_small_vocabularies_only(job, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    checks = check(job(teacher={"backend": "vllm"}, objective={"support": "student"}), tmp_path)
-    assert "student cannot be had from the vllm back end of teacher teacher without a GPU" in failures(checks)[0]
-    assert failures(check(job(teacher={"backend": "vllm"}, objective={"support": "teacher"}), tmp_path)) == []
+    assert failures(check(job(teacher={"backend": "vllm"}, objective={"support": "student"}), tmp_path)) == []
+    monkeypatch.setattr("services.preflight.MAX_FULL_VOCABULARY", 84)
+    (line,) = failures(check(job(teacher={"backend": "vllm"}), tmp_path))
+    assert line.endswith("takes at most 84 tokens of vocabulary, not 85; set its backend to torch")
+
+
+def test_a_server_must_be_able_to_score_given_ids(job, tmp_path):
+    checks = check(job(teacher={"backend": "http", "url": "http://127.0.0.1:9"}, objective={"support": "student"}), tmp_path)
+    assert found(checks, "teacher support").status == "warn"
+    assert "--max-logprobs -1" in found(checks, "teacher support").remedy
 
 
 def test_a_folder_that_cannot_be_written_is_named(job, tmp_path):
@@ -111,6 +115,7 @@ def test_a_folder_that_cannot_be_written_is_named(job, tmp_path):
             "objective.golden_weight: 0.1 needs golden answers",
         ),
         ({"teacher": {"backend": "http"}}, "backend http needs a url"),
+        ({"teacher": [{"name": "a"}, {"name": "b"}], "objective": {"support": "full"}}, "objective.support: full needs one teacher"),
     ],
 )
 def test_mistakes_in_the_job_s_own_files_have_a_code_of_their_own(job, tmp_path, groups, said):

@@ -57,6 +57,14 @@ def test_the_search_drops_the_layer_that_changes_the_output_least(tmp_path, arch
     assert kept == left
 
 
+def test_a_short_shortlist_still_finds_enough_layers_and_measures_them_right(tmp_path):
+    folder = build_tiny(tmp_path / "model", num_layers=6)
+    stack, texts = calibrated(folder)
+    kept, drops = prune(stack, texts, num_layers=1, shortlist=2)
+    assert sorted([*kept, *(drop.layer for drop in drops)]) == list(range(6))
+    assert drops[-1].kl_nats == pytest.approx(brute_force_kl(folder, kept, texts), rel=1e-3)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_pruned_folder_reloads_and_generates_with_its_cache(tmp_path, architecture, calibration):
     folder = build_tiny(tmp_path / "model", architecture, num_layers=4)

@@ -76,5 +76,7 @@ def test_a_real_server_agrees_with_the_torch_back_end(server):
     with pytest.raises(ValueError, match="refused a request: 400"):
         scorer.score([ScoreRequest((5,) * 200, (6,) * 100)])
     scorer.close()
+    misnamed = HttpScorer(TeacherSettings(model="other", backend="http", url=url), STOP_IDS)
     with pytest.raises(ValueError, match="refused a request: 404"):
-        HttpScorer(TeacherSettings(model="other", backend="http", url=url), STOP_IDS).score(requests(False))
+        misnamed.score(requests(False))
+    misnamed.close()

@@ -3,8 +3,8 @@
     python tests/bench/collapse/bench.py run --arms plain-opd governed --seeds 0 1 2     # runs what is missing
     python tests/bench/collapse/bench.py table                                           # table and plot from what is kept
 
-Each run keeps metrics.jsonl, decisions.jsonl and machine.json under tests/bench/collapse/<arm>/<seed>/; the table and the plot are made from
-those files alone. All arms share student, teacher, prompts, seeds and steps (deploy/jobs/sums-collapse.yaml).
+Each run keeps metrics.jsonl, decisions.jsonl and machine.json under tests/bench/collapse/<arm>/<seed>/; the table and the
+plot are made from those files alone. All arms share student, teacher, prompts, seeds and steps (deploy/jobs/sums-collapse.yaml).
 """
 
 import argparse
@@ -170,7 +170,8 @@ def write_table() -> str:
     if leads:
         lines += [
             "",
-            f"Lead time of `governed` over its ungoverned twin passing truncation {LEAD_TRUNCATION}: {leads} steps, median {np.median(leads):g}.",
+            f"Lead time of `governed` over its ungoverned twin passing truncation {LEAD_TRUNCATION}: {leads} steps, "
+            f"median {np.median(leads):g}.",
         ]
     text = "\n".join(lines) + "\n"
     (HERE / "table.md").write_text(text)
