@@ -165,3 +165,7 @@ def _quiet_environment() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()
