@@ -4,19 +4,16 @@ import asyncio
 import json
 import logging
 import os
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from services.job import Job, JobError, load_job
+from services.cli_runs import commands
+from services.job import JobError
+from services.terminal import AsJson, JobFile, Sets, fail, load
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-
-JobFile = Annotated[Path, typer.Argument(help="A job file such as deploy/jobs/sums.yaml.", metavar="JOB.yaml")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: learner.total_steps=10 (may be repeated).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
@@ -30,14 +27,14 @@ def run(
 
     Example: `opd run deploy/jobs/sums.yaml --set learner.total_steps=40 --out /tmp/sums`
     """
-    job = _load(job_file, sets)
+    job = load(job_file, sets)
     _quiet_environment()
     from services.preflight import check, exit_code, failures
 
     directory = out or Path("runs") / job.name
     checks = check(job, directory)
     if code := exit_code(checks):
-        _fail(failures(checks), code)
+        fail(failures(checks), code)
     from services.distill import GuardRailError, LearnerError
     from services.fleet import SyncError
     from services.launch import Run
@@ -48,13 +45,13 @@ def run(
         launched = Run(job, directory, resume=resume, say=progress.say, on_step=progress.step)
         asyncio.run(launched.execute())
     except JobError as error:
-        _fail([str(error)], 2)
+        fail([str(error)], 2)
     except GuardRailError as error:
-        _fail([f"stopped by the guard rail: {error}; see {directory / 'report.html'}"], 4)
+        fail([f"stopped by the guard rail: {error}; see {directory / 'report.html'}"], 4)
     except (SyncError, LearnerError) as error:
-        _fail([str(error)], 1)
+        fail([str(error)], 1)
     except (asyncio.CancelledError, KeyboardInterrupt):
-        _fail(["interrupted at once; --resume goes on from the newest checkpoint"], 130)
+        fail(["interrupted at once; --resume goes on from the newest checkpoint"], 130)
     progress.finish(directory)
 
 
@@ -69,7 +66,7 @@ def check(
 
     Example: `opd check deploy/jobs/smollm2.yaml --json`
     """
-    job = _load(job_file, sets)
+    job = load(job_file, sets)
     _quiet_environment()
     from services.preflight import check as preflight
     from services.preflight import exit_code, render
@@ -98,7 +95,7 @@ def prune(
     try:
         rows = prune_model(model, layers, calibration, out, heal_steps)
     except JobError as error:
-        _fail([str(error)], 2)
+        fail([str(error)], 2)
     typer.echo(json.dumps(rows, indent=1) if as_json else render(rows))
 
 
@@ -114,30 +111,44 @@ def report(
     from services.report import compare_reports, write_report
 
     if out and len(directories) == 1:
-        _fail(["--out: goes with several directories; the report of one run lies in its own directory"], 2)
+        fail(["--out: goes with several directories; the report of one run lies in its own directory"], 2)
     try:
         typer.echo(write_report(directories[0]) if len(directories) == 1 else compare_reports(directories, out or Path("comparison.html")))
     except JobError as error:
-        _fail([str(error)], 2)
+        fail([str(error)], 2)
+
+
+@app.command()
+def replay(
+    directory: Annotated[Path, typer.Argument(help="A run directory.", metavar="DIR")],
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="YAML with governor settings, or a job file: what would it have done?")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the governor's law again over a run's recorded signals; with --policy, what another one would have decided on them.
+
+    Example: `opd replay runs/sums --policy deploy/jobs/sums.yaml`
+    """
+    from services.replay import load_policy, render
+    from services.replay import replay as replay_run
+
+    try:
+        rows = replay_run(directory, load_policy(policy) if policy else None)
+    except ValueError as error:
+        fail(str(error).split("\n"), 2)
+    if as_json:
+        typer.echo(json.dumps([row.to_json() for row in rows], indent=1))
+    else:
+        typer.echo(render(rows))
+
+
+app.add_typer(commands)
 
 
 def main() -> None:
     """The entry point of the `opd` script."""
     app()
-
-
-def _load(job_file: Path, sets: list[str] | None) -> Job:
-    try:
-        return load_job(job_file, tuple(sets or ()))
-    except JobError as error:
-        _fail(str(error).split("\n"), 2)
-        raise AssertionError from None
-
-
-def _fail(lines: list[str], code: int) -> Any:
-    for line in lines:
-        print(f"opd: {line}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 def _quiet_environment() -> None:
@@ -154,3 +165,7 @@ def _quiet_environment() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

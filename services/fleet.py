@@ -21,10 +21,12 @@ from actors.learner.actor import Learner, StepReport
 from actors.rollout.actor import RolloutActor
 from actors.rollout.settings import RolloutSettings
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
-from services.job import Job
+from services.job import Job, JobError
 
 PROBE_TOKENS = 48
 """Length of the probe sequence: long enough to touch every weight, short enough to cost nothing."""
+NAMESPACE = "opd"
+"""Ray namespace of the runs' named actors; all others are anonymous and a run's own."""
 
 
 class SyncError(RuntimeError):
@@ -63,6 +65,22 @@ def connect(address: str | None) -> None:
         ray.init(address="local", include_dashboard=False, **options)
 
 
+def refuse_taken_name(run: str) -> None:
+    """Raises JobError when a live run on this cluster has the name: its metrics and its job could not be told from this one's.
+
+    Every run's learner is an actor of that name and ends with its run; creating it closes the gap that looking first leaves.
+    """
+    try:
+        ray.get_actor(_learner_name(run), namespace=NAMESPACE)
+    except ValueError:
+        return
+    raise JobError(f"name: {run!r} is taken by a live run on this cluster; give this run another name, or stop the other one")
+
+
+def _learner_name(run: str) -> str:
+    return f"{run}/learner"
+
+
 class Fleet:
     """Rollout actors and learner of a run (teacher pool and governor have handles of their own)."""
 
@@ -84,7 +102,9 @@ class Fleet:
             return gpu if value is None else value
 
         self._transfer = self._choose_transfer(bool(gpu))
-        learner_type = ray.remote(Learner).options(num_cpus=cpus, num_gpus=gpus(job.cluster.gpus_per_learner))
+        learner_type = ray.remote(Learner).options(
+            name=_learner_name(job.name), namespace=NAMESPACE, num_cpus=cpus, num_gpus=gpus(job.cluster.gpus_per_learner)
+        )
         self._learner = learner_type.remote(
             models.student,
             job.learner,

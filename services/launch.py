@@ -27,15 +27,17 @@ from services.control import create_app
 from services.data import load_problems, open_prompts
 from services.distill import Distillation, base_limits
 from services.evaluate import Evaluation, Response, load_verifier, summarise
-from services.fleet import Fleet, Models, connect
+from services.fleet import Fleet, Models, connect, refuse_taken_name
 from services.golden import GoldenSet, choose_prompts, collect_golden, golden_key
 from services.job import Job
+from services.jobs import announced
 from services.models import config_of, context_tokens, resolve_model, stop_event_ids, tokenizer_of, weights_identity
 from services.monitor import RunMonitor
 from services.report import write_report
-from services.rundir import Record, RunDirectory
+from services.rundir import ADDRESS, Record, RunDirectory
 from services.server import ControlServer, bind, load_or_create_token
 from services.telemetry import Telemetry
+from services.trackers import Trackers
 from services.tunables import ConfigStore
 
 Say = Callable[[str], None]
@@ -57,6 +59,7 @@ class Run:
             self.problems = load_problems(job.data.eval, job.data.prompts, self.tokenizer)
             self.verify = load_verifier(job.data.eval.verifier)
         self.directory = RunDirectory(out, resume=resume)
+        self._trackers = Trackers(job, out, say)
         self._token = load_or_create_token(out)
         self._listener = bind(job.service.host, job.service.port, self._token)
         self.directory.write_job(job)
@@ -76,14 +79,17 @@ class Run:
         fleet, pool = Fleet(self.job, self.models), None
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._announced())
+                stack.enter_context(self._address_files())
+                stack.enter_context(self._trackers)
                 connect(self.job.cluster.address)
                 # After Ray's own handlers, so that these hold; they stay until everything is ended.
                 stack.enter_context(self._signals())
-                pool = self._start_teachers()
-                _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
-                await self._train(fleet, pool, golden)
-                self.monitor.enter("finished")
+                refuse_taken_name(self.job.name)
+                async with announced(self.job.name, self.server.url, self._token, self.directory.path):
+                    pool = self._start_teachers()
+                    _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
+                    await self._train(fleet, pool, golden)
+                    self.monitor.enter("finished")
             except BaseException:
                 self.monitor.enter("failed")
                 raise
@@ -123,11 +129,15 @@ class Run:
             monitor=self.monitor,
             evaluate=self._evaluator(fleet) if self.problems else None,
             decode=self._decode,
-            on_step=self._on_step,
+            on_step=self._record_step,
             on_warning=self._say,
         )
         await self._loop.run(self._resume)
         await fleet.save_student(str(self.directory.final), model_card(self.job, self.directory))
+
+    def _record_step(self, record: Record) -> None:
+        self._trackers.log(record)
+        self._on_step(record)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -247,22 +257,22 @@ class Run:
         return str(self.tokenizer.decode(ids))
 
     @contextlib.contextmanager
-    def _announced(self) -> Iterator[None]:
-        """The run's /metrics address in Prometheus' file discovery, withdrawn at the end."""
-        folder = self.job.service.file_sd_dir
-        if not folder:
-            yield
-            return
-        host = self.server.url.removeprefix("http://")
-        path = Path(folder) / f"opd-{self.job.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps([{"targets": [host], "labels": {"run": self.job.name}}]))
-        scratch.replace(path)
+    def _address_files(self) -> Iterator[None]:
+        """The service's address in the run directory, and in Prometheus' file discovery where asked; withdrawn at the end."""
+        written = {self.directory.path / ADDRESS: self.server.url + "\n"}
+        if folder := self.job.service.file_sd_dir:
+            targets = [{"targets": [self.server.url.removeprefix("http://")], "labels": {"run": self.job.name}}]
+            written[Path(folder) / f"opd-{self.job.name}.json"] = json.dumps(targets)
+        for path, text in written.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_suffix(".tmp")
+            scratch.write_text(text)
+            scratch.replace(path)
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            for path in written:
+                path.unlink(missing_ok=True)
 
 
 def resolve_models(job: Job) -> tuple[Models, Any]:

@@ -5,16 +5,20 @@ it would have changed are not simulated.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
+from pydantic import ValidationError
 
 from actors.governor.law import decide
 from actors.governor.policy import Policy
 from actors.governor.signals import Signals
 from actors.governor.state import State
 from actors.trajectory import LengthLimits
+from services.job import describe_errors
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,12 @@ class ReplayRow:
     """The same keys, from the law."""
     differences: tuple[str, ...] = field(default=())
     """Keys whose values differ, nested ones joined by dots; empty: bit for bit equal."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Both decisions without the signals they share."""
+        kept = ("mode", "action", "signal", "reason", "pressure", "limits")
+        recorded, replayed = ({key: side.get(key) for key in kept} for side in (self.recorded, self.replayed))
+        return {"step": self.step, "recorded": recorded, "replayed": replayed, "differences": list(self.differences)}
 
 
 def replay(run_dir: Path, policy: Policy | None = None) -> list[ReplayRow]:
@@ -45,6 +55,34 @@ def replay(run_dir: Path, policy: Policy | None = None) -> list[ReplayRow]:
         replayed = json.loads(json.dumps(decision.to_json()))
         rows.append(ReplayRow(record["step"], record, replayed, tuple(_differences(record, replayed))))
     return rows
+
+
+def load_policy(path: Path) -> Policy:
+    """Governor settings from YAML: alone, or under `governor` as in a job file. Raises ValueError, one line per mistake."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give a YAML file with governor settings") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {getattr(error, 'problem', error)}") from None
+    if isinstance(tree, dict) and "governor" in tree:
+        tree = tree["governor"]
+    try:
+        return Policy.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{path}: {line}" for line in describe_errors(error))) from None
+
+
+def render(rows: Sequence[ReplayRow]) -> str:
+    """A line where the record and the law part, and one that sums up."""
+    lines = []
+    for row in rows:
+        if row.differences:
+            sides = [f"{side['action']} {side['pressure']:.2f} cap {side['limits']['cap_tokens']}" for side in (row.recorded, row.replayed)]
+            lines.append(f"step {row.step}: recorded {sides[0]} | replayed {sides[1]} | {row.replayed['reason']}")
+    if not lines:
+        return f"{len(rows)} decisions: every one is what the law says, bit for bit"
+    return "\n".join([*lines, f"{len(lines)} of {len(rows)} decisions differ"])
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], Policy, LengthLimits]]:

@@ -15,6 +15,9 @@ from services.job import Job, JobError
 
 Record = dict[str, Any]
 
+ADDRESS = "address"
+"""There while the run lives: the URL of its HTTP service, one line. The token lies beside it."""
+
 
 class RunDirectory:
     """Paths and append-only records of one run. Raises JobError when the folder cannot be written or holds another run."""
