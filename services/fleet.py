@@ -151,7 +151,8 @@ class Fleet:
             await asyncio.gather(*(actor.load_weights.remote(weights, version) for actor in self._rollouts))
         else:
             await asyncio.gather(*(actor.announce_version.remote(version) for actor in self._rollouts))
-            await self._learner.send_weights.remote(self._transfer, self._rollouts, self._job.rollout.tensor_parallel_size)
+            rollout = self._job.rollout
+            await self._learner.send_weights.remote(self._transfer, rollout.dtype, self._rollouts, rollout.tensor_parallel_size)
         seconds = time.monotonic() - started
         expected, *probes = await asyncio.gather(self.learner_probe(), *(actor.probe.remote(self._probe) for actor in self._rollouts))
         gap = max(float(np.abs(probe - expected).max()) for probe in probes)
