@@ -35,8 +35,7 @@ def run(
     checks = check(job, directory)
     if code := exit_code(checks):
         fail(failures(checks), code)
-    from services.distill import GuardRailError, LearnerError
-    from services.fleet import SyncError
+    from services.distill import GuardRailError, LearnerError, SyncError
     from services.launch import Run
     from services.progress import Progress
 

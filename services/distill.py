@@ -49,6 +49,10 @@ class GuardRailError(RuntimeError):
     """The governor gave the run up: exit code 4."""
 
 
+class SyncError(RuntimeError):
+    """Engine and learner disagree after a weight sync: what is sampled is not the student. The run must stop."""
+
+
 class LearnerError(RuntimeError):
     """Too many steps in a row could not be learned from."""
 
@@ -153,7 +157,7 @@ class Distillation:
         self._telemetry.beat()
         pressure = self._pressure
         deciding = asyncio.create_task(self._decide())  # beside the sync: reading metrics costs the loop nothing
-        sync = await self._sync(report.weight_version) if report else Sync(0.0, 0.0)
+        sync = await self._sync(report.weight_version) if report else Sync()
         decision = await deciding
         evaluations = await self._evaluate_now() if self._is_eval_step() else {}
 
@@ -236,6 +240,12 @@ class Distillation:
         for role in ("learner", "rollout"):
             self._telemetry.set("opd_weight_version", version, role=role)
         self._monitor.update(weight_version=version)
+        if not sync.gap_nats <= sync.tolerance_nats:
+            raise SyncError(
+                f"weight sync {version}: engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance "
+                f"{sync.tolerance_nats:g}; the engine does not hold the student's weights "
+                "(raise cluster.probe_tolerance_nats only if bfloat16 explains it)"
+            )
         return sync
 
     def _golden_for(self, step: int, num_rollouts: int) -> list[Prompt]:

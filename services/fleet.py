@@ -29,10 +29,6 @@ NAMESPACE = "opd"
 """Ray namespace of the runs' named actors; all others are anonymous and a run's own."""
 
 
-class SyncError(RuntimeError):
-    """Engine and learner disagree after a weight sync: what is sampled is not the student. The run must stop."""
-
-
 @dataclass(frozen=True, slots=True)
 class Models:
     """The job's models, resolved to folders or ids, and the stop event of student and teachers together."""
@@ -48,8 +44,10 @@ class Models:
 class Sync:
     """One weight sync."""
 
-    seconds: float
-    gap_nats: float
+    seconds: float = 0.0
+    gap_nats: float = 0.0
+    """Largest engine-learner difference on the probe."""
+    tolerance_nats: float = 0.0
 
 
 def connect(address: str | None) -> None:
@@ -145,10 +143,7 @@ class Fleet:
         return "ipc" if share is not None and 0 < share < 1 else "nccl"
 
     async def sync_weights(self, version: int) -> Sync:
-        """Bring the learner's weights into every engine, requests kept in flight, and prove it on the probe.
-
-        Raises SyncError when the gap is above the tolerance.
-        """
+        """Bring the learner's weights into every engine, requests kept in flight, and measure on the probe what arrived."""
         started = time.monotonic()
         if self._transfer == "file":
             weights = self._learner.weights.remote(self._job.rollout.dtype)
@@ -156,17 +151,13 @@ class Fleet:
             await asyncio.gather(*(actor.load_weights.remote(weights, version) for actor in self._rollouts))
         else:
             await asyncio.gather(*(actor.announce_version.remote(version) for actor in self._rollouts))
-            await self._learner.send_weights.remote(self._transfer, self._rollouts, self._job.rollout.tensor_parallel_size)
+            rollout = self._job.rollout
+            await self._learner.send_weights.remote(self._transfer, rollout.dtype, self._rollouts, rollout.tensor_parallel_size)
         seconds = time.monotonic() - started
         expected, *probes = await asyncio.gather(self.learner_probe(), *(actor.probe.remote(self._probe) for actor in self._rollouts))
         gap = max(float(np.abs(probe - expected).max()) for probe in probes)
         tolerance = self._job.cluster.probe_tolerance_nats or (1e-3 if self._all_float32() else 0.25)
-        if not gap <= tolerance:
-            raise SyncError(
-                f"weight sync {version}: engine and learner differ by {gap:.3g} nats on the probe, tolerance {tolerance:g}; "
-                "the engine does not hold the student's weights (raise cluster.probe_tolerance_nats only if bfloat16 explains it)"
-            )
-        return Sync(seconds, gap)
+        return Sync(seconds, gap, tolerance)
 
     def _all_float32(self) -> bool:
         return self._job.rollout.dtype == self._job.learner.dtype == "float32"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +78,7 @@ class Learner:
         self._stop_ids_E = torch.tensor(stop_ids, device=self._student.device)
         self._optimizer = build_optimizer([p for p in self._student.model.parameters() if p.requires_grad], settings)
         self.weight_version = 0
+        self._trainer: Any = None
 
     def step(
         self,
@@ -168,10 +170,18 @@ class Learner:
     @torch.no_grad()
     def weights(self, dtype: str) -> np.ndarray:
         """All weights as the bytes of a safetensors file (uint8), the tied output head written out on its own."""
-        tensors = {name: p.detach().to("cpu", getattr(torch, dtype)).contiguous() for name, p in self._student.model.named_parameters()}
-        head = self._student.model.get_output_embeddings().weight
-        tensors["lm_head.weight"] = head.detach().to("cpu", getattr(torch, dtype)).clone()
+        model, kind = self._student.model, getattr(torch, dtype)
+        tensors = {name: weight.detach().to("cpu", kind).contiguous() for name, weight in model.named_parameters()}
+        tensors["lm_head.weight"] = model.get_output_embeddings().weight.detach().to("cpu", kind).clone()
         return np.frombuffer(save(tensors), np.uint8)
+
+    def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
+        """The same weights to every engine over GPUs: `backend` nccl or ipc."""
+        if self._trainer is None:
+            from actors.learner.transfer import open_trainer  # vllm takes seconds to import and is needed on GPUs only
+
+            self._trainer = open_trainer(backend, self._student.model, getattr(torch, dtype), actors, workers_per_engine)
+        self._trainer.send_weights()
 
     def save_student(self, folder: str, card: str | None = None) -> None:
         """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card."""

@@ -42,7 +42,8 @@ class LiveRun:
         command = [sys.executable, "-m", "services.cli", "run", str(job), "--out", str(out)]
         command += [part for override in sets for part in ("--set", override)] + (["--resume"] if resume else [])
         self.log = out.parent / f"{out.name}.log"
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         self.processes: dict[int, float] = {}
 
     def url(self) -> str:

@@ -44,8 +44,6 @@ async def _learn_and_sync(folder: str) -> tuple[list[float], float]:
             "data": {"prompts": {"path": "none.jsonl"}},
             "rollout": {"max_num_seqs": 8, "max_new_tokens": 32},
             "learner": {"learning_rate": 3e-3},
-            # Measured here, judged by the test: the fleet itself would stop at the first gap.
-            "cluster": {"probe_tolerance_nats": 1e9},
         }
     )
     fleet = Fleet(job, Models(folder, (folder,), (1,), 256, 80))
