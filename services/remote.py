@@ -10,14 +10,16 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import yaml
 
-from services.control import MERGE_PATCH, Verb
 from services.job import JobError
 from services.rundir import ADDRESS
+
+if TYPE_CHECKING:
+    from services.control import Verb  # at run time it would bring the whole of FastAPI into every command
 
 TIMEOUT_S = 15.0
 """A service that answers at all answers in milliseconds; a step border never holds it up."""
@@ -133,14 +135,14 @@ class RunClient:
         """GET /v1/governor: mode, pressure, signals, limits."""
         return dict(self._send("GET", "/v1/governor").json())
 
-    def ask(self, verb: Verb) -> Document:
+    def ask(self, verb: "Verb") -> Document:
         """POST /v1/run/VERB: taken at the next step border; asking twice is asking once."""
         return dict(self._send("POST", f"/v1/run/{verb}").json())
 
     def tune(self, patch: Document, *, dry_run: bool = False) -> Tuning:
         """PATCH /v1/config over the settings as they are now: whole or not at all."""
         etag = self._send("GET", "/v1/config").headers["etag"]
-        headers = {"if-match": etag, "content-type": MERGE_PATCH}
+        headers = {"if-match": etag, "content-type": "application/merge-patch+json"}
         answer = self._send("PATCH", "/v1/config", params={"dry_run": str(dry_run).lower()}, headers=headers, json=patch).json()
         changes = tuple((change["pointer"][1:].replace("/", "."), change["from"], change["to"]) for change in answer["changes"])
         return Tuning(answer["generation"], answer["dry_run"], changes)

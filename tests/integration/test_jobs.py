@@ -21,6 +21,8 @@ from tests.tiny import build_tiny
 
 pytestmark = pytest.mark.integration
 
+POLL_S = 2
+"""Each look is an `opd` process, whose start takes a core from the run it looks at."""
 TRANSCRIPT = ROOT / "deploy/jobs/README.md"
 
 
@@ -53,7 +55,7 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 180) ->
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s"
-        time.sleep(0.5)
+        time.sleep(POLL_S)
     return value
 
 
