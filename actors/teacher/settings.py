@@ -21,13 +21,17 @@ class TeacherSettings(Settings):
     """Share in the blend where several teachers serve one domain."""
     backend: Literal["torch", "vllm", "http"] = "torch"
     url: str | None = None
-    """Address of an OpenAI-compatible vLLM server (back end `http`)."""
+    """Address of an OpenAI-compatible vLLM server (back end `http`). The environment's VLLM_API_KEY is sent where set."""
     num_actors: Annotated[int, Field(ge=1)] = 1
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")] = "float32"
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """GPUs that hold one copy of the model (back end `vllm`)."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of a GPU's memory that one actor may take (back end `vllm`)."""
     system_prompt: str | None = None
     """Prepended to the teacher's prompt only (concise teacher); the student's tokens follow unchanged."""
     batch_tokens: Annotated[int, Field(ge=16)] = 8192
-    """Padded tokens in one forward pass."""
+    """Padded tokens in one forward pass. At 16 nearly every request goes alone: slower, but bitwise the same whoever else waits."""
     chunk_tokens: Annotated[int, Field(ge=1)] = 1024
     """Positions whose logits exist at once: bounds memory at chunk_tokens x vocabulary."""
     max_attempts: Annotated[int, Field(ge=1)] = 3

@@ -1,0 +1,62 @@
+"""A transformers causal model, cut where losses and scores need it: hidden states first, logits in chunks after.
+
+Shapes: B sequences, L their padded length, H hidden width, C positions of a chunk, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+PROBE_TOLERANCE = 1e-2
+"""Largest relative gap between this head and the model's own forward on a probe: far above rounding (bf16 included), far below
+a missing soft cap or scale."""
+
+
+class CausalLM:
+    """`hidden` then `head` gives the model's own logits; a whole [B, L, V] tensor need never exist.
+
+    >>> lm = CausalLM("deploy/sums/student")
+    >>> logits_CV = lm.head(lm.hidden(ids_BL, mask_BL)[0, -4:])   # doctest: +SKIP
+
+    Raises ValueError for an architecture whose output head is more than a linear layer with a known cap or scale.
+    """
+
+    def __init__(
+        self, path: str, *, dtype: str = "float32", device: torch.device | str | None = None, trust_remote_code: bool = False
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        self.model: Any = model.to(self.device).eval()
+        self.context_tokens: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        self._check_head(path)
+
+    def hidden(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """[B, L, H] states after the last norm. Row l predicts token l + 1."""
+        return self.model.base_model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
+
+    def head(self, hidden_CH: Tensor) -> Tensor:
+        """[C, V] logits as the model's own forward makes them: soft cap (Gemma 2), multiplier (Cohere), divisor (Granite)."""
+        logits_CV = self.model.get_output_embeddings()(hidden_CH)
+        config = self.model.config.get_text_config()
+        if scale := getattr(config, "logit_scale", None):
+            logits_CV = logits_CV * scale
+        if divisor := getattr(config, "logits_scaling", None):
+            logits_CV = logits_CV / divisor
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits_CV = torch.tanh(logits_CV / cap) * cap
+        return logits_CV
+
+    @torch.no_grad()
+    def _check_head(self, path: str) -> None:
+        ids_BL = torch.arange(min(4, self.vocabulary), device=self.device)[None]
+        mask_BL = torch.ones_like(ids_BL)
+        theirs_LV = self.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits[0].float()
+        gap = (self.head(self.hidden(ids_BL, mask_BL)[0]).float() - theirs_LV).abs().max() / theirs_LV.abs().max().clamp_min(1.0)
+        if not gap <= PROBE_TOLERANCE:
+            raise ValueError(
+                f"model {path}: {type(self.model).__name__} changes its logits in a way that is not known here "
+                f"(relative gap {gap:.3g} on a probe); use another architecture, or backend: vllm for a teacher"
+            )

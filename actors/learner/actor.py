@@ -1,0 +1,232 @@
+"""The Ray shell of the learner: a scored batch in, one optimiser step, new weights out.
+
+ScoredRollout + golden --build_micro_batches--> forward, chunked_objective, backward --AdamW--> weights v(N+1)
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from transformers import AutoTokenizer
+
+from actors.causal_lm import CausalLM
+from actors.learner.batching import MicroBatch, ModelInputs, build_micro_batches
+from actors.learner.checkpoint import OPTIMIZER, STUDENT, load_optimizer, save_optimizer
+from actors.learner.metrics import BatchMetrics, summarise
+from actors.learner.objective import LazyLogits, TokenFields, TokenLosses, chunked_objective
+from actors.learner.optimizer import build_optimizer, learning_rate_at
+from actors.learner.settings import LearnerSettings, ObjectiveSettings
+from actors.trajectory import LengthLimits, Prompt, ScoredRollout
+
+COUNTERS = "learner.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one learner step did."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    """Loss or gradient was not finite: the weights stayed as they were."""
+    weight_version: int
+    metrics: BatchMetrics
+
+
+class Learner:
+    """The student, its optimiser, and beside them the frozen models that a loss may need.
+
+    `teacher` is loaded for the full support only; the reference (the initial student) only where `with_reference`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        settings: LearnerSettings,
+        objective: ObjectiveSettings,
+        *,
+        stop_ids: tuple[int, ...],
+        max_new_tokens: int,
+        seed: int,
+        with_reference: bool,
+        teacher: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.manual_seed(seed)
+        self._path, self._settings, self._objective = model, settings, objective
+        self._max_new_tokens, self._trust = max_new_tokens, trust_remote_code
+        # Master weights and moments are float32 whatever precision the passes run in.
+        self._student = self._load(model, "float32")
+        self._student.model.train()
+        if settings.gradient_checkpointing:
+            self._student.model.gradient_checkpointing_enable()
+        if settings.freeze_embeddings:
+            self._student.model.get_input_embeddings().requires_grad_(False)
+        self._reference = self._load_frozen(model) if with_reference else None
+        self._teacher = self._load_frozen(teacher) if teacher else None
+        self._stop_ids_E = torch.tensor(stop_ids, device=self._student.device)
+        self._optimizer = build_optimizer([p for p in self._student.model.parameters() if p.requires_grad], settings)
+        self.weight_version = 0
+        self._trainer: Any = None
+
+    def step(
+        self,
+        rollouts: Sequence[ScoredRollout],
+        golden: Sequence[Prompt],
+        limits: LengthLimits,
+        reference_tokens: float,
+        base_learning_rate: float | None = None,
+    ) -> StepReport:
+        """Learn from one batch. `base_learning_rate` replaces the job's where a person tuned it.
+
+        `golden` are prompts with golden answers; `reference_tokens` is the stop tilt's target where none is set.
+        """
+        micro_batches = build_micro_batches(
+            rollouts,
+            golden,
+            self._objective,
+            limits,
+            micro_batch_tokens=self._settings.micro_batch_tokens,
+            max_new_tokens=self._max_new_tokens,
+            reference_length_tokens=reference_tokens,
+        )
+        micro_batches = [micro.to(self._student.device) for micro in micro_batches]
+        rate = learning_rate_at(self.weight_version, self._settings) * limits.lr_scale
+        if base_learning_rate is not None:
+            rate *= base_learning_rate / self._settings.learning_rate
+        first: list[TokenLosses] | None = None
+        loss, grad_norm, skipped = 0.0, 0.0, False
+        for _ in range(self._settings.epochs_per_batch):
+            loss, grad_norm, skipped, losses = self._epoch(micro_batches, limits, rate)
+            if first is None:
+                first = losses
+                fields = [micro.fields.with_proximal(part) for micro, part in zip(micro_batches, losses, strict=True)]
+                micro_batches = [MicroBatch(m.student, m.teacher, f) for m, f in zip(micro_batches, fields, strict=True)]
+        assert first is not None
+        self.weight_version += 1
+        parts = [summarise(part, micro.fields, self._stop_ids_E) for micro, part in zip(micro_batches, first, strict=True)]
+        return StepReport(loss, grad_norm, rate, skipped, self.weight_version, reduce(add, parts))
+
+    def _epoch(self, micro_batches: list[MicroBatch], limits: LengthLimits, rate: float) -> tuple[float, float, bool, list[TokenLosses]]:
+        """One forward and backward over the batch and one optimiser step; a non-finite one changes nothing."""
+        self._optimizer.zero_grad(set_to_none=True)
+        total, parts = 0.0, []
+        for micro in micro_batches:
+            loss, losses = self._loss(micro.student, micro.teacher, micro.fields, limits)
+            loss.backward()
+            total += float(loss.detach())
+            parts.append(losses)
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm))
+        skipped = not (np.isfinite(total) and np.isfinite(grad_norm))
+        if not skipped:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+        return total, grad_norm, skipped, parts
+
+    def _loss(
+        self, inputs: ModelInputs, teacher_inputs: ModelInputs, fields: TokenFields, limits: LengthLimits
+    ) -> tuple[torch.Tensor, TokenLosses]:
+        reference = self._reference if limits.reference_kl_weight > 0 else None
+        with torch.autocast(self._student.device.type, torch.bfloat16, enabled=self._settings.dtype == "bfloat16"):
+            with torch.no_grad():
+                reference_logits = self._lazy(reference, inputs) if reference else None
+                teacher_logits = self._lazy(self._teacher, teacher_inputs) if self._teacher else None
+            return chunked_objective(
+                self._lazy(self._student, inputs),
+                fields,
+                self._objective,
+                self._stop_ids_E,
+                chunk_tokens=self._settings.chunk_tokens,
+                reference_kl_weight=limits.reference_kl_weight if reference else 0.0,
+                teacher=teacher_logits,
+                reference=reference_logits,
+            )
+
+    @staticmethod
+    def _lazy(lm: CausalLM, inputs: ModelInputs) -> LazyLogits:
+        hidden_BLH = lm.hidden(inputs.input_ids_BL, inputs.attention_mask_BL)
+        return LazyLogits(hidden_BLH.flatten(0, 1)[inputs.predictor_N], lm.head)
+
+    @torch.no_grad()
+    def probe(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Log-probs [L - 1] of a fixed sequence, float32, to hold against an engine's."""
+        ids_BL = torch.tensor([list(token_ids)], device=self._student.device)
+        logits_LV = self._student.head(self._student.hidden(ids_BL, torch.ones_like(ids_BL))[0, :-1])
+        return logits_LV.float().log_softmax(-1).gather(1, ids_BL[0, 1:, None])[:, 0].cpu().numpy()
+
+    @torch.no_grad()
+    def weights(self, dtype: str) -> np.ndarray:
+        """All weights as the bytes of a safetensors file (uint8), the tied output head written out on its own."""
+        model, kind = self._student.model, getattr(torch, dtype)
+        tensors = {name: weight.detach().to("cpu", kind).contiguous() for name, weight in model.named_parameters()}
+        tensors["lm_head.weight"] = model.get_output_embeddings().weight.detach().to("cpu", kind).clone()
+        return np.frombuffer(save(tensors), np.uint8)
+
+    def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
+        """The same weights to every engine over GPUs: `backend` nccl or ipc."""
+        if self._trainer is None:
+            from actors.learner.transfer import open_trainer  # vllm takes seconds to import and is needed on GPUs only
+
+            self._trainer = open_trainer(backend, self._student.model, getattr(torch, dtype), actors, workers_per_engine)
+        self._trainer.send_weights()
+
+    def save_student(self, folder: str, card: str | None = None) -> None:
+        """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card."""
+        self._student.model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust).save_pretrained(folder)
+        source = Path(self._path) / "generation_config.json"
+        if source.is_file():
+            shutil.copyfile(source, Path(folder) / source.name)
+        if card is not None:
+            (Path(folder) / "README.md").write_text(card)
+
+    def save(self, folder: str) -> None:
+        """Student, optimiser and the learner's own counters, for `restore`."""
+        self.save_student(str(Path(folder) / STUDENT))
+        save_optimizer(self._optimizer, self._optimized_names(), Path(folder) / OPTIMIZER)
+        (Path(folder) / COUNTERS).write_text(json.dumps({"weight_version": self.weight_version}))
+
+    def restore(self, folder: str, *, rollback: bool = False) -> int:
+        """Take a checkpoint's weights; returns the weight version in force.
+
+        On a rollback the version goes on from the present one, for versions never repeat, and the moments that led astray are
+        dropped.
+        """
+        saved = CausalLM(str(Path(folder) / STUDENT), device="cpu", trust_remote_code=self._trust)
+        self._student.model.load_state_dict(saved.model.state_dict())
+        if rollback:
+            self._optimizer.state.clear()
+        else:
+            load_optimizer(self._optimizer, self._optimized_names(), Path(folder) / OPTIMIZER)
+            self.weight_version = json.loads((Path(folder) / COUNTERS).read_text())["weight_version"]
+        return self.weight_version
+
+    def ping(self) -> int:
+        """The process id: another one than before means a restart."""
+        return os.getpid()
+
+    def _optimized_names(self) -> list[str]:
+        """Parameter names in the optimiser's own order."""
+        name_of = {id(p): name for name, p in self._student.model.named_parameters()}
+        return [name_of[id(p)] for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _load(self, path: str, dtype: str) -> CausalLM:
+        return CausalLM(path, dtype=dtype, trust_remote_code=self._trust)
+
+    def _load_frozen(self, path: str) -> CausalLM:
+        lm = self._load(path, self._settings.dtype)
+        lm.model.requires_grad_(False)
+        return lm

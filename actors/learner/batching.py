@@ -1,0 +1,260 @@
+"""Scored rollouts and golden answers in, padded micro-batches with every token's fields out.
+
+    admit: bounds truncated rollouts --> (teacher scores them) --> build_micro_batches
+
+Shapes: B rows of a micro-batch, L padded length, N its response tokens in row order, T tokens of one response, K support.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.learner.objective import TokenFields
+from actors.learner.settings import ObjectiveSettings
+from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
+
+MAX_PADDING_RATIO = 0.1
+"""A micro-batch is closed rather than padded beyond this share."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """Right-padded rows of prompt and response, and where the states that predict the response lie.
+
+    >>> hidden_NH = model.model(inputs.input_ids_BL, inputs.attention_mask_BL).last_hidden_state.flatten(0, 1)[inputs.predictor_N]
+    """
+
+    input_ids_BL: Tensor
+    attention_mask_BL: Tensor
+    predictor_N: Tensor
+    """Index, in [B x L] flattened, of the position whose hidden state predicts each response token."""
+
+    def to(self, device: torch.device | str) -> "ModelInputs":
+        return ModelInputs(self.input_ids_BL.to(device), self.attention_mask_BL.to(device), self.predictor_N.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward and backward pass consumes."""
+
+    student: ModelInputs
+    teacher: ModelInputs
+    """The same responses behind the teacher's prompts; the very object `student` where no prompt differs."""
+    fields: TokenFields
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        student = self.student.to(device)
+        teacher = student if self.teacher is self.student else self.teacher.to(device)
+        return MicroBatch(student, teacher, self.fields.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One sequence before padding: its two prompts, its response and the fields of each response token."""
+
+    prompt_ids: tuple[int, ...]
+    teacher_prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    fields: dict[str, np.ndarray]
+
+    @property
+    def num_tokens(self) -> int:
+        return max(len(self.prompt_ids), len(self.teacher_prompt_ids)) + len(self.response_ids)
+
+
+def admit(trajectories: Sequence[Trajectory], quota: float) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Refuse truncated rollouts until their share in what is left is at most `quota`; returns (admitted, refused), in order.
+
+    Those with the largest share of tokens before a loop's onset stay, the earlier ones where equal. Where every rollout
+    is truncated a quota below 1 refuses all: nothing else would keep the share.
+    """
+    truncated = [index for index, trajectory in enumerate(trajectories) if trajectory.truncated]
+    num_complete = len(trajectories) - len(truncated)
+    # k truncated beside c complete: k / (k + c) <= quota
+    num_kept = len(truncated) if quota >= 1 else math.floor(quota * num_complete / (1 - quota) + 1e-9)
+    kept = set(sorted(truncated, key=lambda index: -_healthy_share(trajectories[index]))[:num_kept])
+    admitted = [t for index, t in enumerate(trajectories) if not t.truncated or index in kept]
+    refused = [t for index, t in enumerate(trajectories) if t.truncated and index not in kept]
+    return admitted, refused
+
+
+def _healthy_share(trajectory: Trajectory) -> float:
+    if trajectory.loop_onset is None or not trajectory.token_ids:
+        return 1.0
+    return trajectory.loop_onset / len(trajectory.token_ids)
+
+
+def token_mask(trajectory: Trajectory, settings: ObjectiveSettings, loop_tail_weight: float) -> np.ndarray:
+    """[T] how much each token counts: 1, or `loop_tail_weight` from one period after a loop's onset; 0 throughout where masked."""
+    mask_T = np.ones(len(trajectory.token_ids))
+    if trajectory.truncated and settings.truncated == "mask":
+        return np.zeros_like(mask_T)
+    if trajectory.loop_onset is not None:
+        mask_T[trajectory.loop_onset + (trajectory.loop_period or 0) :] = loop_tail_weight
+    return mask_T
+
+
+def token_weights(masks: Sequence[np.ndarray], reduction: str, normaliser_tokens: float) -> list[np.ndarray]:
+    """Each token's weight in the loss of the whole batch, so that loss = sum of weight x token loss.
+
+    `masks`: one [T] array in [0, 1] per sequence. token_mean: mean over all tokens, weighted by the mask; sequence_mean:
+    mean over sequences (fully masked ones left out) of that mean; constant: sum / (number of sequences x normaliser).
+    """
+    sums = [float(mask_T.sum()) for mask_T in masks]
+    match reduction:
+        case "token_mean":
+            divisors = [sum(sums)] * len(masks)
+        case "sequence_mean":
+            num_sequences = sum(total > 0 for total in sums)
+            divisors = [total * num_sequences for total in sums]
+        case "constant":
+            divisors = [len(masks) * normaliser_tokens] * len(masks)
+        case _:
+            raise ValueError(f"reduction {reduction!r}: use token_mean, sequence_mean or constant")
+    return [mask_T / divisor if divisor > 0 else np.zeros_like(mask_T) for mask_T, divisor in zip(masks, divisors, strict=True)]
+
+
+def stop_tilt(num_tokens: int, strength_nats: float, target_tokens: float, width_tokens: float) -> np.ndarray:
+    """[num_tokens] b(t) = strength x clip((t - target) / width, 0, 1), t the token's index in the response."""
+    return strength_nats * np.clip((np.arange(num_tokens) - target_tokens) / width_tokens, 0, 1)
+
+
+def overlong_penalty(length_tokens: int, cap_tokens: int, buffer_ratio: float) -> float:
+    """DAPO's soft overlong punishment (arXiv 2503.14476): 0 up to cap - buffer, linear to -1 at the cap, -1 beyond."""
+    buffer_tokens = buffer_ratio * cap_tokens
+    return -min(max((length_tokens - (cap_tokens - buffer_tokens)) / buffer_tokens, 0.0), 1.0)
+
+
+def build_micro_batches(
+    rollouts: Sequence[ScoredRollout],
+    golden: Sequence[Prompt],
+    settings: ObjectiveSettings,
+    limits: LengthLimits,
+    *,
+    micro_batch_tokens: int,
+    max_new_tokens: int,
+    reference_length_tokens: float | None = None,
+    pad_id: int = 0,
+) -> list[MicroBatch]:
+    """One optimiser step's batch, longest rows first, as micro-batches of at most `micro_batch_tokens` padded tokens.
+
+    A row longer than that has a micro-batch to itself. `golden`: prompts with `golden_ids`, learnt by cross-entropy with
+    weight `limits.golden_weight` (mean over their tokens). `max_new_tokens` is the constant reduction's normaliser and
+    `reference_length_tokens` the stop tilt's target where the settings leave them open. Raises ValueError where a tilt
+    has no target, or a dense loss no support.
+
+    >>> for micro in build_micro_batches(rollouts, golden, settings, limits, micro_batch_tokens=8192, max_new_tokens=512):
+    ...     hidden_NH = model.model(micro.student.input_ids_BL, ...).last_hidden_state.flatten(0, 1)[micro.student.predictor_N]
+    """
+    normaliser_tokens = settings.constant_normaliser_tokens or float(max_new_tokens)
+    target_tokens = settings.stop_tilt_target_tokens or reference_length_tokens
+    if limits.stop_tilt_nats > 0 and target_tokens is None:
+        raise ValueError("objective.stop_tilt_target_tokens: not set and no reference length known; set it or stop_tilt_nats to 0")
+
+    masks = [token_mask(rollout.trajectory, settings, limits.loop_tail_weight) for rollout in rollouts]
+    weights = token_weights(masks, settings.reduction, normaliser_tokens)
+    rows = [
+        _rollout_row(rollout, weight_T, settings, limits, target_tokens or 0.0) for rollout, weight_T in zip(rollouts, weights, strict=True)
+    ]
+    num_golden_tokens = sum(len(prompt.golden_ids or ()) for prompt in golden)
+    rows += [_golden_row(prompt, limits.golden_weight / max(num_golden_tokens, 1), settings) for prompt in golden]
+    rows.sort(key=lambda row: -row.num_tokens)
+    return [_pad(group, pad_id) for group in _group(rows, micro_batch_tokens)]
+
+
+def _rollout_row(
+    rollout: ScoredRollout, weight_T: np.ndarray, settings: ObjectiveSettings, limits: LengthLimits, target_tokens: float
+) -> _Row:
+    trajectory, scores = rollout.trajectory, rollout.scores
+    num_tokens = len(trajectory.token_ids)
+    penalty = overlong_penalty(num_tokens, trajectory.cap_tokens, settings.overlong_buffer_ratio)
+    fields = _blank_fields(trajectory.token_ids) | {
+        "rollout_N": np.ones(num_tokens, bool),
+        "weight_N": weight_T,
+        "behaviour_logp_N": trajectory.logprobs_T,
+        "teacher_logp_N": scores.sampled_logp_T,
+        "teacher_stop_logp_N": scores.stop_logp_T,
+        "tilt_N": stop_tilt(num_tokens, limits.stop_tilt_nats, target_tokens, settings.stop_tilt_width_tokens),
+        "overlong_N": np.full(num_tokens, settings.overlong_weight * penalty),
+    }
+    if settings.support not in ("sampled", "full"):
+        if scores.support_ids_TK is None or scores.support_logp_TK is None:
+            raise ValueError(f"objective.support {settings.support}: teacher {scores.teacher} returned no top-k log-probs")
+        fields |= {"support_ids_NK": scores.support_ids_TK, "support_logp_NK": scores.support_logp_TK}
+    for name, values in fields.items():
+        assert len(values) == num_tokens, f"{name}: {len(values)} values for {num_tokens} tokens"
+    prompt = trajectory.prompt
+    return _Row(prompt.token_ids, prompt.teacher_token_ids or prompt.token_ids, trajectory.token_ids, fields)
+
+
+def _golden_row(prompt: Prompt, weight: float, settings: ObjectiveSettings) -> _Row:
+    assert prompt.golden_ids is not None, f"prompt {prompt.index} has no golden answer"
+    num_tokens = len(prompt.golden_ids)
+    fields = _blank_fields(prompt.golden_ids) | {"golden_weight_N": np.full(num_tokens, weight)}
+    if settings.support not in ("sampled", "full"):
+        fields |= {"support_ids_NK": np.zeros((num_tokens, 0), np.int32), "support_logp_NK": np.zeros((num_tokens, 0), np.float32)}
+    return _Row(prompt.token_ids, prompt.token_ids, prompt.golden_ids, fields)
+
+
+def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
+    num_tokens = len(response_ids)
+    zeros = ("weight_N", "golden_weight_N", "behaviour_logp_N", "teacher_logp_N", "teacher_stop_logp_N", "tilt_N", "overlong_N")
+    return {
+        "sampled_ids_N": np.asarray(response_ids, np.int64),
+        "position_N": np.arange(num_tokens),
+        "rollout_N": np.zeros(num_tokens, bool),
+    } | {name: np.zeros(num_tokens) for name in zeros}
+
+
+def _group(rows: list[_Row], micro_batch_tokens: int) -> list[list[_Row]]:
+    """Cut rows, longest first, where the next would exceed the size or the padding bound."""
+    groups: list[list[_Row]] = []
+    used_tokens = 0
+    for row in rows:
+        if groups:
+            padded_tokens = (len(groups[-1]) + 1) * groups[-1][0].num_tokens
+            fits = padded_tokens <= micro_batch_tokens
+            dense = used_tokens + row.num_tokens >= (1 - MAX_PADDING_RATIO) * padded_tokens
+        if groups and fits and dense:
+            groups[-1].append(row)
+            used_tokens += row.num_tokens
+        else:
+            groups.append([row])
+            used_tokens = row.num_tokens
+    return groups
+
+
+def _pad(rows: list[_Row], pad_id: int) -> MicroBatch:
+    student = _inputs([(row.prompt_ids, row.response_ids) for row in rows], pad_id)
+    shared = all(row.teacher_prompt_ids == row.prompt_ids for row in rows)
+    teacher = student if shared else _inputs([(row.teacher_prompt_ids, row.response_ids) for row in rows], pad_id)
+    return MicroBatch(student, teacher, TokenFields(**{name: _join(rows, name) for name in rows[0].fields}))
+
+
+def _inputs(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int) -> ModelInputs:
+    longest = max(len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in sequences)
+    input_ids_BL = torch.full((len(sequences), longest), pad_id)
+    attention_mask_BL = torch.zeros((len(sequences), longest), dtype=torch.long)
+    predictors = []
+    for row, (prompt_ids, response_ids) in enumerate(sequences):
+        assert prompt_ids, "a response needs at least one prompt token to be predicted from"
+        num_tokens = len(prompt_ids) + len(response_ids)
+        input_ids_BL[row, :num_tokens] = torch.tensor(prompt_ids + response_ids)
+        attention_mask_BL[row, :num_tokens] = 1
+        predictors.append(row * longest + len(prompt_ids) - 1 + torch.arange(len(response_ids)))
+    return ModelInputs(input_ids_BL, attention_mask_BL, torch.cat(predictors))
+
+
+def _join(rows: list[_Row], name: str) -> Tensor:
+    """One field of all rows, as float32 unless it holds ids or flags; supports are padded to the widest, ids with -1."""
+    parts = [row.fields[name] for row in rows]
+    if parts[0].ndim == 2:
+        width = max(part.shape[1] for part in parts)
+        padding = -1 if name == "support_ids_NK" else 0
+        parts = [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=padding) for part in parts]
+    joined = torch.from_numpy(np.concatenate(parts))
+    return joined.float() if joined.is_floating_point() else joined

@@ -1,0 +1,30 @@
+"""AdamW over the trainable weights and the learning rate of each step (pure torch)."""
+
+import math
+
+import torch
+
+from actors.learner.settings import LearnerSettings
+
+
+def build_optimizer(parameters: list[torch.nn.Parameter], settings: LearnerSettings) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay spares vectors (norms, biases)."""
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, fused=True)
+
+
+def learning_rate_at(step: int, settings: LearnerSettings) -> float:
+    """Linear warm-up, then constant, cosine or linear to min_lr_ratio at total_steps. Steps count from 0.
+
+    >>> learning_rate_at(0, LearnerSettings(learning_rate=1.0, warmup_steps=4))
+    0.25
+    """
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    progress = min(1.0, (step - settings.warmup_steps) / max(1, settings.total_steps - settings.warmup_steps))
+    share = (1 + math.cos(math.pi * progress)) / 2 if settings.schedule == "cosine" else 1 - progress
+    return settings.learning_rate * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * share)

@@ -1,0 +1,65 @@
+"""Weights out through vLLM's own trainer engines (nccl, ipc), where learner and engines have GPUs.
+
+    StudentSource (all weights, the output head on its own) --vLLM trainer engine--> every worker of every rollout actor
+
+Without GPUs the fleet moves the same weights as one file instead (`Learner.weights`).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import torch
+from ray.util import get_node_ip_address
+from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransferEngine, WeightSource, WeightTransferInitRequest
+from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.utils.network_utils import get_open_port
+
+
+class StudentSource(WeightSource):
+    """The student's weights in checkpoint names and the engine's dtype; a tied output head is sent on its own."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, self._dtype, tuple(weight.shape)) for name, weight in self._named()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, weight.detach().to(self._dtype)) for name, weight in self._named())
+
+    def _named(self) -> list[tuple[str, torch.Tensor]]:
+        weights = dict(self._model.named_parameters())
+        return list((weights | {"lm_head.weight": self._model.get_output_embeddings().weight}).items())
+
+
+class EnginesClient(RayVLLMWeightSyncClient):
+    """Several engines in one group: each engine's workers get ranks after those of the engines before it."""
+
+    def __init__(self, actors: list[Any], workers_per_engine: int) -> None:
+        super().__init__(actors)
+        self._workers_per_engine = workers_per_engine
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        requests = []
+        for index in range(len(self.handles)):
+            own = dict(init_info)
+            if "rank_offset" in own:
+                own["rank_offset"] += index * self._workers_per_engine
+            requests.append(WeightTransferInitRequest(init_info=own))
+        ray.get([handle.init_weight_transfer_engine.remote(request) for handle, request in zip(self.handles, requests, strict=True)])
+
+
+def open_trainer(
+    backend: str, model: Any, dtype: torch.dtype, actors: list[Any], workers_per_engine: int
+) -> TrainerWeightTransferEngine[Any]:
+    """Meet the engines; blocks until all of them have joined. `send_weights()` of what is returned is one whole update."""
+    client = EnginesClient(actors, workers_per_engine)
+    init_info: IPCTrainerInitInfo | NCCLTrainerInitInfo = IPCTrainerInitInfo(rank=0)
+    if backend == "nccl":
+        world_size = 1 + len(actors) * workers_per_engine
+        init_info = NCCLTrainerInitInfo(get_node_ip_address(), get_open_port(), world_size, rank=0)
+    return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=StudentSource(model, dtype))

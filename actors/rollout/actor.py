@@ -1,0 +1,161 @@
+"""The Ray shell around an engine: prompts in, finished trajectories out as they finish; weights in.
+
+learner --weights--> RolloutActor(Engine) --chunks of Trajectory--> driver
+"""
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.rollout.settings import RolloutSettings
+from actors.trajectory import LengthLimits, Prompt, Trajectory
+
+HAND_ON_S = 0.02
+"""Finished rollouts are handed on together after this long: one message per trajectory would cost the driver more than it saves."""
+
+
+class RolloutActor:
+    """Samples the student with one vLLM engine. An async actor: many calls are in flight at once.
+
+    `top_k` > 0 records the student's top-k ids at each position, for a dense loss on the student's support.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        settings: RolloutSettings,
+        *,
+        stop_ids: tuple[int, ...],
+        reference_tokens: float | None,
+        weight_transfer: str,
+        seed: int,
+        top_k: int = 0,
+    ) -> None:
+        self._model, self._settings, self._seed = model, settings, seed
+        self._stop_ids, self._reference_tokens, self._top_k = stop_ids, reference_tokens, top_k
+        self._weight_transfer = weight_transfer
+        self._weights_file: Path | None = None
+
+    async def start(self) -> int:
+        """Bring the engine up; returns its context window, tokens."""
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(self._settings.kv_cache_gib))))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from actors.rollout.engine import Engine  # importing vllm takes seconds: not before the actor has its own process
+
+        self._engine = Engine(self._model, self._settings, weight_transfer=self._weight_transfer, seed=self._seed, max_logprobs=self._top_k)
+        return self._engine.context_tokens
+
+    def set_reference(self, reference_tokens: float) -> None:
+        """Length that a stop ramp without a target of its own starts from."""
+        self._reference_tokens = reference_tokens
+
+    async def rollout(
+        self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: RolloutSettings, *, greedy: bool = False
+    ) -> AsyncIterator[list[Trajectory]]:
+        """Sample one response per (prompt, sample number) under `limits`; yields lists of trajectories as they finish.
+
+        `settings` are the sampling settings in force: they may change while the run goes on.
+        """
+        pending = {asyncio.create_task(self._sample(prompt, sample, limits, step, settings, greedy)) for prompt, sample in requests}
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if pending:
+                    more, pending = await asyncio.wait(pending, timeout=HAND_ON_S)
+                    done |= more
+                yield [task.result() for task in done]
+        finally:
+            for task in pending:
+                task.cancel()
+
+    async def _sample(
+        self, prompt: Prompt, sample: int, limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool
+    ) -> Trajectory:
+        from actors.rollout.loops import find_loop
+        from actors.rollout.sampling import budget_tokens, greedy_params, sampling_params
+
+        terms: dict[str, Any] = {"stop_ids": self._stop_ids, "context_tokens": self._engine.context_tokens}
+        if greedy:
+            params = greedy_params(prompt, limits, settings, **terms)
+        else:
+            seed = request_seed(self._seed, prompt, sample, step)
+            params = sampling_params(
+                prompt, limits, settings, seed=seed, reference_tokens=self._reference_tokens, top_k_logprobs=self._top_k, **terms
+            )
+        completion = await self._engine.generate(list(prompt.token_ids), params)
+        token_ids = completion.token_ids
+        spoken = token_ids[:-1] if token_ids and token_ids[-1] in self._stop_ids else token_ids
+        loop = find_loop(spoken, min_repeats=settings.loop_min_repeats, min_tokens=settings.loop_min_tokens)
+        return Trajectory(
+            prompt=prompt,
+            token_ids=token_ids,
+            logprobs_T=completion.logprobs_T,
+            finish_reason=completion.finish_reason,  # type: ignore[arg-type]
+            cap_tokens=budget_tokens(prompt, limits, self._engine.context_tokens),
+            step=step,
+            weight_version=completion.weight_version,
+            limits_generation=limits.generation,
+            sample=sample,
+            loop_onset=loop.onset if loop else None,
+            loop_period=loop.period if loop else None,
+            support_ids_TK=completion.top_ids_TK,
+        )
+
+    async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Log-probs of a fixed sequence, to hold against the learner's."""
+        return await self._engine.probe(list(token_ids))
+
+    # The verbs of vLLM's RayVLLMWeightSyncClient: the learner's trainer engine (nccl, ipc) calls them on every rollout actor.
+
+    async def announce_version(self, weight_version: int) -> None:
+        """The version that the update about to come will bring."""
+        self._incoming_version = weight_version
+
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        await self._engine.init_weight_transfer(request.init_info)
+
+    async def start_weight_update(self) -> None:
+        await self._engine.start_update()
+
+    async def update_weights(self, request: Any) -> None:
+        await self._engine.update_weights(request.update_info)
+
+    async def finish_weight_update(self) -> None:
+        await self._engine.finish_update(self._incoming_version)
+
+    async def load_weights(self, weights: np.ndarray, weight_version: int) -> None:
+        """A whole update from the bytes of a safetensors file (uint8), which the object store brought to this node."""
+        from actors.rollout.engine import update_from_file
+
+        if self._weights_file is None:
+            folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+            handle, name = tempfile.mkstemp(suffix=".safetensors", prefix="opd-", dir=folder)
+            os.close(handle)
+            self._weights_file = Path(name)
+        try:
+            self._weights_file.write_bytes(weights.tobytes())
+            await update_from_file(self._engine, self._weights_file, weight_version)
+        finally:
+            self._weights_file.unlink(missing_ok=True)
+
+    async def check_health(self) -> None:
+        """Raises when the engine's processes are gone."""
+        await self._engine.check_health()
+
+    async def shutdown(self) -> None:
+        """End the engine's processes; the actor itself is ended by Ray."""
+        if hasattr(self, "_engine"):
+            self._engine.shutdown()
+
+
+def request_seed(seed: int, prompt: Prompt, sample: int, step: int) -> int:
+    """A seed of its own for every request, the same in every run of the same job."""
+    state = np.random.SeedSequence((seed, prompt.epoch, prompt.index, sample, step)).generate_state(1)
+    return int(state[0] & 0x7FFFFFFF)

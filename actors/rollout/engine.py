@@ -1,0 +1,137 @@
+"""One vLLM engine that samples the student: generate, receive weights, score a probe.
+
+Weight updates keep requests in flight: their later tokens come from the newer weights, their first token's version is on
+the trajectory.
+"""
+
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from actors.rollout.logits import LOGITS_PROCESSORS
+from actors.rollout.settings import RolloutSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished request: ids, processed log-probs [T] and top-k ids [T, K] as asked, why it ended."""
+
+    token_ids: tuple[int, ...]
+    logprobs_T: np.ndarray
+    finish_reason: str
+    weight_version: int
+    top_ids_TK: np.ndarray | None
+
+
+class Engine:
+    """AsyncLLM with the student's architecture; it starts with dummy weights and waits for the learner's.
+
+    >>> engine = Engine("deploy/sums/student", RolloutSettings(), weight_transfer="file")   # doctest: +SKIP
+    >>> await engine.update_weights({"path": "/dev/shm/weights.safetensors"}); completion = await engine.generate([5, 9], params)
+    """
+
+    def __init__(self, model: str, settings: RolloutSettings, *, weight_transfer: str, seed: int = 0, max_logprobs: int = 20) -> None:
+        arguments: dict[str, Any] = {
+            "model": model,
+            "skip_tokenizer_init": True,
+            "load_format": "dummy",
+            # A tied lm_head keeps its old packed copy when weights are reloaded, silently: the learner sends it apart.
+            "hf_overrides": {"tie_word_embeddings": False},
+            "dtype": settings.dtype,
+            "max_model_len": settings.max_model_len,
+            "max_num_seqs": settings.max_num_seqs,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "enforce_eager": settings.enforce_eager,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "seed": seed,
+            "enable_prefix_caching": settings.samples_per_prompt > 1,
+            "logprobs_mode": "processed_logprobs",
+            "max_logprobs": max(max_logprobs, 20),
+            "weight_transfer_config": WeightTransferConfig(backend=weight_transfer),
+            "disable_log_stats": True,
+        }
+        if settings.stop_ramp.strength_nats > 0 or settings.no_repeat_ngram > 0:
+            # Only where asked for: vLLM's newer model runner, the default on GPUs, does not load processors of this interface.
+            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+            arguments["logits_processors"] = list(LOGITS_PROCESSORS)
+        if weight_transfer == "file":
+            arguments["worker_extension_cls"] = "actors.rollout.transfer.FileTransferWorker"
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._request_ids = itertools.count()
+        self.weight_version = -1
+        self.context_tokens: int = self._llm.model_config.max_model_len
+
+    async def generate(self, prompt_token_ids: list[int], params: SamplingParams) -> Completion:
+        """Sample one response. Cancelling the task aborts the request in the engine."""
+        weight_version = self.weight_version
+        output = await self._last_output(prompt_token_ids, params)
+        return _completion(output.outputs[0], weight_version)
+
+    async def probe(self, token_ids: list[int]) -> np.ndarray:
+        """Log-probs [L - 1] of a fixed sequence under the weights in force, nats, float32."""
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        output = await self._last_output(token_ids, params)
+        assert output.prompt_logprobs is not None
+        return np.array([row[token].logprob for row, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)], np.float32)
+
+    async def _last_output(self, prompt_token_ids: list[int], params: SamplingParams) -> RequestOutput:
+        outputs = self._llm.generate({"prompt_token_ids": prompt_token_ids}, params, str(next(self._request_ids)))
+        return [output async for output in outputs][-1]
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """Meet the trainer (a no-op for the file back end)."""
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def start_update(self) -> None:
+        """Freeze the requests in flight and make the model ready to load."""
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        await self._llm.start_weight_update()
+
+    async def update_weights(self, update_info: Any) -> None:
+        """Load one chunk of weights."""
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_update(self, weight_version: int) -> None:
+        """Put the new weights into force and let the requests go on."""
+        await self._llm.finish_weight_update()
+        self.weight_version = weight_version
+        await self._llm.resume_generation()
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError when the engine's processes are gone."""
+        await self._llm.check_health()
+
+    def shutdown(self) -> None:
+        """End the engine's processes."""
+        self._llm.shutdown()
+
+
+async def update_from_file(engine: Engine, path: Path, weight_version: int) -> None:
+    """A whole update from one file: what a rollout actor does with the file back end."""
+    await engine.start_update()
+    await engine.update_weights({"path": str(path)})
+    await engine.finish_update(weight_version)
+
+
+def _completion(output: CompletionOutput, weight_version: int) -> Completion:
+    token_ids = tuple(output.token_ids)
+    rows = output.logprobs or []
+    logprobs_T = np.array([row[token].logprob for row, token in zip(rows, token_ids, strict=True)], np.float32)
+    width = max((len(row) for row in rows), default=1)
+    top_ids_TK = None
+    if width > 1:
+        top_ids_TK = np.full((len(rows), width), -1, np.int32)
+        for index, row in enumerate(rows):
+            top_ids_TK[index, : len(row)] = list(row)
+    return Completion(token_ids, logprobs_T, output.finish_reason or "error", weight_version, top_ids_TK)

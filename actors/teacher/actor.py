@@ -1,0 +1,89 @@
+"""The Ray shell of one teacher: a process that holds a scorer, and the handle the pool talks to."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+
+from actors.teacher.http_scorer import HttpScorer
+from actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest, TorchScorer, digest_weights
+from actors.teacher.settings import TeacherSettings
+from actors.teacher.vllm_scorer import VllmScorer
+from actors.trajectory import TokenScores
+
+
+def load_scorer(settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int) -> Scorer:
+    """The back end that `settings.backend` names, its model loaded."""
+    match settings.backend:
+        case "torch":
+            return TorchScorer(settings, stop_ids)
+        case "vllm":
+            return VllmScorer(settings, stop_ids, seed)
+        case "http":
+            return HttpScorer(settings, stop_ids, seed)
+
+
+class TeacherActor:
+    """One frozen teacher in a process of its own. `settings.model` is a folder or an id that transformers resolves."""
+
+    def __init__(self, settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int) -> None:
+        # More threads than cores for this actor can be 10-20 times slower; Ray sets the variable from the CPUs it grants.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        self.settings = settings
+        self.scorer = load_scorer(settings, stop_ids, seed)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
+        return self.scorer.score(requests)
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
+        return self.scorer.generate(prompts, options)
+
+    def ping(self) -> int:
+        """The process id: another one than before means Ray restarted the actor."""
+        return os.getpid()
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the weight files; of a server's teacher only its address and name are known."""
+        if self.settings.backend == "http":
+            return f"{self.settings.url}#{self.settings.model}"
+        return digest_weights(self.settings.model)
+
+
+class RayTeacher:
+    """A teacher actor as the pool sees it: coroutines instead of object references."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
+        return await self.actor.score.remote(requests)
+
+    async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
+        return await self.actor.generate.remote(prompts, options)
+
+    async def ping(self) -> int:
+        return await self.actor.ping.remote()
+
+    async def restart(self) -> None:
+        """End a process that hangs; Ray starts it anew."""
+        await asyncio.to_thread(ray.kill, self.actor, no_restart=False)
+
+
+def start_teacher(
+    settings: TeacherSettings,
+    stop_ids: tuple[int, ...],
+    seed: int,
+    *,
+    num_cpus: float = 0.0,
+    num_gpus: float = 0.0,
+) -> list[RayTeacher]:
+    """Start `settings.num_actors` actors of one teacher on the connected cluster. They load in the background: ping them to wait.
+
+    Ray restarts one that dies, without limit: its weights are frozen and it holds nothing else. `num_gpus` is for each of the
+    GPUs that one copy of the model takes (`settings.tensor_parallel_size`).
+    """
+    place = ray.remote(TeacherActor).options(num_cpus=num_cpus, num_gpus=num_gpus * settings.tensor_parallel_size, max_restarts=-1)
+    return [RayTeacher(place.remote(settings, stop_ids, seed)) for _ in range(settings.num_actors)]

@@ -1,0 +1,162 @@
+"""One teacher actor as its pool sees it: a queue, one call at a time, and a breaker. Knows asyncio, not Ray."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+from actors.teacher.scorers import GenerateOptions, ScoreRequest, generate_timeout_s
+from actors.teacher.settings import TeacherSettings
+from actors.trajectory import TokenScores
+
+OnRestart = Callable[[str, str], None]
+"""Called with (teacher, reason) when an actor comes back as another process: reason is crash or hang."""
+T = TypeVar("T")
+
+COOLDOWN_S = 1.0
+"""Wait before a member that failed twice in a row is asked again; doubles with every further failure."""
+MAX_COOLDOWN_S = 60.0
+START_TIMEOUT_S = 600.0
+"""How long a process may take to load its model before its silence counts as a hang."""
+
+
+class TeacherHandle(Protocol):
+    """What the pool needs of an actor: `RayTeacher`, or a fake with the same methods."""
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]: ...
+
+    async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]: ...
+
+    async def ping(self) -> int:
+        """A number that changes when the actor's process does."""
+        ...
+
+    async def restart(self) -> None: ...
+
+
+class Member:
+    """Batches what queues up while its actor is busy; set aside (not `live`) from a failed call until a ping answers again."""
+
+    def __init__(self, handle: TeacherHandle, settings: TeacherSettings, on_restart: OnRestart, cooldown_s: float = COOLDOWN_S) -> None:
+        self.handle = handle
+        self.settings = settings
+        self.load_tokens = 0
+        """Tokens queued and in flight."""
+        self.live = asyncio.Event()
+        self.live.set()
+        self._on_restart = on_restart
+        self._cooldown_s = cooldown_s
+        self._queue: list[tuple[ScoreRequest, asyncio.Future[TokenScores | None]]] = []
+        self._busy = asyncio.Lock()
+        self._failures = 0
+        self._incarnation: int | None = None
+        self._worker: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Wait until the actor has its model. Raises what its constructor raised, or TimeoutError."""
+        async with asyncio.timeout(START_TIMEOUT_S):
+            self._incarnation = await self.handle.ping()
+
+    def submit(self, request: ScoreRequest) -> asyncio.Future[TokenScores | None]:
+        """Queue a request: its scores, None where the back end gives it up, TimeoutError or whatever the actor raised.
+
+        The load rises at once, so that the next pick sees it. Cancelling the future takes a waiting request from the queue.
+        """
+        future: asyncio.Future[TokenScores | None] = asyncio.get_running_loop().create_future()
+        self._queue.append((request, future))
+        self._add_load(request.num_tokens)
+        future.add_done_callback(lambda _: self._add_load(-request.num_tokens))
+        if self._worker is None or self._worker.done():
+            self._worker = self._spawn(self._drain())
+        return future
+
+    async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
+        tokens = sum(len(prompt) + options.max_new_tokens for prompt in prompts)
+        self._add_load(tokens)
+        timeout_s = generate_timeout_s(self.settings, options)
+        try:
+            async with self._busy:
+                return await self._call(self.handle.generate(prompts, options), timeout_s)
+        finally:
+            self._add_load(-tokens)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _add_load(self, tokens: int) -> None:
+        self.load_tokens += tokens
+
+    async def _drain(self) -> None:
+        while self._queue:
+            async with self._busy:
+                batch = self._take_batch()
+                try:
+                    scores = await self._call(self.handle.score([request for request, _ in batch]), self.settings.timeout_s)
+                    assert len(scores) == len(batch), (len(scores), len(batch))
+                except Exception as error:  # handed to the waiting requests: they retry elsewhere or raise it
+                    if not self.live.is_set():
+                        batch += self._queue
+                        self._queue = []
+                    for _, future in batch:
+                        if not future.done():
+                            future.set_exception(error)
+                    continue
+            for (_, future), score in zip(batch, scores, strict=True):
+                if not future.done():
+                    future.set_result(score)
+
+    def _take_batch(self) -> list[tuple[ScoreRequest, asyncio.Future[TokenScores | None]]]:
+        """The oldest requests whose padded size stays within batch_tokens; those nobody waits for any more are dropped."""
+        waiting = [item for item in self._queue if not item[1].done()]
+        num_taken, widest = 0, 0
+        for request, _ in waiting:
+            widest = max(widest, request.num_tokens)
+            if num_taken and (num_taken + 1) * widest > self.settings.batch_tokens:
+                break
+            num_taken += 1
+        self._queue = waiting[num_taken:]
+        return waiting[:num_taken]
+
+    async def _call(self, reply: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        """A ValueError is the caller's mistake; anything else sets the member aside."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                result = await reply
+        except ValueError:
+            raise
+        except Exception as error:
+            self._failures += 1
+            if self.live.is_set():
+                self.live.clear()
+                self._spawn(self._recover(hangs=isinstance(error, TimeoutError)))
+            raise
+        self._failures = 0
+        return result
+
+    async def _recover(self, hangs: bool) -> None:
+        """End a process that hangs (Ray restarts it), then ping until one answers."""
+        reason = "hang" if hangs else "crash"
+        while not self.live.is_set():
+            if self._failures > 1:
+                await asyncio.sleep(min(self._cooldown_s * 2 ** (self._failures - 2), MAX_COOLDOWN_S))
+            try:
+                if hangs:
+                    await self.handle.restart()
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    incarnation = await self.handle.ping()
+            except Exception as error:  # still sick: asked again after a longer wait
+                self._failures += 1
+                hangs = isinstance(error, TimeoutError)
+                continue
+            if self._incarnation is not None and incarnation != self._incarnation:
+                self._on_restart(self.settings.name, reason)
+            self._incarnation = incarnation
+            self.live.set()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

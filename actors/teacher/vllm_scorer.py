@@ -1,0 +1,165 @@
+"""The vLLM back end: a response is scored as the tail of a prompt, through vLLM's prompt log-probs.
+
+Shapes: T = tokens of one response, V = vocabulary, E = stop ids, K = support size.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, require_stop_ids, score_logp, split_batches
+from actors.teacher.settings import TeacherSettings
+from actors.trajectory import TokenScores
+
+MAX_FULL_VOCABULARY = 4096
+"""Largest vocabulary read whole, one Python float per entry: beyond it a single response costs seconds and hundreds of MB."""
+MAX_ENTRIES = 4_000_000
+"""Log-probs of one engine call where the vocabulary is read whole (about 100 bytes each while vLLM holds them)."""
+
+
+class VllmScorer:
+    """A vLLM engine in this process (with tensor parallelism its workers are processes of their own).
+
+    With vLLM's V2 model runner (GPUs) the sampled token, the stop ids and given ids are read exactly, by
+    `prompt_logprob_token_ids`. The V1 runner (CPU) only offers a position's most likely ids, so there the whole vocabulary is
+    read, which small vocabularies allow; a larger one is refused: the stop class would be a guess. Raises ValueError then, for
+    stop ids outside the vocabulary, and for a response longer than the context window.
+    """
+
+    def __init__(self, settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int = 0) -> None:
+        # Read when vllm is imported. In this process: no engine core beside the actor. One position above the window, for the
+        # token that a request must generate after a response that fills it; that token is never fed back.
+        defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        for name, value in (defaults | {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}).items():
+            os.environ.setdefault(name, value)
+        import vllm
+
+        self.settings = settings
+        self.stop_ids = stop_ids
+        config = AutoConfig.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code).get_text_config()
+        self.vocabulary: int = config.vocab_size
+        self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        require_stop_ids(stop_ids, self.vocabulary)
+        self._params = vllm.SamplingParams
+        self.engine: Any = vllm.LLM(
+            model=settings.model,
+            dtype=settings.dtype,
+            seed=seed,
+            trust_remote_code=settings.trust_remote_code,
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            disable_log_stats=True,
+            max_logprobs=-1,
+            max_model_len=None if self.context_tokens is None else self.context_tokens + 1,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            # Prompt log-probs need the whole prompt computed; a cached prefix would only take memory.
+            enable_prefix_caching=False,
+        )
+        self.by_id: bool = self.engine.llm_engine.vllm_config.use_v2_model_runner
+        if not self.by_id and self.vocabulary > MAX_FULL_VOCABULARY:
+            raise ValueError(
+                f"teacher {settings.name}: backend vllm without a GPU cannot read the stop class of a vocabulary of {self.vocabulary} "
+                f"tokens (at most {MAX_FULL_VOCABULARY}); set backend: torch"
+            )
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
+        scores: list[TokenScores | None] = [None] * len(requests)
+        check_window(self.settings.name, requests, self.context_tokens)
+        budget = self.settings.batch_tokens if self.by_id else min(self.settings.batch_tokens, MAX_ENTRIES // self.vocabulary)
+        for batch in split_batches([request.num_tokens for request in requests], budget):
+            chosen = [requests[index] for index in batch if requests[index].token_ids]
+            outputs = iter(
+                self.engine.generate(
+                    [{"prompt_token_ids": [*request.prompt_token_ids, *request.token_ids]} for request in chosen],
+                    [self._scoring_params(request) for request in chosen],
+                    use_tqdm=False,
+                )
+            )
+            for index in batch:
+                request = requests[index]
+                if not request.token_ids:
+                    scores[index] = score_logp(self.settings.name, request, np.zeros((0, self.vocabulary), np.float32), self.stop_ids)
+                elif self.by_id:
+                    scores[index] = scores_by_id(self.settings.name, request, self.stop_ids, self.vocabulary, next(outputs))
+                else:
+                    logp_TV = _whole_vocabulary(next(outputs).prompt_logprobs, request, self.vocabulary)
+                    scores[index] = score_logp(self.settings.name, request, logp_TV, self.stop_ids)
+        return scores
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
+        """Answers with their stop id; one without it ran to `max_new_tokens`. Sampling only: beams need the torch back end."""
+        if options.beams > 1 or options.no_repeat_ngram > 0:
+            raise ValueError(f"teacher {self.settings.name}: beams and no_repeat_ngram need backend torch")
+        params = [
+            self._params(
+                max_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                seed=options.seed + index,
+                stop_token_ids=list(self.stop_ids),
+                ignore_eos=True,  # the stop ids are the whole stop event
+                detokenize=False,
+            )
+            for index in range(len(prompts))
+        ]
+        outputs = self.engine.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False)
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+    def _scoring_params(self, request: ScoreRequest) -> Any:
+        common = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "flat_logprobs": True}
+        if not self.by_id:
+            return self._params(prompt_logprobs=-1, **common)
+        return self._params(
+            prompt_logprobs=min(request.top_k, self.vocabulary) or None,
+            prompt_logprob_token_ids=ids_asked(request, self.stop_ids, self.vocabulary),
+            prompt_logprob_start=len(request.prompt_token_ids) - 1,
+            **common,
+        )
+
+
+def ids_asked(request: ScoreRequest, stop_ids: tuple[int, ...], vocabulary: int) -> np.ndarray:
+    """[T, 1 + E + K] int32: the sampled id, the stop ids, the given ids; those outside the vocabulary are -1 and score -inf."""
+    sampled_T1 = np.array(request.token_ids, np.int32)[:, None]
+    stop_TE = np.broadcast_to(np.array(stop_ids, np.int32), (len(sampled_T1), len(stop_ids)))
+    given = [] if request.support_ids_TK is None else [request.support_ids_TK.astype(np.int32)]
+    asked = np.concatenate([sampled_T1, stop_TE, *given], axis=1)
+    return np.where(asked < vocabulary, asked, np.int32(-1))
+
+
+def scores_by_id(teacher: str, request: ScoreRequest, stop_ids: tuple[int, ...], vocabulary: int, output: Any) -> TokenScores:
+    """Scores from a vLLM RequestOutput whose `prompt_token_id_logprobs` answer `ids_asked`."""
+    asked = ids_asked(request, stop_ids, vocabulary)
+    logps = np.asarray(output.prompt_token_id_logprobs, np.float32)
+    assert logps.shape == asked.shape, (logps.shape, asked.shape)
+    given_from = 1 + len(stop_ids)
+    top_ids_TK = np.empty((len(asked), 0), np.int32)
+    top_logp_TK = np.empty((len(asked), 0), np.float32)
+    if request.top_k:
+        # The prompt's own token stands first, the most likely ones follow in order.
+        top_ids_TK, top_logp_TK = (entries[:, 1 : request.top_k + 1] for entries in _flat_rows(output.prompt_logprobs, request))
+    ids_TK, logp_TK = merge_support(asked[:, given_from:], logps[:, given_from:], top_ids_TK, top_logp_TK)
+    return TokenScores(
+        teacher=teacher,
+        sampled_logp_T=logps[:, 0].copy(),
+        stop_logp_T=np.logaddexp.reduce(logps[:, 1:given_from], axis=1),
+        support_ids_TK=ids_TK if ids_TK.shape[1] else None,
+        support_logp_TK=logp_TK if ids_TK.shape[1] else None,
+    )
+
+
+def _flat_rows(flat: Any, request: ScoreRequest) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probs of the response's positions, [T, entries], from vLLM's FlatLogprobs over the whole prompt."""
+    assert len(flat) == request.num_tokens, (len(flat), request.num_tokens)
+    first = flat.start_indices[len(request.prompt_token_ids)]
+    shape = (len(request.token_ids), -1)
+    return np.array(flat.token_ids[first:], np.int32).reshape(shape), np.array(flat.logprobs[first:], np.float32).reshape(shape)
+
+
+def _whole_vocabulary(flat: Any, request: ScoreRequest, vocabulary: int) -> np.ndarray:
+    ids_TK, logp_TK = _flat_rows(flat, request)
+    logp_TV = np.full((len(ids_TK), vocabulary), np.nan, np.float32)
+    np.put_along_axis(logp_TV, ids_TK.astype(np.int64), logp_TK, axis=1)
+    return logp_TV

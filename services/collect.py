@@ -1,0 +1,93 @@
+"""From prompts to a scored batch: rollouts scored as they finish, truncated ones admitted by quota first.
+
+prompts --fleet.rollout--> finished trajectories --pool.score (at once)--> Batch
+                                    |
+                                    +-- truncated, under a quota: held until all have finished, then admitted or refused
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.learner.batching import admit
+from actors.rollout.settings import RolloutSettings
+from actors.teacher.pool import TeacherPool
+from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from services.fleet import Fleet
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step learns from, and what it was launched under."""
+
+    step: int
+    trajectories: list[Trajectory]
+    """Every rollout, before any filter."""
+    scored: list[ScoredRollout]
+    """Those admitted and scored, in the order of their prompts."""
+    num_over_quota: int
+    num_unscored: int
+    limits: LengthLimits
+    config_generation: int
+    rollout_s: float
+    score_s: float
+    """Wait for scores after the last rollout: the scoring that rollouts did not hide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The terms a batch is sampled on."""
+
+    step: int
+    prompts: Sequence[Prompt]
+    limits: LengthLimits
+    settings: RolloutSettings
+    config_generation: int
+
+
+async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
+    """Sample and score one step's batch. Rollouts that ended in an error are dropped from the batch and counted as unscored."""
+    started = time.monotonic()
+    requests = [(prompt, sample) for prompt in launch.prompts for sample in range(launch.settings.samples_per_prompt)]
+    trajectories: list[Trajectory] = []
+    held: list[Trajectory] = []
+    scoring: list[asyncio.Task[list[tuple[Trajectory, TokenScores | None]]]] = []
+
+    async def score(group: list[Trajectory]) -> list[tuple[Trajectory, TokenScores | None]]:
+        return list(zip(group, await pool.score(group), strict=True))
+
+    try:
+        async for group in fleet.rollout(requests, launch.limits, launch.step, launch.settings):
+            trajectories += group
+            whole = [t for t in group if t.finish_reason != "error" and t.token_ids]
+            waits = [t for t in whole if t.truncated and launch.limits.admission_quota < 1]
+            held += waits
+            if ready := [t for t in whole if t not in waits]:
+                scoring.append(asyncio.create_task(score(ready)))
+        rollout_s = time.monotonic() - started
+        usable = [t for t in trajectories if t.finish_reason != "error" and t.token_ids]
+        admitted, refused = admit(usable, launch.limits.admission_quota)
+        if late := [t for t in admitted if any(t is one for one in held)]:
+            scoring.append(asyncio.create_task(score(late)))
+        pairs = [pair for result in await asyncio.gather(*scoring) for pair in result]
+    finally:
+        for task in scoring:
+            task.cancel()
+    place = {(r[0].epoch, r[0].index, r[1]): i for i, r in enumerate(requests)}
+
+    def order(trajectory: Trajectory) -> int:
+        return place[trajectory.prompt.epoch, trajectory.prompt.index, trajectory.sample]
+
+    scored = [ScoredRollout(t, scores) for t, scores in sorted(pairs, key=lambda pair: order(pair[0])) if scores is not None]
+    return Batch(
+        step=launch.step,
+        trajectories=sorted(trajectories, key=order),
+        scored=scored,
+        num_over_quota=len(refused),
+        num_unscored=len(trajectories) - len(refused) - len(scored),
+        limits=launch.limits,
+        config_generation=launch.config_generation,
+        rollout_s=rollout_s,
+        score_s=time.monotonic() - started - rollout_s,
+    )

@@ -1,0 +1,362 @@
+"""The main loop: a student distilled on its own samples, its lengths governed while it goes.
+
+    prompts --> rollout actors --Trajectory--> admission --> teacher pool --TokenScores--> learner --weights vN--> rollout actors
+                    ^                              |                                          |
+               LengthLimits                        +--- lengths, ends, loops, KL, stop mass --+--> telemetry --> /metrics
+                    |                                                                                              |
+                governor <---------------------- the run's own /metrics, or a Prometheus server -------------------+
+                    ^
+              PATCH /v1/config (targets and bounds, by a person)
+
+One step of the loop
+    consumes  the batch of rollouts launched for it (up to max_staleness steps ago) and the teacher's scores on it
+    produces  one optimiser step, new weights in the engines, one line of metrics.jsonl, one governor decision
+    waits for the slowest rollout of its batch, then the learner
+    overlaps  the rollouts of the next steps with the learner's work on this one
+
+Every change (limits, tunable settings, pause, rollback) takes effect at the border between two steps.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.learner.checkpoint import newest_checkpoint, partial_folder, prune_checkpoints, seal_checkpoint, step_of
+from actors.teacher.pool import TeacherPool
+from actors.trajectory import LengthLimits, Prompt
+from services.collect import Batch, Launch, collect
+from services.data import PromptStream
+from services.evaluate import Evaluation
+from services.fleet import Fleet, Sync
+from services.job import Job
+from services.monitor import RunMonitor
+from services.record import StepTimes, evaluation_fields, record_batch, sample_records, step_record
+from services.rundir import Record, RunDirectory
+from services.telemetry import Telemetry
+from services.tunables import ConfigStore
+
+PAUSE_POLL_S = 0.1
+"""How often a paused run looks for a verb."""
+
+Evaluate = Callable[[LengthLimits, int], Any]
+"""(limits, step) -> awaitable dict of decoding -> Evaluation."""
+
+
+class GuardRailError(RuntimeError):
+    """The governor gave the run up: exit code 4."""
+
+
+class SyncError(RuntimeError):
+    """Engine and learner disagree after a weight sync: what is sampled is not the student. The run must stop."""
+
+
+class LearnerError(RuntimeError):
+    """Too many steps in a row could not be learned from."""
+
+
+def base_limits(job: Job) -> LengthLimits:
+    """The job's own settings as limits: what holds at zero pressure."""
+    objective = job.objective
+    tail_weight = {"mask": 0.0, "keep": 1.0, "downweight": objective.loop_tail_weight}[objective.loop_tail]
+    return LengthLimits(
+        cap_tokens=job.rollout.max_new_tokens,
+        golden_weight=objective.golden_weight,
+        reference_kl_weight=objective.reference_kl_weight,
+        stop_tilt_nats=objective.stop_tilt_nats,
+        loop_tail_weight=tail_weight,
+        admission_quota=objective.admission_quota,
+    )
+
+
+class Distillation:
+    """The loop's state and its verbs. The actors' handles belong to the fleet, the pool and the governor's actor."""
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        stream: PromptStream,
+        golden: list[Prompt],
+        reference_tokens: float,
+        fleet: Fleet,
+        pool: TeacherPool,
+        governor: Any,
+        directory: RunDirectory,
+        store: ConfigStore,
+        telemetry: Telemetry,
+        monitor: RunMonitor,
+        evaluate: Evaluate | None,
+        decode: Callable[[Sequence[int]], str],
+        on_step: Callable[[Record], None],
+        on_warning: Callable[[str], None],
+    ) -> None:
+        self._original_job = self._job = job
+        self._stream, self._golden, self._reference_tokens = stream, golden, reference_tokens
+        self._fleet, self._pool, self._governor = fleet, pool, governor
+        self._directory, self._store, self._telemetry, self._monitor = directory, store, telemetry, monitor
+        self._evaluate, self._decode, self._on_step, self._warn = evaluate, decode, on_step, on_warning
+        self._limits = base_limits(job)
+        self._pressure = 0.0
+        self._healthy = True
+        self._generation = 0
+        self._step = 0
+        self._launched: deque[tuple[Launch, asyncio.Task[Batch], dict[str, int]]] = deque()
+        self._next_launch = 1
+        self._skipped_in_a_row = 0
+        self._last_healthy: Path | None = None
+        self._stopping = False
+        self._paused = False
+        self._want_checkpoint = False
+
+    # ---- the loop
+
+    async def run(self, resume: bool) -> None:
+        """From the first step (or the newest checkpoint) to the last. Raises GuardRailError, SyncError, LearnerError."""
+        self._generation, tunables = self._store.in_force()
+        self._job = tunables.apply(self._original_job)
+        self._limits = await self._governor.limits.remote()
+        version = await self._restore_newest() if resume else 0
+        await self._sync(version)
+        if not self._step:
+            self._publish_start(await self._evaluate_now())
+        self._monitor.enter("running")
+        try:
+            while self._step < self._job.learner.total_steps and not self._stopping:
+                await self._one_step()
+            await self._checkpoint()
+        finally:
+            await self._drop_launched()
+
+    async def _one_step(self) -> None:
+        started = time.monotonic()
+        await self._obey_verbs()
+        if self._stopping:
+            return
+        if self._store.generation != self._generation:  # changed while the run was paused
+            await self._decide()
+        self._launch(1)
+        batch = await self._launched[0][1]
+        waited_s = time.monotonic() - started
+        launch, _, _ = self._launched.popleft()
+        self._launch(self._job.rollout.max_staleness)
+
+        learn_started = time.monotonic()
+        limits = self._limits
+        report = None
+        if batch.scored:
+            golden = self._golden_for(launch.step, len(batch.scored))
+            report = await self._fleet.learn(batch.scored, golden, limits, self._reference_tokens, self._job.learner.learning_rate)
+        learn_s = time.monotonic() - learn_started
+        self._count_skipped(report is None or report.skipped)
+
+        self._step = launch.step
+        record_batch(self._telemetry, batch, report, limits, self._job.rollout.max_new_tokens)
+        self._telemetry.beat()
+        pressure = self._pressure
+        deciding = asyncio.create_task(self._decide())  # beside the sync: reading metrics costs the loop nothing
+        sync = await self._sync(report.weight_version) if report else Sync()
+        decision = await deciding
+        evaluations = await self._evaluate_now() if self._is_eval_step() else {}
+
+        times = StepTimes(batch.rollout_s, batch.score_s, learn_s, sync.seconds, time.monotonic() - started, waited_s)
+        record = step_record(batch, report, limits, pressure, times, evaluations)
+        self._publish(record, batch, times)
+        if decision.command == "rollback":
+            await self._roll_back(decision.reason)
+        elif decision.command == "stop":
+            await self._checkpoint()
+            raise GuardRailError(decision.reason)
+        elif self._step % self._job.checkpoint.every_steps == 0 or self._want_checkpoint:
+            await self._checkpoint()
+
+    def _launch(self, num_batches: int) -> None:
+        """Have this many batches under way, each on the terms in force when it is launched."""
+        while len(self._launched) < num_batches and self._next_launch <= self._job.learner.total_steps:
+            cursor = self._stream.state()
+            prompts = self._stream.next(self._job.rollout.prompts_per_step, self._limits.unfinished_quota)
+            launch = Launch(self._next_launch, prompts, self._limits, self._job.rollout, self._generation)
+            self._launched.append((launch, asyncio.create_task(collect(self._fleet, self._pool, launch)), cursor))
+            self._next_launch += 1
+            self._store.observe(self._generation)
+            self._telemetry.set("opd_config_observed_generation", self._generation)
+
+    # ---- borders
+
+    async def _decide(self) -> Any:
+        """Bring a person's changes into force, have the governor decide, obey. Returns its Decision."""
+        generation, tunables = self._store.in_force()
+        self._telemetry.set("opd_config_generation", generation)
+        if generation != self._generation:
+            self._generation = generation
+            self._job = tunables.apply(self._original_job)
+            await self._governor.set_policy.remote(self._job.governor, base_limits(self._job), generation)
+        decision, record = await self._governor.tick.remote(self._step)
+        self._limits, self._pressure, self._healthy = decision.limits, decision.after.pressure, decision.healthy
+        self._telemetry.record_limits(self._limits, self._pressure)
+        self._telemetry.set("opd_governor_metrics_age_seconds", decision.signals.data_age_s)
+        self._telemetry.inc("opd_governor_decisions_total", action=decision.action, signal=decision.signal)
+        self._directory.append(self._directory.decisions, record)
+        view = {"mode": decision.mode, "pressure": self._pressure, "signals": record["signals"], "limits": record["limits"]}
+        self._monitor.add_decision(record, view)
+        self._monitor.update(limits=self._limits)
+        return decision
+
+    async def _obey_verbs(self) -> None:
+        """Verbs that came over HTTP; returns when the run may go on."""
+        while True:
+            for verb in self._monitor.take_verbs():
+                if verb == "pause":
+                    self._paused = True
+                elif verb == "resume":
+                    self._paused = False
+                elif verb == "stop":
+                    self._stopping = True
+                elif verb == "checkpoint":
+                    self._want_checkpoint = True
+                else:
+                    await self._roll_back("asked for over HTTP")
+            if self._want_checkpoint and self._paused:
+                await self._checkpoint()
+            if self._stopping:
+                self._monitor.enter("stopping")
+                return
+            self._monitor.enter("paused" if self._paused else "running")
+            if not self._paused:
+                return
+            await asyncio.sleep(PAUSE_POLL_S)
+
+    def stop(self) -> None:
+        """End the run at the next border, with a checkpoint."""
+        self._stopping = True
+        self._monitor.enter("stopping")
+
+    async def _sync(self, version: int) -> Sync:
+        sync = await self._fleet.sync_weights(version)
+        self._telemetry.observe("opd_weight_sync_seconds", sync.seconds)
+        self._telemetry.set("opd_weight_sync_gap_nats", sync.gap_nats)
+        for role in ("learner", "rollout"):
+            self._telemetry.set("opd_weight_version", version, role=role)
+        self._monitor.update(weight_version=version)
+        if not sync.gap_nats <= sync.tolerance_nats:
+            raise SyncError(
+                f"weight sync {version}: engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance "
+                f"{sync.tolerance_nats:g}; the engine does not hold the student's weights "
+                "(raise cluster.probe_tolerance_nats only if bfloat16 explains it)"
+            )
+        return sync
+
+    def _golden_for(self, step: int, num_rollouts: int) -> list[Prompt]:
+        """Golden answers beside this batch, in turn; none while their weight is 0."""
+        if not self._golden or self._limits.golden_weight == 0:
+            return []
+        num = max(1, round(self._job.objective.golden_ratio * num_rollouts))
+        return [self._golden[(step * num + i) % len(self._golden)] for i in range(num)]
+
+    def _count_skipped(self, skipped: bool) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= self._job.learner.max_skipped_steps:
+            raise LearnerError(
+                f"{self._skipped_in_a_row} steps in a row brought no finite loss and gradient, or no scored rollout: "
+                "look at the teacher's scores and the learning rate; the newest checkpoint is whole"
+            )
+
+    def _publish_start(self, evaluations: dict[str, Evaluation]) -> None:
+        """The student as it came: a line of metrics.jsonl for step 0, so that a rise has a beginning."""
+        if evaluations:
+            record: Record = {"step": 0, "time": time.time(), "num_rollouts": 0, "lengths": []} | evaluation_fields(evaluations)
+            self._directory.append(self._directory.metrics, record)
+            self._monitor.add_step(record)
+            self._on_step(record)
+
+    def _publish(self, record: Record, batch: Batch, times: StepTimes) -> None:
+        for phase, seconds in times.by_phase().items():
+            self._telemetry.observe("opd_step_seconds", seconds, phase=phase)
+        self._directory.append(self._directory.metrics, record)
+        samples = sample_records(batch, self._job.service.samples_per_step, self._decode)
+        for sample in samples:
+            self._directory.append(self._directory.samples, sample)
+        self._monitor.add_samples(samples)
+        self._monitor.add_step(record)
+        self._on_step(record)
+
+    # ---- held-out evaluation
+
+    def _is_eval_step(self) -> bool:
+        return self._step % self._job.data.eval.every_steps == 0 or self._step == self._job.learner.total_steps
+
+    async def _evaluate_now(self) -> dict[str, Evaluation]:
+        if self._evaluate is None:
+            return {}
+        evaluations: dict[str, Evaluation] = await self._evaluate(base_limits(self._job), self._step)
+        for decoding, evaluation in evaluations.items():
+            self._telemetry.set("opd_eval_accuracy_ratio", evaluation.accuracy_ratio, decoding=decoding)
+            self._telemetry.set("opd_eval_length_tokens", evaluation.length_tokens, decoding=decoding)
+            self._telemetry.set("opd_eval_truncation_ratio", evaluation.truncation_ratio, decoding=decoding)
+        return evaluations
+
+    # ---- checkpoints
+
+    async def _checkpoint(self) -> None:
+        """Write the state of this border; rollouts under way are not part of it, their prompts will be drawn again."""
+        self._want_checkpoint = False
+        root = self._directory.checkpoints
+        cursor = self._launched[0][2] if self._launched else self._stream.state()
+        state = {
+            "step": self._step,
+            "cursor": cursor,
+            "governor": await self._governor.state.remote(),
+            "config_generation": self._generation,
+            "totals": self._telemetry.totals(),
+            "healthy": self._healthy,
+        }
+        try:
+            await self._fleet.save(str(partial_folder(root, self._step)))
+            written = await asyncio.to_thread(seal_checkpoint, root, self._step, state)
+        except OSError as error:  # disk full or gone read-only: what was written before is whole, and the run is worth more
+            self._warn(f"checkpoint of step {self._step} not written: {error}; free the disk, the run goes on")
+            return
+        if self._healthy:
+            self._last_healthy = written
+        prune_checkpoints(root, self._job.checkpoint.keep, [self._last_healthy] if self._last_healthy else [])
+
+    async def _restore_newest(self) -> int:
+        """Go on from the newest checkpoint that verifies; from the start where there is none."""
+        folder, state, refused = newest_checkpoint(self._directory.checkpoints)
+        for line in refused:
+            self._warn(line)
+        if folder is None:
+            self._directory.cut_after(-1)
+            return 0
+        self._step = state["step"]
+        self._next_launch = self._step + 1
+        self._stream.restore(state["cursor"])
+        self._telemetry.restore(state["totals"])
+        await self._governor.restore.remote(state["governor"])
+        self._limits = await self._governor.limits.remote()
+        self._directory.cut_after(self._step)
+        self._last_healthy = folder if state["healthy"] else None
+        return await self._fleet.restore(str(folder))
+
+    async def _roll_back(self, reason: str) -> None:
+        """Weights of the last healthy checkpoint, moments dropped; steps, prompts and pressure go on."""
+        await self._drop_launched()
+        if self._last_healthy is None:
+            self._warn(f"no healthy checkpoint to roll back to ({reason}); the run goes on")
+            return
+        version = await self._fleet.restore(str(self._last_healthy), rollback=True)
+        await self._sync(version)
+        self._warn(f"step {self._step}: rolled back to step {step_of(self._last_healthy)}: {reason}")
+
+    async def _drop_launched(self) -> None:
+        """Abandon rollouts under way; their prompts are drawn again."""
+        if self._launched:
+            self._stream.restore(self._launched[0][2])
+            self._next_launch = self._launched[0][0].step
+        tasks = [task for _, task, _ in self._launched]
+        self._launched.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

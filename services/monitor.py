@@ -1,0 +1,105 @@
+"""What the HTTP threads and the loop share about a run: status and records out, verbs in."""
+
+import threading
+from collections import deque
+from dataclasses import asdict
+from typing import Any
+
+from actors.trajectory import LengthLimits
+from services.control import Phase, Verb
+from services.rundir import Record
+
+MAX_RECORDS = 100_000
+"""Step records kept in memory for the live page: about 100 MB; the file has all of them."""
+MAX_SAMPLES = 50
+
+
+class RunMonitor:
+    """The loop writes, HTTP reads; verbs go the other way and are taken at the next step border."""
+
+    def __init__(self, name: str, total_steps: int, limits: LengthLimits) -> None:
+        self._lock = threading.Lock()
+        self._status: dict[str, Any] = {
+            "name": name,
+            "phase": "starting",
+            "step": 0,
+            "total_steps": total_steps,
+            "weight_version": 0,
+            "limits": asdict(limits),
+            "links": {},
+        }
+        self._steps: deque[Record] = deque(maxlen=MAX_RECORDS)
+        self._samples: deque[Record] = deque(maxlen=MAX_SAMPLES)
+        self._decisions: deque[Record] = deque(maxlen=MAX_RECORDS)
+        self._governor: dict[str, Any] = {"mode": None, "pressure": 0.0, "signals": {}, "limits": asdict(limits)}
+        self._asked: list[Verb] = []
+
+    # ---- the loop's side
+
+    def update(self, **status: Any) -> None:
+        """Change status fields; `limits` may be a LengthLimits."""
+        if isinstance(status.get("limits"), LengthLimits):
+            status["limits"] = asdict(status["limits"])
+        with self._lock:
+            self._status |= status
+
+    def enter(self, phase: Phase) -> None:
+        self.update(phase=phase)
+
+    def add_step(self, record: Record) -> None:
+        with self._lock:
+            self._steps.append(record)
+            self._status["step"] = record["step"]
+
+    def add_samples(self, records: list[Record]) -> None:
+        with self._lock:
+            self._samples.extend(records)
+
+    def add_decision(self, record: Record, governor: dict[str, Any]) -> None:
+        with self._lock:
+            self._decisions.append(record)
+            self._governor = governor
+
+    def forget_after(self, step: int) -> None:
+        """Records of later steps will be written again."""
+        with self._lock:
+            for records in (self._steps, self._samples, self._decisions):
+                kept = [record for record in records if record["step"] <= step]
+                records.clear()
+                records.extend(kept)
+
+    def take_verbs(self) -> list[Verb]:
+        """Verbs asked for since the last border, in order."""
+        with self._lock:
+            asked, self._asked = self._asked, []
+            return asked
+
+    # ---- HTTP's side (RunView)
+
+    def status(self) -> dict[str, Any]:
+        with self._lock:
+            return dict(self._status)
+
+    def steps(self, after: int) -> list[Record]:
+        with self._lock:
+            return [record for record in self._steps if record["step"] > after]
+
+    def samples(self) -> list[Record]:
+        with self._lock:
+            return list(self._samples)
+
+    def governor(self) -> dict[str, Any]:
+        with self._lock:
+            return dict(self._governor)
+
+    def decisions(self, after: int) -> list[Record]:
+        with self._lock:
+            return [record for record in self._decisions if record["step"] > after]
+
+    def request(self, verb: Verb) -> dict[str, Any]:
+        with self._lock:
+            if self._status["phase"] in ("finished", "failed"):
+                raise ValueError(f"the run is {self._status['phase']}")
+            if verb not in self._asked:
+                self._asked.append(verb)
+            return {"verb": verb, "phase": self._status["phase"], "step": self._status["step"]}

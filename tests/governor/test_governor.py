@@ -1,0 +1,185 @@
+"""The governor around the law: readings in a row, clocks, settings that change, restarts, and the record it leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.governor.actor import Governor
+from actors.governor.policy import Policy
+from actors.governor.signals import Snapshot
+from actors.trajectory import LengthLimits
+from services.replay import replay
+from tests.governor.metrics_server import ScriptedSource
+
+BASE = LengthLimits(cap_tokens=192, golden_weight=0.1)
+
+
+class Clock:
+    """Wall and monotonic time under the test's hand."""
+
+    def __init__(self) -> None:
+        self.wall_s, self.monotonic_s = 1_000_000.0, 50.0
+
+    def forward(self, seconds: float) -> None:
+        self.wall_s += seconds
+        self.monotonic_s += seconds
+
+
+def reading(steps: int, long: int = 0, taken_s: float | None = None) -> Snapshot:
+    """After `steps` steps of 32 rollouts of 40 tokens each; `long` of all were of 150."""
+    total = 32.0 * steps
+    return Snapshot.of(
+        [
+            ("opd_rollouts_total", {"finish_reason": "stop"}, total),
+            ("opd_rollout_tokens_total", {}, 40 * total + 110 * long),
+            ("opd_rollout_length_tokens_count", {}, total),
+            ("opd_rollout_length_tokens_bucket", {"le": "42"}, total - long),
+            ("opd_rollout_length_tokens_bucket", {"le": "+Inf"}, total),
+            ("opd_learner_steps_total", {}, float(steps)),
+            ("opd_length_reference_tokens", {"stat": "mean"}, 40.0),
+            ("opd_length_reference_tokens", {"stat": "p99"}, 60.0),
+        ],
+        taken_s,
+    )
+
+
+def governor_of(*readings: Snapshot | None, policy: Policy | None = None, clock: Clock | None = None) -> Governor:
+    clock = clock or Clock()
+    return Governor(ScriptedSource(*readings), policy or Policy(), BASE, now_s=lambda: clock.wall_s, monotonic_s=lambda: clock.monotonic_s)
+
+
+def write_records(path: Path, governor: Governor, num_ticks: int, change_at: int | None = None) -> None:
+    with (path / "decisions.jsonl").open("a") as file:
+        for step in range(1, num_ticks + 1):
+            if step == change_at:
+                governor.set_policy(Policy(target_tail_share=0.2), BASE, generation=2)
+            file.write(json.dumps(governor.tick(step)[1]) + "\n")
+
+
+def test_a_reading_without_new_rollouts_is_no_news_and_loses_none():
+    governor = governor_of(reading(1), reading(1), reading(3, long=32))
+    assert [governor.tick(step)[0].signals.num_rollouts for step in (1, 2, 3)] == [32, 0, 64]
+
+
+def test_a_new_policy_and_base_hold_from_the_next_tick_on():
+    governor = governor_of(reading(1), reading(2))
+    governor.tick(1)
+    governor.set_policy(Policy(), LengthLimits(cap_tokens=96), generation=7)
+    assert governor.limits().cap_tokens == 192
+    decision, record = governor.tick(2)
+    assert decision.limits.cap_tokens == governor.limits().cap_tokens == 96
+    assert record["config_generation"] == 7
+    assert record["base"]["cap_tokens"] == 96
+
+
+def test_age_counts_from_the_last_scrape_even_when_the_wall_clock_jumps_back():
+    clock = Clock()
+    governor = governor_of(reading(1, taken_s=clock.wall_s - 1), None, policy=Policy(blind_after_s=60), clock=clock)
+    assert governor.tick(1)[0].signals.data_age_s == 1
+    clock.forward(30)
+    clock.wall_s -= 86_400
+    assert governor.tick(2)[0].action == "hold"
+    clock.forward(31)
+    decision, _ = governor.tick(3)
+    assert decision.signals.data_age_s == 62
+    assert decision.action == "fallback"
+
+
+def test_a_scrape_from_the_future_is_not_believed():
+    clock = Clock()
+    governor = governor_of(reading(1, taken_s=clock.wall_s + 3600), clock=clock)
+    decision, _ = governor.tick(1)
+    assert decision.signals.blind
+    assert "a clock jumped" in decision.reason
+
+
+def test_a_server_that_answers_with_old_data_is_not_believed():
+    clock = Clock()
+    governor = governor_of(reading(1, taken_s=clock.wall_s), clock=clock)
+    assert governor.tick(1)[0].healthy
+    clock.forward(121)
+    assert governor.tick(2)[0].action == "fallback"
+
+
+def test_a_restart_of_the_run_is_read_from_zero():
+    governor = governor_of(reading(9, long=5), reading(1))
+    governor.tick(1)
+    decision, _ = governor.tick(2)
+    assert decision.signals.num_rollouts == 32
+    assert decision.signals.tail_share == 0
+
+
+def test_a_restored_governor_holds_its_pressure_and_takes_the_first_reading_as_its_baseline():
+    first = governor_of(reading(1, long=10), reading(2, long=20))
+    pressure = [first.tick(step)[0].after.pressure for step in (1, 2)][-1]
+    second = governor_of(reading(9, long=90), reading(10, long=90))
+    second.restore(json.loads(json.dumps(first.state())))
+    assert second.limits() == first.limits()
+    assert second.tick(10)[0].signals.num_rollouts == 0
+    decision, _ = second.tick(11)
+    assert decision.signals.num_rollouts == 32
+    assert decision.after.pressure == pressure
+
+
+def test_off_reads_nothing():
+    governor = governor_of(None, policy=Policy(mode="off"))
+    decision, _ = governor.tick(1)
+    assert not decision.signals.blind
+    assert decision.limits == BASE
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 32)), min_size=1, max_size=8), st.integers(1, 9))
+@settings(deadline=None)
+def test_replay_equals_the_record_bit_for_bit(tmp_path_factory, per_step, change_at):
+    path = tmp_path_factory.mktemp("run")
+    total, readings = 0, []
+    for step, long in enumerate(per_step, start=1):
+        total += long or 0
+        readings.append(None if long is None else reading(step, long=total))
+    write_records(path, governor_of(*readings), len(readings), change_at)
+    rows = replay(path)
+    assert [row.step for row in rows] == list(range(1, len(readings) + 1))
+    assert all(row.differences == () for row in rows)
+
+
+def test_replay_shows_where_another_policy_would_have_differed(tmp_path):
+    write_records(tmp_path, governor_of(reading(1), reading(2, long=4), reading(3, long=8)), 3)
+    rows = replay(tmp_path, Policy(target_tail_share=0.9, target_density_ratio=0, target_length_max_ratio=100))
+    assert "pressure" not in rows[0].differences
+    assert "pressure" in rows[2].differences
+    assert rows[2].recorded["pressure"] > rows[2].replayed["pressure"] == 0
+
+
+def test_replay_finds_an_altered_record(tmp_path):
+    write_records(tmp_path, governor_of(reading(1), reading(2, long=9)), 2)
+    path = tmp_path / "decisions.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["limits"]["lr_scale"] = 1.0
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    assert replay(tmp_path)[1].differences == ("limits.lr_scale",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", ""),
+        ("{", "decisions.jsonl:1: "),
+        ('{"step": 1, "signals": {}, "before": {}}', "no policy in this record"),
+        ("[1]", "decisions.jsonl:1: not a decision record"),
+    ],
+)
+def test_a_broken_record_is_named_by_its_line(tmp_path, text, message):
+    (tmp_path / "decisions.jsonl").write_text(text)
+    if not message:
+        assert replay(tmp_path) == []
+        return
+    with pytest.raises(ValueError, match=message):
+        replay(tmp_path)
+
+
+def test_a_directory_without_records_is_named(tmp_path):
+    with pytest.raises(ValueError, match="give the directory of a run"):
+        replay(tmp_path)

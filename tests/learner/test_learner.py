@@ -1,0 +1,151 @@
+"""The learner as the loop uses it: a step, its report, what it leaves alone, and how it comes back from a checkpoint."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+from tiny import build_tiny
+
+from actors.learner.actor import Learner
+from actors.learner.settings import LearnerSettings, ObjectiveSettings
+from actors.teacher.scorers import ScoreRequest, TorchScorer
+from actors.teacher.settings import TeacherSettings
+from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
+
+STOP_IDS = (1, 3)
+LIMITS = LengthLimits(cap_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return build_tiny(root / "student", "llama", seed=1), build_tiny(root / "teacher", "llama", seed=2)
+
+
+def learner(folder: Path, objective: ObjectiveSettings | None = None, **settings: object) -> Learner:
+    options = LearnerSettings(learning_rate=1e-3, **settings)  # type: ignore[arg-type]
+    return Learner(
+        str(folder), options, objective or ObjectiveSettings(), stop_ids=STOP_IDS, max_new_tokens=32, seed=0, with_reference=True
+    )
+
+
+def batch(student: Path, teacher: Path, num: int = 6) -> list[ScoredRollout]:
+    """Random responses scored by the teacher, the student's own log-probs as the behaviour policy."""
+    rng = np.random.default_rng(0)
+    responses = [(*tuple(int(i) for i in rng.integers(4, 60, rng.integers(3, 20))), 1) for _ in range(num)]
+    requests = [ScoreRequest((5, 6, 7), response, top_k=8) for response in responses]
+    scores = TorchScorer(TeacherSettings(model=str(teacher)), STOP_IDS).score(requests)
+    own = TorchScorer(TeacherSettings(model=str(student)), STOP_IDS).score(requests)
+    return [
+        ScoredRollout(Trajectory(Prompt(i, (5, 6, 7)), response, mine.sampled_logp_T, "stop", 32, 1, 0, 0), score)
+        for i, (response, score, mine) in enumerate(zip(responses, scores, own, strict=True))
+        if score is not None and mine is not None
+    ]
+
+
+def weights_of(actor: Learner) -> dict[str, torch.Tensor]:
+    return load(actor.weights("float32").tobytes())
+
+
+def test_a_step_reports_and_moves_the_weights(folders: tuple[Path, Path]) -> None:
+    actor = learner(folders[0])
+    before = weights_of(actor)
+    report = actor.step(batch(*folders), [], LIMITS, 10.0)
+    assert report.weight_version == 1
+    assert not report.skipped
+    assert report.metrics.num_tokens_P.sum() == sum(len(r.trajectory.token_ids) for r in batch(*folders))
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights_of(actor).items())
+    assert report.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("support", ["sampled", "teacher"])
+def test_a_student_equal_to_its_teacher_stays_where_it_is(folders: tuple[Path, Path], support: str) -> None:
+    actor = learner(folders[0], ObjectiveSettings(support=support, top_k=8))  # type: ignore[arg-type]
+    before = weights_of(actor)
+    report = actor.step(batch(folders[0], folders[0]), [], LIMITS, 10.0)
+    assert abs(report.loss) < 1e-5
+    assert report.grad_norm < 1e-4
+    # Scores and learner pad differently, so a rounding error is left, and Adam's first step scales any gradient up.
+    assert max((before[name] - tensor).abs().max() for name, tensor in weights_of(actor).items()) <= 1.01e-3
+
+
+def test_support_full_with_an_equal_teacher_changes_nothing_at_all(folders: tuple[Path, Path]) -> None:
+    actor = Learner(
+        str(folders[0]), LearnerSettings(learning_rate=1e-3), ObjectiveSettings(support="full"),
+        stop_ids=STOP_IDS, max_new_tokens=32, seed=0, with_reference=False, teacher=str(folders[0]),
+    )  # fmt: skip
+    before = weights_of(actor)
+    report = actor.step(batch(folders[0], folders[0]), [], LIMITS, 10.0)
+    assert report.grad_norm == 0
+    assert max((before[name] - tensor).abs().max() for name, tensor in weights_of(actor).items()) <= 1e-7
+
+
+def test_repeated_steps_bring_the_student_nearer_its_teacher(folders: tuple[Path, Path]) -> None:
+    actor = learner(folders[0], ObjectiveSettings(support="teacher", top_k=64, loss="forward_kl"))
+    rollouts = batch(*folders)
+    losses = [actor.step(rollouts, [], LIMITS, 10.0).loss for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_brake_scales_the_learning_rate_and_a_tuned_rate_replaces_the_jobs(folders: tuple[Path, Path]) -> None:
+    actor = learner(folders[0], total_steps=10)
+    rollouts = batch(*folders)
+    assert actor.step(rollouts, [], LengthLimits(32, lr_scale=0.25), 10.0).learning_rate == pytest.approx(2.5e-4)
+    assert actor.step(rollouts, [], LIMITS, 10.0, 5e-4).learning_rate == pytest.approx(5e-4)
+
+
+def test_golden_answers_are_learned_by_their_weight(folders: tuple[Path, Path]) -> None:
+    golden = [Prompt(0, (5, 6, 7), golden_ids=(9, 9, 10, 1))]
+    actor = learner(folders[0])
+    first = actor.step(batch(*folders), golden, LengthLimits(32, golden_weight=5.0), 10.0).metrics
+    for _ in range(6):
+        last = actor.step(batch(*folders), golden, LengthLimits(32, golden_weight=5.0), 10.0).metrics
+    assert last.golden_nats < first.golden_nats
+
+
+def test_a_score_that_is_not_finite_never_reaches_the_weights(folders: tuple[Path, Path]) -> None:
+    actor = learner(folders[0])
+    rollouts = batch(*folders)
+    rollouts[0].scores.sampled_logp_T[1] = np.nan
+    before = weights_of(actor)
+    report = actor.step(rollouts, [], LIMITS, 10.0)
+    assert report.skipped
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(actor).items())
+    assert not actor.step(batch(*folders), [], LIMITS, 10.0).skipped
+
+
+def test_micro_batches_do_not_change_a_step(folders: tuple[Path, Path]) -> None:
+    whole, split = learner(folders[0]), learner(folders[0], micro_batch_tokens=32, chunk_tokens=7)
+    first, second = whole.step(batch(*folders), [], LIMITS, 10.0), split.step(batch(*folders), [], LIMITS, 10.0)
+    assert first.loss == pytest.approx(second.loss, rel=1e-5)
+    assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-4)
+
+
+def test_a_restored_learner_goes_on_bit_for_bit(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    actor, rollouts = learner(folders[0]), batch(*folders)
+    actor.step(rollouts, [], LIMITS, 10.0)
+    actor.save(str(tmp_path))
+    resumed = learner(folders[0])
+    assert resumed.restore(str(tmp_path)) == 1
+    actor.step(rollouts, [], LIMITS, 10.0)
+    resumed.step(rollouts, [], LIMITS, 10.0)
+    theirs = weights_of(resumed)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights_of(actor).items())
+
+
+def test_a_rollback_takes_the_weights_and_keeps_counting(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    actor, rollouts = learner(folders[0]), batch(*folders)
+    saved = weights_of(actor)
+    actor.save(str(tmp_path))
+    for _ in range(3):
+        actor.step(rollouts, [], LIMITS, 10.0)
+    assert actor.restore(str(tmp_path), rollback=True) == 3
+    theirs = weights_of(actor)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in saved.items())
+
+
+def test_the_output_head_travels_on_its_own_even_when_tied(tmp_path: Path) -> None:
+    tensors = weights_of(learner(build_tiny(tmp_path / "tied", "gpt2", seed=1)))
+    assert torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"])

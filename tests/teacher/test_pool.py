@@ -1,0 +1,307 @@
+"""The pool over fake actors: they have the methods of RayTeacher and a script of what goes wrong."""
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from actors.teacher.pool import Support, TeacherPool, blend_scores
+from actors.teacher.scorers import GenerateOptions
+from actors.teacher.settings import TeacherSettings
+from actors.trajectory import Prompt, TokenScores, Trajectory
+
+
+@dataclass(eq=False)
+class FakeTeacher:
+    """Scores every token with `logp`; each entry of `faults` spoils one call: an exception, seconds to hang, or nan."""
+
+    logp: float = -1.0
+    faults: list[Exception | float] = field(default_factory=list)
+    pace_s: float = 0.0
+    pid: int = 1
+    calls: list[int] = field(default_factory=list)
+    prompts: list[tuple[int, ...]] = field(default_factory=list)
+    restarts: int = 0
+
+    async def score(self, requests):
+        self.calls.append(len(requests))
+        self.prompts += [request.prompt_token_ids for request in requests]
+        logp = self.logp
+        if self.faults:
+            fault = self.faults.pop(0)
+            if isinstance(fault, Exception):
+                self.pid += isinstance(fault, ConnectionError)  # the process died and Ray started another
+                raise fault
+            if np.isnan(fault):
+                logp = fault
+            else:
+                await asyncio.sleep(fault)
+        await asyncio.sleep(self.pace_s)
+        return [
+            TokenScores(
+                teacher="fake",
+                sampled_logp_T=np.full(len(request.token_ids), logp, np.float32),
+                stop_logp_T=np.full(len(request.token_ids), logp - 1, np.float32),
+                support_ids_TK=request.support_ids_TK,
+                support_logp_TK=None if request.support_ids_TK is None else np.full(request.support_ids_TK.shape, logp, np.float32),
+            )
+            for request in requests
+        ]
+
+    async def generate(self, prompts, options: GenerateOptions):
+        if self.faults:
+            raise self.faults.pop(0)
+        await asyncio.sleep(self.pace_s)
+        self.prompts += prompts
+        return [(options.seed, *prompt, options.beams) for prompt in prompts]
+
+    async def ping(self):
+        return self.pid
+
+    async def restart(self):
+        self.restarts += 1
+        self.pid += 1
+
+
+def trajectory(domain: str = "", prompt_length: int = 3, length: int = 4, index: int = 0, **prompt) -> Trajectory:
+    return Trajectory(
+        prompt=Prompt(index=index, token_ids=(5,) * prompt_length, domain=domain, **prompt),
+        token_ids=(7,) * length,
+        logprobs_T=np.zeros(length, np.float32),
+        finish_reason="stop",
+        cap_tokens=64,
+        step=1,
+        weight_version=0,
+        limits_generation=0,
+        support_ids_TK=np.full((length, 2), 9, np.int32),
+    )
+
+
+def settings(**values) -> TeacherSettings:
+    return TeacherSettings(model="m", **values)
+
+
+class Log(Counter):
+    """Counts (teacher, result) and (teacher, reason)."""
+
+    def request(self, teacher, result, seconds):
+        assert seconds >= 0
+        self[teacher, result] += 1
+
+    def restart(self, teacher, reason):
+        self[teacher, reason] += 1
+
+
+def build(teachers, log=None, **options) -> TeacherPool:
+    log = log if log is not None else Log()
+    return TeacherPool(teachers, on_request=log.request, on_restart=log.restart, cooldown_s=0.01, **options)
+
+
+async def test_each_request_goes_to_the_least_loaded_actor():
+    busy, idle = FakeTeacher(pace_s=0.05), FakeTeacher(pace_s=0.05)
+    pool = build([(settings(), [busy, idle])])
+    long, short = trajectory(length=100), trajectory(length=4)
+    scores = await pool.score([long, short, short, short])
+    assert [score.sampled_logp_T.shape for score in scores] == [(100,), (4,), (4,), (4,)]
+    assert sum(busy.calls) == 1
+    assert sum(idle.calls) == 3
+    assert all(member.load_tokens == 0 for member in pool.members)
+
+
+async def test_requests_that_wait_go_together_within_batch_tokens():
+    actor = FakeTeacher(pace_s=0.05)
+    pool = build([(settings(batch_tokens=21), [actor])])
+    first = asyncio.create_task(pool.score([trajectory()]))
+    await asyncio.sleep(0.01)
+    await asyncio.gather(first, *(pool.score([trajectory()]) for _ in range(5)))
+    assert actor.calls == [1, 3, 2]  # 7 tokens each: three fit
+
+
+async def test_a_failed_call_is_retried_on_another_actor():
+    log = Log()
+    sick, well = FakeTeacher(faults=[RuntimeError("out of memory")] * 99), FakeTeacher()
+    pool = build([(settings(name="t"), [sick, well])], log)
+    scores = await pool.score([trajectory()])
+    assert [score.teacher for score in scores] == ["t"]
+    assert log == {("t", "error"): 1, ("t", "ok"): 1}
+
+
+async def test_a_sick_actor_is_set_aside_and_asked_less_and_less():
+    sick, well = FakeTeacher(faults=[RuntimeError("sick")] * 999), FakeTeacher()
+    pool = build([(settings(), [sick, well])])
+    for _ in range(50):
+        assert (await pool.score([trajectory()]))[0] is not None
+        await asyncio.sleep(0.004)
+    assert len(sick.calls) < 10  # of 50: it came first each time it was live
+    await pool.close()
+
+
+async def test_a_crashed_actor_comes_back_and_the_restart_is_counted():
+    log = Log()
+    actor = FakeTeacher(faults=[ConnectionError("actor died")])
+    pool = build([(settings(name="t"), [actor])], log)
+    await pool.start()
+    assert None not in await pool.score([trajectory(), trajectory()])
+    assert log == {("t", "error"): 2, ("t", "ok"): 2, ("t", "crash"): 1}
+
+
+async def test_a_hanging_actor_is_restarted_and_its_request_goes_elsewhere():
+    log = Log()
+    stuck, well = FakeTeacher(faults=[60.0]), FakeTeacher()
+    pool = build([(settings(name="t", timeout_s=0.05), [stuck, well])], log)
+    await pool.start()
+    assert None not in await pool.score([trajectory()])
+    await asyncio.sleep(0.02)
+    assert stuck.restarts == 1
+    assert log == {("t", "timeout"): 1, ("t", "ok"): 1, ("t", "hang"): 1}
+
+
+async def test_a_slow_request_is_hedged_on_a_second_actor():
+    slow, fast = FakeTeacher(logp=-5, faults=[0.3]), FakeTeacher(logp=-2)
+    pool = build([(settings(hedge_after_s=0.02), [slow, fast])])
+    started = asyncio.get_running_loop().time()
+    scores = await pool.score([trajectory()])
+    assert scores[0].sampled_logp_T[0] == -2
+    assert asyncio.get_running_loop().time() - started < 0.2
+    await pool.close()
+
+
+async def test_when_the_hedge_fails_the_slow_answer_still_counts():
+    slow, broken = FakeTeacher(logp=-5, faults=[0.1]), FakeTeacher(faults=[RuntimeError("no")])
+    pool = build([(settings(hedge_after_s=0.02), [slow, broken])])
+    assert (await pool.score([trajectory()]))[0].sampled_logp_T[0] == -5
+
+
+async def test_a_score_that_never_arrives_is_none_and_its_batch_mates_are_not_lost():
+    log = Log()
+    actor = FakeTeacher(faults=[RuntimeError("a"), RuntimeError("b")])
+    pool = build([(settings(name="t", max_attempts=2), [actor])], log)
+    assert await pool.score([trajectory()]) == [None]
+    assert None not in await pool.score([trajectory()])
+    assert log == {("t", "error"): 2, ("t", "unscored"): 1, ("t", "ok"): 1}
+
+
+async def test_without_a_live_actor_the_request_waits_then_is_unscored():
+    class Dead(FakeTeacher):
+        async def ping(self):
+            raise ConnectionError("gone")
+
+    pool = build([(settings(name="t", timeout_s=0.1, max_attempts=5), [Dead(faults=[RuntimeError("dead")] * 9)])])
+    assert pool.num_live() == {"t": 1}
+    assert await asyncio.wait_for(pool.score([trajectory()]), 2) == [None]
+    assert pool.num_live() == {"t": 0}
+    await pool.close()
+
+
+async def test_nonfinite_scores_are_unscored_and_not_retried():
+    log = Log()
+    actor = FakeTeacher(faults=[np.nan])
+    pool = build([(settings(name="t"), [actor])], log)
+    assert await pool.score([trajectory()]) == [None]
+    assert log == {("t", "nonfinite"): 1}
+
+
+async def test_padded_support_entries_may_be_minus_infinity():
+    class Padded(FakeTeacher):
+        async def score(self, requests):
+            (scores,) = await super().score(requests)
+            scores.support_logp_TK[scores.support_ids_TK < 0] = -np.inf
+            return [scores]
+
+    pool = build([(settings(), [Padded()])], support=Support(student=True))
+    sample = trajectory()
+    sample.support_ids_TK[:, 1] = -1
+    assert (await pool.score([sample]))[0].support_logp_TK.tolist() == [[-1.0, -np.inf]] * 4
+
+
+async def test_a_users_mistake_is_raised_at_once():
+    actor = FakeTeacher(faults=[ValueError("context window 16")])
+    pool = build([(settings(), [actor])])
+    with pytest.raises(ValueError, match="context window 16"):
+        await pool.score([trajectory()])
+    assert actor.calls == [1]
+    assert pool.members[0].live.is_set()
+
+
+async def test_each_domain_has_its_teacher():
+    maths, code = FakeTeacher(logp=-1), FakeTeacher(logp=-2)
+    pool = build([(settings(name="m", domains=("maths",)), [maths]), (settings(name="c", domains=("code", "sql")), [code])])
+    scores = await pool.score([trajectory("sql"), trajectory("maths"), trajectory("code")])
+    assert [score.teacher for score in scores] == ["c", "m", "c"]
+
+
+async def test_a_domain_without_teacher_is_refused_at_construction():
+    with pytest.raises(ValueError, match=r"domain 'law' has no teacher \(teacher.domains: {'m': \('maths',\)}\)"):
+        build([(settings(name="m", domains=("maths",)), [FakeTeacher()])], domains={"maths", "law"})
+
+
+async def test_several_teachers_of_a_domain_are_blended_as_a_mixture():
+    one, two = FakeTeacher(logp=-1), FakeTeacher(logp=-3)
+    pool = build([(settings(name="a", weight=3), [one]), (settings(name="b", weight=1), [two])], support=Support(student=True))
+    (scores,) = await pool.score([trajectory()])
+    mixture = np.log(0.75 * np.exp(-1) + 0.25 * np.exp(-3))
+    assert scores.teacher == "a+b"
+    np.testing.assert_allclose(scores.sampled_logp_T, mixture, rtol=1e-6)
+    np.testing.assert_allclose(scores.stop_logp_T, mixture - 1, rtol=1e-6)
+    np.testing.assert_allclose(scores.support_logp_TK, mixture, rtol=1e-6)
+    assert scores.support_logp_TK.dtype == np.float32
+
+
+async def test_half_a_blend_is_unscored():
+    one, two = FakeTeacher(), FakeTeacher(faults=[np.nan])
+    pool = build([(settings(name="a"), [one]), (settings(name="b"), [two])])
+    assert await pool.score([trajectory()]) == [None]
+
+
+async def test_teachers_own_supports_cannot_be_blended():
+    teachers = [(settings(name="a"), [FakeTeacher()]), (settings(name="b"), [FakeTeacher()])]
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] blend only on the same ids"):
+        build(teachers, support=Support(top_k=8), domains={""})
+
+
+def test_an_id_one_vocabulary_lacks_has_no_probability_there():
+    def scores(ids, logps):
+        return TokenScores("t", np.zeros(1, np.float32), np.zeros(1, np.float32), np.array([ids], np.int32), np.array([logps], np.float32))
+
+    blended = blend_scores([scores([4, -1], [-1, -np.inf]), scores([4, 6], [-1, -2])], [1, 1])
+    assert blended.support_ids_TK.tolist() == [[4, 6]]
+    np.testing.assert_allclose(blended.support_logp_TK, [[-1, -2 + np.log(0.5)]], rtol=1e-6)
+
+
+async def test_teachers_with_the_same_actors_share_load_and_health():
+    shared = FakeTeacher()
+    pool = build([(settings(name="a", domains=("x",)), [shared]), (settings(name="b", domains=("y",)), [shared])])
+    assert len(pool.members) == 1
+    scores = await pool.score([trajectory("x"), trajectory("y")])
+    assert [score.teacher for score in scores] == ["a", "b"]
+    assert shared.calls == [2]
+
+
+async def test_a_concise_teacher_sees_its_own_prompt():
+    actor = FakeTeacher()
+    await build([(settings(), [actor])]).score([trajectory(), trajectory(teacher_token_ids=(1, 2))])
+    assert actor.prompts == [(5, 5, 5), (1, 2)]
+
+
+async def test_a_trajectory_without_the_support_asked_for_is_refused():
+    pool = build([(settings(), [FakeTeacher()])], support=Support(student=True))
+    with pytest.raises(ValueError, match="carries no support_ids_TK"):
+        await pool.score([replace(trajectory(), support_ids_TK=None)])
+
+
+async def test_golden_answers_do_not_depend_on_the_number_of_actors():
+    prompts = [trajectory(index=i, prompt_length=1 + i % 3).prompt for i in range(50)]
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 7}
+    alone = await build([(settings(beams=4), [FakeTeacher()])]).golden(prompts, **options)
+    actors = [FakeTeacher(), FakeTeacher(faults=[RuntimeError("once")]), FakeTeacher()]
+    together = await build([(settings(beams=4), actors)]).golden(prompts, **options)
+    assert alone == together
+    assert alone[17] == (7 + 16, 5, 5, 5, 4)
+    assert all(actor.prompts for actor in (actors[0], actors[2]))
+
+
+async def test_golden_prompts_that_no_actor_answers_are_none():
+    pool = build([(settings(max_attempts=1), [FakeTeacher(faults=[RuntimeError("gone")])])])
+    assert await pool.golden([trajectory().prompt], max_new_tokens=8, temperature=1.0, seed=0) == [None]
