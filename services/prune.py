@@ -27,8 +27,8 @@ from services.data import PromptEncoder, read_rows
 from services.job import JobError, PromptSource
 from services.models import build_once, resolve_model, stop_event_ids, tokenizer_of
 
-CALIBRATION_TEXTS = 8
-CALIBRATION_ANSWER_TOKENS = 24
+CALIBRATION_TEXTS = 12
+CALIBRATION_ANSWER_TOKENS = 32
 """The search's cost is proportional to both; twice as many chose the same layers up to near ties."""
 SHORTLIST = 8
 """Layers tried in a round: the best of the round before. A layer's rank moves little from one round to the next."""
