@@ -28,7 +28,7 @@ KEPT = ("metrics.jsonl", "decisions.jsonl", "job.yaml")
 TRUNCATION_COLLAPSE = 0.5
 LEAD_TRUNCATION = 0.3
 
-GOVERNED = ("governor.mode=enforce",)
+GOVERNED = ("governor.mode=enforce", "data.unfinished_by_teacher=quota")
 """The same plain objective, start and seed; only the governor acts."""
 DENSE = ("objective.support=student", "objective.top_k=32")
 
@@ -50,7 +50,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "reference-kl": ("objective.reference_kl_weight=0.1",),
     "dense-loss": DENSE,
     "stop-raw": ("objective.stop_event=raw",),
-    "teacher-finished": ("data.unfinished_by_teacher=drop", "data.golden.num_prompts=100000"),
+    "teacher-finished": ("data.unfinished_by_teacher=drop",),
     # the governor on the plain objective, with all and with each actuator alone
     "governed": GOVERNED,
     "governed-golden": only("golden_weight"),
@@ -58,7 +58,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "governed-reference-kl": only("reference_kl_weight"),
     "governed-tilt": only("stop_tilt_nats"),
     "governed-loop-mask": only("loop_tail_weight"),
-    "governed-unfinished": (*only("unfinished_quota"), "data.unfinished_by_teacher=quota", "data.golden.num_prompts=100000"),
+    "governed-unfinished": only("unfinished_quota"),
     "governed-cap": only("cap_tokens"),
     "governed-quota": only("admission_quota"),
     "governed-rollback": only("rollback"),
