@@ -171,7 +171,7 @@ def main() -> None:
         print(f"{name}: seed {plan.seed}, {plan.steps} steps")
         model = train(plan, tokenizer)
         model.save_pretrained(out / name)
-        tokenizer.save_pretrained(out / name)
+        build_tokenizer(WINDOW_TOKENS).save_pretrained(out / name)
         print(f"  {model.num_parameters()} parameters")
         for file in ("eval_3_9.jsonl", "eval_3_14.jsonl"):
             for sampled in (True, False):
