@@ -25,6 +25,9 @@ from services.job import Job, JobError
 
 PROBE_TOKENS = 48
 """Length of the probe sequence: long enough to touch every weight, short enough to cost nothing."""
+FLOAT32_TOLERANCE_NATS = 1e-2
+"""Rounding in float32 stays a tenth of this on models of 30 layers; wrong weights differ by whole nats."""
+BFLOAT16_TOLERANCE_NATS = 0.25
 NAMESPACE = "opd"
 """Ray namespace of the runs' named actors; all others are anonymous and a run's own."""
 
@@ -37,7 +40,6 @@ class Models:
     teachers: tuple[str, ...]
     stop_ids: tuple[int, ...]
     context_tokens: int
-    vocabulary: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +84,12 @@ def _learner_name(run: str) -> str:
 class Fleet:
     """Rollout actors and learner of a run (teacher pool and governor have handles of their own)."""
 
-    def __init__(self, job: Job, models: Models) -> None:
-        self._job, self._models = job, models
+    def __init__(self, job: Job, models: Models, probe: Sequence[int]) -> None:
+        """`probe`: ids of ordinary text, PROBE_TOKENS or so, on which engine and learner are compared after each sync."""
+        self._job, self._models, self._probe = job, models, list(probe)
         self._rollouts: list[Any] = []
         self._learner: Any = None
         self._load_tokens: list[int] = []
-        self._probe = [int(i) for i in np.random.default_rng(job.seed).integers(0, models.vocabulary, PROBE_TOKENS)]
         self._descendants: dict[int, float] = {}
 
     async def start(self) -> None:
@@ -156,7 +158,7 @@ class Fleet:
         seconds = time.monotonic() - started
         expected, *probes = await asyncio.gather(self.learner_probe(), *(actor.probe.remote(self._probe) for actor in self._rollouts))
         gap = max(float(np.abs(probe - expected).max()) for probe in probes)
-        tolerance = self._job.cluster.probe_tolerance_nats or (1e-3 if self._all_float32() else 0.25)
+        tolerance = self._job.cluster.probe_tolerance_nats or (FLOAT32_TOLERANCE_NATS if self._all_float32() else BFLOAT16_TOLERANCE_NATS)
         return Sync(seconds, gap, tolerance)
 
     def _all_float32(self) -> bool:

@@ -95,7 +95,7 @@ class ClusterSettings(Settings):
     weight_transfer: Literal["auto", "file", "nccl", "ipc"] = "auto"
     """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node)."""
     probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None
-    """Largest engine-learner gap on the probe after a sync. None: 1e-3 when both are float32, else 0.25."""
+    """Largest engine-learner gap on the probe after a sync. None: 0.01 when both are float32, else 0.25."""
 
 
 class CheckpointSettings(Settings):

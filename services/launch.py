@@ -6,6 +6,7 @@ job --> models, prompts, run directory, HTTP --> Ray --> teachers --> golden pas
 
 import asyncio
 import contextlib
+import itertools
 import json
 import signal
 import time
@@ -27,11 +28,11 @@ from services.control import create_app
 from services.data import load_problems, open_prompts
 from services.distill import Distillation, base_limits
 from services.evaluate import Evaluation, Response, load_verifier, summarise
-from services.fleet import Fleet, Models, connect, refuse_taken_name
+from services.fleet import PROBE_TOKENS, Fleet, Models, connect, refuse_taken_name
 from services.golden import GoldenSet, choose_prompts, collect_golden, golden_key
 from services.job import Job
 from services.jobs import announced
-from services.models import config_of, context_tokens, resolve_model, stop_event_ids, tokenizer_of, weights_identity
+from services.models import context_tokens, resolve_model, stop_event_ids, tokenizer_of, weights_identity
 from services.monitor import RunMonitor
 from services.report import write_report
 from services.rundir import ADDRESS, Record, RunDirectory
@@ -76,7 +77,7 @@ class Run:
         """The whole run, and the end of every process of it, however it ends."""
         self.server.start()
         self._say(f"run {self.job.name}: {self.server.url} (token in {self.directory.path / 'token'})")
-        fleet, pool = Fleet(self.job, self.models), None
+        fleet, pool = Fleet(self.job, self.models, self._probe()), None
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self._address_files())
@@ -164,6 +165,11 @@ class Run:
                 loop.remove_signal_handler(number)
 
     # ---- the parts
+
+    def _probe(self) -> list[int]:
+        """Ordinary text for the weight probe: the first prompts, one after the other."""
+        ids = itertools.chain.from_iterable(prompt.token_ids for prompt in itertools.cycle(self.stream.prompts()))
+        return list(itertools.islice(ids, min(PROBE_TOKENS, self.models.context_tokens - 1)))
 
     def _start_teachers(self) -> TeacherPool:
         """A pool per teacher; teachers with equal weights and back end share their actors."""
@@ -288,8 +294,7 @@ def resolve_models(job: Job) -> tuple[Models, Any]:
     window = min(context_tokens(model) for model in local)
     if job.rollout.max_model_len:
         window = min(window, job.rollout.max_model_len)
-    vocabulary = min(config_of(model).get_text_config().vocab_size for model in local)
-    return Models(student, teachers, stop_ids, window, vocabulary), tokenizer
+    return Models(student, teachers, stop_ids, window), tokenizer
 
 
 def model_card(job: Job, directory: RunDirectory) -> str:

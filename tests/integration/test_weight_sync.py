@@ -17,6 +17,7 @@ pytestmark = pytest.mark.integration
 
 NUM_SYNCS = 20
 TOLERANCE_NATS = 1e-3
+PROBE = [int(i) for i in np.random.default_rng(0).integers(4, 80, 48)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +47,7 @@ async def _learn_and_sync(folder: str) -> tuple[list[float], float]:
             "learner": {"learning_rate": 3e-3},
         }
     )
-    fleet = Fleet(job, Models(folder, (folder,), (1,), 256, 80))
+    fleet = Fleet(job, Models(folder, (folder,), (1,), 256), PROBE)
     await fleet.start()
     try:
         gaps = [(await fleet.sync_weights(0)).gap_nats]
