@@ -145,7 +145,7 @@ def test_the_data_source_is_asked_at_the_interval_prometheus_scrapes_at() -> Non
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that has found and scraped a run for a dozen steps; in the middle settings change and it rolls back."""
     if shutil.which("prometheus") is None:
-        pytest.skip("needs prometheus: tests/install-prometheus.sh")
+        pytest.skip("needs prometheus: tests/install-packages.sh")
     server = Prometheus(tmp_path_factory.mktemp("prometheus"))
     run, others = ObservedRun("sums"), ForeignExporter()
     try:

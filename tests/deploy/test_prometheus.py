@@ -45,7 +45,7 @@ ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}
 
 def promtool(*arguments: str) -> None:
     if shutil.which("promtool") is None:
-        pytest.skip("needs promtool: tests/install-prometheus.sh")
+        pytest.skip("needs promtool: tests/install-packages.sh")
     done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

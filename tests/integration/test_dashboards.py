@@ -16,7 +16,7 @@ FLEET = frozenset({"fleet.json"})
 
 def test_every_query_about_runs_has_data_while_one_goes_and_its_target_goes_with_it(tmp_path: Path) -> None:
     if shutil.which("prometheus") is None:
-        pytest.skip("needs prometheus: tests/install-prometheus.sh")
+        pytest.skip("needs prometheus: tests/install-packages.sh")
     (tmp_path / "prometheus").mkdir()
     server = Prometheus(tmp_path / "prometheus")
     live = LiveRun(tmp_path / "sums", *SMALL, "learner.total_steps=60", f"service.file_sd_dir={server.targets}")
