@@ -81,7 +81,7 @@ def prune(
     layers: Annotated[int, typer.Option(help="Layers to keep.", min=1)],
     calibration: Annotated[Path, typer.Option(help="Prompts (.jsonl, .parquet) on which the change is measured.")],
     out: Annotated[Path, typer.Option(help="Folder for the pruned student.")],
-    heal_steps: Annotated[int, typer.Option(help="Steps of forward KL on the model's own answers afterwards; 0: none.", min=0)] = 8,
+    heal_steps: Annotated[int, typer.Option(help="Steps of forward KL on the model's own answers afterwards; 0: none.", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Make a depth-pruned student: drop the layers whose removal changes the output least; print the measured KL per layer.

@@ -97,12 +97,12 @@ def _make_pruned(base: str, num_layers: int, calibration: PromptSource | None) -
     if calibration is None:
         name = f"{PRUNED_PREFIX}{base}:{num_layers}"
         raise JobError(f"model {name}: only a student is made so, on data.prompts; make a teacher with opd prune")
-    from services.prune import make_student  # needed for such a name alone
+    from services.prune import HEALING_STEPS, make_student  # needed for such a name alone
 
     source = resolve_model(base)
     prompts = Path(calibration.path)
     content = prompts.read_bytes() if prompts.is_file() else calibration.path.encode()
-    settings = calibration.model_dump_json(exclude={"path"}).encode()
+    settings = f"{calibration.model_dump_json(exclude={'path'})} {HEALING_STEPS}".encode()
     identity = hashlib.sha256(b"\0".join([weights_identity(source).encode(), settings, content])).hexdigest()[:12]
     folder = cache_dir() / f"{Path(source).name}-{num_layers}-layers-{identity}"
     return build_once(folder, lambda scratch: make_student(source, num_layers, calibration, scratch))

@@ -32,7 +32,8 @@ CALIBRATION_ANSWER_TOKENS = 32
 """The search's cost is proportional to both: two to three minutes for 135M parameters, 8 layers dropped, on one core."""
 SHORTLIST = 8
 """Layers tried in a round; trying all of them in every round takes two to three times as long."""
-HEALING_STEPS = 8
+HEALING_STEPS = 0
+"""None by default: distillation itself is the healing. Ask for some where the start is too rough to sample from."""
 HEALING_BATCH = 8
 HEALING_ANSWER_TOKENS = 64
 HEALING_LEARNING_RATE = 2e-4
