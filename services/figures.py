@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from actors.governor.limits import LIMIT_NAMES
 from services.rundir import Record
 
 if TYPE_CHECKING:  # matplotlib takes most of a second to import, and `opd --help` should not wait for it
@@ -31,15 +32,6 @@ MARKS = {
     "stop": ("D", "stops the run"),
 }
 """Decisions drawn on the pressure: action -> marker, label."""
-KNOBS = {
-    "cap_tokens": "cap",
-    "golden_weight": "golden weight",
-    "lr_scale": "learning rate x",
-    "reference_kl_weight": "reference KL",
-    "stop_tilt_nats": "stop tilt",
-    "loop_tail_weight": "loop tail weight",
-    "admission_quota": "admission quota",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +172,7 @@ def _draw_knobs(records: Sequence[Record]) -> tuple[str, str] | None:
     """Every knob that moved, over its largest value, so that all share an axis."""
     figure, axes = _new_figure()
     moved = 0
-    for index, (field, label) in enumerate(KNOBS.items()):
+    for index, (field, label) in enumerate(LIMIT_NAMES.items()):
         steps, values = series(records, field)
         if len(steps) and np.ptp(values) > 0:
             moved += 1

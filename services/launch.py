@@ -34,6 +34,7 @@ from services.job import Job
 from services.jobs import announced
 from services.models import context_tokens, resolve_model, stop_event_ids, tokenizer_of, weights_identity
 from services.monitor import RunMonitor
+from services.prune import resolve_student
 from services.report import write_report
 from services.rundir import ADDRESS, Record, RunDirectory
 from services.server import ControlServer, bind, load_or_create_token
@@ -283,7 +284,7 @@ class Run:
 
 def resolve_models(job: Job) -> tuple[Models, Any]:
     """Folders or ids of the models, their stop event and common window; and the student's tokenizer. Raises JobError."""
-    student = resolve_model(job.student.model, job.data.prompts)
+    student = resolve_student(job.student.model, job.data.prompts)
     teachers = tuple(t.model if t.backend == "http" else resolve_model(t.model) for t in job.teacher)
     tokenizer = tokenizer_of(job.student.tokenizer or student, job.student.trust_remote_code)
     stop_ids = job.rollout.stop_token_ids

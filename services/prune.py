@@ -5,6 +5,7 @@
 Legend: B texts, T tokens, H hidden width, V vocabulary, N answer positions.
 """
 
+import hashlib
 import json
 import logging
 import random
@@ -25,7 +26,7 @@ from transformers import GenerationConfig
 from actors.causal_lm import CausalLM
 from services.data import PromptEncoder, read_rows
 from services.job import JobError, PromptSource
-from services.models import build_once, resolve_model, stop_event_ids, tokenizer_of
+from services.models import build_once, cache_dir, resolve_model, split_pruned, stop_event_ids, tokenizer_of, weights_identity
 
 CALIBRATION_TEXTS = 12
 CALIBRATION_ANSWER_TOKENS = 32
@@ -266,6 +267,21 @@ def make_student(model: str, num_layers: int, calibration: PromptSource, out: Pa
     tokenizer.save_pretrained(out)
     (out / "pruning.json").write_text(json.dumps(report, indent=1))
     return report
+
+
+def resolve_student(name: str, calibration: PromptSource) -> str:
+    """As `resolve_model`, and `pruned:MODEL:N` is MODEL cut to its N most needed layers, once, on the prompts of `calibration`."""
+    pruned = split_pruned(name)
+    if pruned is None:
+        return resolve_model(name)
+    base, num_layers = pruned
+    source = resolve_model(base)
+    prompts = Path(calibration.path)
+    content = prompts.read_bytes() if prompts.is_file() else calibration.path.encode()
+    settings = f"{calibration.model_dump_json(exclude={'path'})} {HEALING_STEPS}".encode()
+    identity = hashlib.sha256(b"\0".join([weights_identity(source).encode(), settings, content])).hexdigest()[:12]
+    folder = cache_dir() / f"{Path(source).name}-{num_layers}-layers-{identity}"
+    return str(build_once(folder, lambda scratch: make_student(source, num_layers, calibration, scratch)))
 
 
 def prune_model(model: str, num_layers: int, calibration: Path, out: Path, healing_steps: int = HEALING_STEPS) -> dict[str, Any]:

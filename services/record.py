@@ -104,6 +104,7 @@ def step_record(
         "stop_tilt_nats": limits.stop_tilt_nats,
         "loop_tail_weight": limits.loop_tail_weight,
         "admission_quota": limits.admission_quota,
+        "unfinished_quota": limits.unfinished_quota,
         "step_s": times.total_s,
         "wait_s": times.wait_s,
         "rollout_s": times.rollout_s,

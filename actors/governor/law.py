@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from actors.governor.limits import propose, settle
+from actors.governor.limits import LIMIT_NAMES, propose, settle
 from actors.governor.policy import Policy
 from actors.governor.signals import Signals
 from actors.governor.state import Action, Command, Decision, Reading, State
@@ -281,17 +281,7 @@ def _consequence(before: State, after: State, old: LengthLimits, new: LengthLimi
         last = ""
     if after.pressure == before.pressure and old == new:
         return f": pressure stays {after.pressure:.2f}{last}"
-    names = {
-        "cap_tokens": "cap",
-        "golden_weight": "golden weight",
-        "lr_scale": "learning rate x",
-        "reference_kl_weight": "reference KL",
-        "stop_tilt_nats": "stop tilt",
-        "loop_tail_weight": "loop tail weight",
-        "admission_quota": "admission quota",
-        "unfinished_quota": "unfinished quota",
-    }
-    pairs = [(text, getattr(old, name), getattr(new, name)) for name, text in names.items()]
+    pairs = [(text, getattr(old, name), getattr(new, name)) for name, text in LIMIT_NAMES.items()]
     moves = ", ".join(f"{text} {a:.3g} -> {b:.3g}" for text, a, b in pairs if a != b)
     return f": pressure {before.pressure:.2f} -> {after.pressure:.2f}{'; ' + moves if moves else ''}{last}"
 

