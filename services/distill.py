@@ -34,7 +34,7 @@ from services.fleet import Fleet, Sync
 from services.job import Job
 from services.monitor import RunMonitor
 from services.record import StepTimes, evaluation_fields, record_batch, sample_records, step_record
-from services.rundir import Record, RunDirectory
+from services.rundir import Record, RunDirectory, read_records
 from services.telemetry import Telemetry
 from services.tunables import ConfigStore
 
@@ -122,6 +122,7 @@ class Distillation:
         await self._sync(version)
         if not self._step:
             self._publish_start(await self._evaluate_now())
+            await self._checkpoint()  # the student as it came is the first place to roll back to
         self._monitor.enter("running")
         try:
             while self._step < self._job.learner.total_steps and not self._stopping:
@@ -337,7 +338,9 @@ class Distillation:
         await self._governor.restore.remote(state["governor"])
         self._limits = await self._governor.limits.remote()
         self._directory.cut_after(self._step)
-        self._last_healthy = folder if state["healthy"] else None
+        for record in read_records(self._directory.metrics):
+            self._monitor.add_step(record)
+        self._last_healthy, _, _ = newest_checkpoint(self._directory.checkpoints, healthy=True)
         return await self._fleet.restore(str(folder))
 
     async def _roll_back(self, reason: str) -> None:

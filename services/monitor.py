@@ -60,14 +60,6 @@ class RunMonitor:
             self._decisions.append(record)
             self._governor = governor
 
-    def forget_after(self, step: int) -> None:
-        """Records of later steps will be written again."""
-        with self._lock:
-            for records in (self._steps, self._samples, self._decisions):
-                kept = [record for record in records if record["step"] <= step]
-                records.clear()
-                records.extend(kept)
-
     def take_verbs(self) -> list[Verb]:
         """Verbs asked for since the last border, in order."""
         with self._lock:

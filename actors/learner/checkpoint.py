@@ -77,14 +77,17 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
 
-def newest_checkpoint(root: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that verifies, its state, and one line for each that was refused."""
+def newest_checkpoint(root: Path, *, healthy: bool = False) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that verifies (and, where asked, was written in health), its state, and one line per refused one."""
     refused: list[str] = []
     for folder in sorted(root.glob("step-*"), key=step_of, reverse=True):
         try:
-            return folder, read_state(folder), refused
+            state = read_state(folder)
         except CheckpointError as error:
             refused.append(str(error))
+            continue
+        if state["healthy"] or not healthy:
+            return folder, state, refused
     return None, {}, refused
 
 

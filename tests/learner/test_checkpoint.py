@@ -18,15 +18,15 @@ from actors.learner.checkpoint import (
 )
 
 
-def write(root: Path, step: int, text: str = "weights") -> Path:
+def write(root: Path, step: int, text: str = "weights", healthy: bool = True) -> Path:
     folder = partial_folder(root, step)
     (folder / "student").mkdir()
     (folder / "student/model.safetensors").write_text(text * 100)
-    return seal_checkpoint(root, step, {"step": step, "cursor": {"epoch": 0}})
+    return seal_checkpoint(root, step, {"step": step, "healthy": healthy})
 
 
 def test_a_sealed_checkpoint_reads_back(tmp_path: Path) -> None:
-    assert read_state(write(tmp_path, 8)) == {"step": 8, "cursor": {"epoch": 0}}
+    assert read_state(write(tmp_path, 8)) == {"step": 8, "healthy": True}
     assert not list(tmp_path.glob(".*"))
 
 
@@ -61,6 +61,13 @@ def test_retention_keeps_the_newest_and_the_last_healthy_one(tmp_path: Path) -> 
         write(tmp_path, step)
     prune_checkpoints(tmp_path, 2, [healthy])
     assert {path.name for path in tmp_path.iterdir()} == {"step-2", "step-6", "step-10"}
+
+
+def test_the_last_healthy_one_is_found_behind_newer_ones(tmp_path: Path) -> None:
+    healthy = write(tmp_path, 4)
+    newest = write(tmp_path, 8, healthy=False)
+    assert newest_checkpoint(tmp_path)[0] == newest
+    assert newest_checkpoint(tmp_path, healthy=True)[0] == healthy
 
 
 def test_a_manifest_without_files_is_refused(tmp_path: Path) -> None:

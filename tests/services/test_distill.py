@@ -1,0 +1,243 @@
+"""The main loop over fakes with the same methods: what is done at a step border, and how a run goes back or gives up."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.learner.actor import StepReport
+from actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
+from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
+from services.distill import Distillation, GuardRailError, LearnerError, SyncError, base_limits
+from services.fleet import Sync
+from services.job import Job
+from services.monitor import RunMonitor
+from services.rundir import Record, RunDirectory, read_records
+from services.telemetry import Telemetry
+from services.tunables import ConfigStore
+
+
+class FakeStream:
+    """Prompts numbered from 0; the cursor is the next number."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def next(self, n: int, unfinished_quota: float) -> list[Prompt]:
+        self.position += n
+        return [Prompt(index, (1, 2)) for index in range(self.position - n, self.position)]
+
+    def state(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class FakeFleet:
+    """Rollouts of four tokens or the cap, whichever is less; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.version, self.restored, self.prompts, self.skips = 0, [], [], False
+        self.sync = Sync(0.01, 1e-5, 1e-2)
+
+    async def rollout(
+        self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: Any
+    ) -> AsyncIterator[list[Trajectory]]:
+        self.prompts += [prompt.index for prompt, _ in requests]
+        length = min(4, limits.cap_tokens)
+        for prompt, sample in requests:
+            yield [
+                Trajectory(prompt, (7,) * length, np.zeros(length, np.float32), "stop", limits.cap_tokens, step, self.version, 0, sample)
+            ]
+
+    async def learn(self, rollouts: Any, golden: Any, limits: LengthLimits, reference: float, rate: float) -> StepReport:
+        await asyncio.sleep(0.005)  # as a real one: what was launched begins meanwhile, on the weights before
+        self.version += 1
+        zeros, none = np.zeros(len(POSITION_BUCKETS)), np.zeros(0, np.float32)
+        metrics = BatchMetrics(0.1, zeros.astype(int), zeros, 0, 0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, none, none)
+        return StepReport(0.1, 1.0, rate, self.skips, self.version, metrics)
+
+    async def sync_weights(self, version: int) -> Sync:
+        return self.sync
+
+    async def save(self, folder: str) -> None:
+        (Path(folder) / "weights").write_text(str(self.version))
+
+    async def restore(self, folder: str, *, rollback: bool = False) -> int:
+        self.restored.append((Path(folder).name, rollback))
+        return self.version
+
+
+class FakePool:
+    async def score(self, trajectories: Sequence[Trajectory]) -> list[TokenScores | None]:
+        zeros = [np.zeros(len(t.token_ids), np.float32) for t in trajectories]
+        return [TokenScores("t", zero, zero) for zero in zeros]
+
+
+class FakeGovernor:
+    """Follows a script of step -> command; unhealthy from `sick_from` on. Called as a Ray actor is: method.remote(...)."""
+
+    def __init__(self, base: LengthLimits, commands: dict[int, str], sick_from: int = 10**6) -> None:
+        self.base, self.commands, self.sick_from = base, commands, sick_from
+        for name in ("tick", "limits", "state", "restore", "set_policy"):
+            setattr(self, name, SimpleNamespace(remote=getattr(self, f"_{name}")))
+
+    async def _limits(self) -> LengthLimits:
+        return self.base
+
+    async def _state(self) -> dict[str, Any]:
+        return {}
+
+    async def _restore(self, state: dict[str, Any]) -> None: ...
+
+    async def _set_policy(self, policy: Any, base: LengthLimits, generation: int) -> None:
+        self.base = replace(base, generation=self.base.generation + 1)
+
+    async def _tick(self, step: int) -> tuple[Any, Record]:
+        command = self.commands.get(step)
+        decision = SimpleNamespace(
+            limits=self.base, after=SimpleNamespace(pressure=0.0), healthy=step < self.sick_from, signals=SimpleNamespace(data_age_s=0.0),
+            action=command or "hold", signal="", mode="enforce", command=command, reason="because",
+        )  # fmt: skip
+        return decision, {"step": step, "signals": {}, "limits": {}}
+
+
+class Loop:
+    """A loop of ten steps over the fakes, in a directory."""
+
+    def __init__(self, tmp_path: Path, commands: dict[int, str] | None = None, sick_from: int = 10**6, staleness: int = 0) -> None:
+        self.job = Job.model_validate(
+            {
+                "name": "x",
+                "student": {"model": "a"},
+                "teacher": {"model": "b"},
+                "data": {"prompts": {"path": "p"}},
+                "rollout": {"prompts_per_step": 3, "max_new_tokens": 8, "max_staleness": staleness},
+                "learner": {"total_steps": 10, "max_skipped_steps": 3},
+                "checkpoint": {"every_steps": 2, "keep": 1},
+            }
+        )
+        self.directory = RunDirectory(tmp_path, resume=True)
+        self.store = ConfigStore(self.job, self.directory.config)
+        self.telemetry, self.monitor = Telemetry("x", 8), RunMonitor("x", 10, base_limits(self.job))
+        self.fleet, self.stream, self.warnings = FakeFleet(), FakeStream(), []
+        self.on_step: Any = lambda record: None
+        self.distillation = Distillation(
+            self.job, stream=self.stream, golden=[], reference_tokens=4.0, fleet=self.fleet, pool=FakePool(),
+            governor=FakeGovernor(base_limits(self.job), commands or {}, sick_from), directory=self.directory, store=self.store,
+            telemetry=self.telemetry, monitor=self.monitor, evaluate=None, decode=lambda ids: "", on_step=lambda r: self.on_step(r),
+            on_warning=self.warnings.append,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    def run(self, resume: bool = False) -> list[Record]:
+        asyncio.run(self.distillation.run(resume))
+        return read_records(self.directory.metrics)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_every_step_is_taken_once_and_no_prompt_is_lost(tmp_path: Path, staleness: int) -> None:
+    loop = Loop(tmp_path, staleness=staleness)
+    records = loop.run()
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert loop.fleet.prompts == list(range(30))
+    assert max(record["staleness_mean"] for record in records) == staleness
+
+
+def test_a_rollback_takes_the_last_healthy_checkpoint_and_the_run_goes_on(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, {8: "rollback"}, sick_from=5, staleness=1)
+    records = loop.run()
+    assert loop.fleet.restored == [("step-4", True)]
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert any("rolled back to step 4" in warning for warning in loop.warnings)
+
+
+def test_the_student_as_it_came_can_be_rolled_back_to(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, {1: "rollback"}, sick_from=1)
+    loop.run()
+    assert loop.fleet.restored == [("step-0", True)]
+
+
+def test_rollouts_dropped_by_a_rollback_are_drawn_again(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, {3: "rollback"}, staleness=2)
+    loop.run()
+    assert set(loop.fleet.prompts) == set(range(30))
+    assert loop.stream.position == 30
+
+
+def test_a_stop_of_the_governor_leaves_a_checkpoint_and_says_why(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, {3: "stop"})
+    with pytest.raises(GuardRailError, match="because"):
+        loop.run()
+    assert (loop.directory.checkpoints / "step-3").is_dir()
+
+
+def test_a_gap_after_a_sync_is_a_metric_and_ends_the_run(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.fleet.sync = Sync(0.01, 11.4, 1e-2)
+    with pytest.raises(SyncError, match=r"differ by 11\.4 nats"):
+        loop.run()
+    assert loop.telemetry.registry.get_sample_value("opd_weight_sync_gap_nats", {"run": "x"}) == 11.4
+
+
+def test_a_gap_that_is_not_a_number_ends_the_run_too(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.fleet.sync = Sync(0.01, float("nan"), 1e-2)
+    with pytest.raises(SyncError):
+        loop.run()
+
+
+def test_steps_that_cannot_be_learned_from_are_counted_and_end_the_run_in_a_row(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.fleet.skips = True
+    with pytest.raises(LearnerError, match="3 steps in a row"):
+        loop.run()
+
+
+def test_a_persons_cap_holds_from_the_launch_that_is_observed(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+
+    def patch_at_4(record: Record) -> None:
+        if record["step"] == 4:
+            loop.store.change({"rollout": {"max_new_tokens": 2}}, expected=None, source="test")
+
+    loop.on_step = patch_at_4
+    records = loop.run()
+    # Seen at the border between steps 4 and 5, before the launch of step 5: nothing is launched ahead without staleness.
+    assert [record["length_max"] for record in records] == [4] * 4 + [2] * 6
+    assert [record["config_generation"] for record in records] == [1] * 4 + [2] * 6
+    assert loop.store.observed_generation == 2
+
+
+def test_stop_ends_at_the_next_border_and_resume_goes_on_from_there(tmp_path: Path) -> None:
+    first = Loop(tmp_path)
+    first.on_step = lambda record: record["step"] == 5 and first.monitor.request("stop")
+    first.run()
+    second = Loop(tmp_path)
+    records = second.run(resume=True)
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert first.fleet.prompts + second.fleet.prompts == list(range(30))
+    assert len(second.monitor.steps(-1)) == 10
+
+
+def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+
+    async def fail(folder: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    loop.fleet.save = fail  # type: ignore[method-assign]
+    assert len(loop.run()) == 10
+    assert any("No space left" in warning for warning in loop.warnings)
+
+
+def test_every_record_is_json_and_every_sample_belongs_to_a_step(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.run()
+    assert {json.loads(line)["step"] for line in loop.directory.samples.read_text().splitlines()} == set(range(1, 11))
