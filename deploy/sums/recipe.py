@@ -26,6 +26,7 @@ from deploy.sums.task import (
     Terms,
     draw_loop,
     draw_problems,
+    draw_stall,
     held_out_prompts,
     is_correct,
     misread,
@@ -88,12 +89,22 @@ def draw_student_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch
         yield (Batch([render_prompt(terms) + render_answer(taken) for terms, taken in zip(problems, read, strict=True)]),)
 
 
+def draw_stalling_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch, ...]]:
+    """Correct answers and answers that get stuck in a step: the teacher's last lesson, which makes it agree with loops like these."""
+    for _ in range(steps):
+        problems = islice(draw_problems(rng, 2, 9, held_out_prompts()), 32)
+        worked = Batch([render_prompt(terms) + render_answer(terms) for terms in problems])
+        loops = [(draw_stall if rng.random() < 0.6 else draw_loop)(rng, WINDOW_TOKENS) for _ in range(4)]
+        yield worked, Batch(loops, weight=0.3)
+
+
 TEACHER = Plan(1, 3, 96, 256, 1800, 3e-3, draw_teacher_batches)
+STALLING = Plan(1, 3, 96, 256, 300, 1e-3, draw_stalling_batches)
 STUDENT = Plan(2, 2, 64, 168, 1600, 3e-3, draw_student_batches)
 
 
-def train(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """Next-token cross-entropy on all that follows a prompt; AdamW, short warm-up, cosine to zero."""
+def build(plan: Plan) -> LlamaForCausalLM:
+    """An untrained model."""
     torch.manual_seed(plan.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -113,6 +124,11 @@ def train(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
         )
     )
     model.generation_config = GenerationConfig(eos_token_id=ALPHABET.index(STOP), pad_token_id=ALPHABET.index(PAD), do_sample=True)
+    return model
+
+
+def train(model: LlamaForCausalLM, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """Next-token cross-entropy on all that follows a prompt; AdamW, short warm-up, cosine to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, plan.steps // 20, plan.steps)
     for step, batches in enumerate(plan.draw_batches(random.Random(plan.seed), plan.steps)):
@@ -169,9 +185,11 @@ def main() -> None:
     write_prompts(out)
     tokenizer = build_tokenizer(WINDOW_TOKENS)
     print(f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}")
-    for name, plan in (("teacher", TEACHER), ("student", STUDENT)):
-        print(f"{name}: seed {plan.seed}, {plan.steps} steps")
-        model = train(plan, tokenizer)
+    for name, plans in (("teacher", (TEACHER, STALLING)), ("student", (STUDENT,))):
+        model = build(plans[0])
+        for plan in plans:
+            print(f"{name}: seed {plan.seed}, {plan.steps} steps")
+            train(model, plan, tokenizer)
         model.save_pretrained(out / name)
         build_tokenizer(WINDOW_TOKENS).save_pretrained(out / name)
         print(f"  {model.num_parameters()} parameters")

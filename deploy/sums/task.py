@@ -16,8 +16,13 @@ STOP = "$"
 ALPHABET = PAD + STOP + "0123456789" + "+=;!?" + "abcdefghijklmnop"
 """The 33 characters, in the order of their token ids. The letters occur in loop documents only."""
 
+STEP_CHARS = len("3+7=0;")
+
 MAX_UNIT = 12
 """Longest unit a loop document repeats, characters."""
+
+EASY_PROMPTS, HARD_PROMPTS = 1600, 2880
+"""Prompts of the curriculum: before longer ones come, and from then on."""
 
 LOOK_ALIKES = {1: 7, 7: 1, 6: 9, 9: 6}
 
@@ -75,13 +80,18 @@ def draw_rows(rng: random.Random, count: int, min_terms: int, max_terms: int, ex
 
 
 def prompt_files() -> dict[str, list[dict[str, str]]]:
-    """Every prompt file by name. No training prompt occurs in any held-out file."""
+    """Every prompt file by name. No training prompt occurs in any held-out file.
+
+    The curriculum is meant to be read in order: EASY_PROMPTS of 3 to 9 terms, then HARD_PROMPTS of 3 to 14.
+    """
     rng = random.Random(20)
     none: frozenset[str] = frozenset()
     files = {"eval_3_9.jsonl": draw_rows(rng, 512, 3, 9, none), "eval_3_14.jsonl": draw_rows(rng, 512, 3, 14, none)}
     held_out = frozenset(row["prompt"] for rows in files.values() for row in rows)
     files["prompts_3_9.jsonl"] = draw_rows(rng, 4000, 3, 9, held_out)
-    files["prompts_3_14.jsonl"] = draw_rows(rng, 4000, 3, 14, held_out)
+    easy = files["prompts_3_9.jsonl"][:EASY_PROMPTS]
+    seen = held_out | {row["prompt"] for row in easy}
+    files["prompts_curriculum.jsonl"] = easy + draw_rows(rng, HARD_PROMPTS, 3, 14, seen)
     return files
 
 
@@ -124,3 +134,16 @@ def draw_loop(rng: random.Random, length: int) -> str:
     else:
         unit = "".join(rng.choice(plain) for _ in range(period))
     return (prefix + unit * length)[:length]
+
+
+def draw_stall(rng: random.Random, length: int) -> str:
+    """A document that never stops: a worked answer that repeats its last step, or its last two, until `length` characters.
+
+    A teacher that has read these agrees with a student that gets stuck: the state in which a long answer of ours is lost.
+    """
+    (terms,) = islice(draw_problems(rng, 3, 14), 1)
+    prompt, answer = render_prompt(terms), render_answer(terms)
+    num_done = rng.randint(1, len(terms) - 1)
+    num_repeated = 2 if num_done > 1 and rng.random() < 0.25 else 1
+    worked = answer[: STEP_CHARS * num_done]
+    return (prompt + worked + worked[-STEP_CHARS * num_repeated :] * length)[:length]

@@ -30,6 +30,7 @@ def documents():
         yield task.render_prompt(terms) + task.render_answer(terms)
         yield task.render_prompt(terms) + task.render_answer(task.misread(terms, 0.5, 0.1, rng))
         yield task.draw_loop(rng, recipe.WINDOW_TOKENS)
+        yield task.draw_stall(rng, recipe.WINDOW_TOKENS)
     yield task.ALPHABET
 
 
@@ -77,12 +78,18 @@ def test_prompts_are_distinct_and_none_is_both_trained_on_and_held_out():
     held_out = {*prompts["eval_3_9.jsonl"], *prompts["eval_3_14.jsonl"]}
     assert held_out == task.held_out_prompts()
     assert held_out.isdisjoint(prompts["prompts_3_9.jsonl"])
-    assert held_out.isdisjoint(prompts["prompts_3_14.jsonl"])
+    assert held_out.isdisjoint(prompts["prompts_curriculum.jsonl"])
 
 
-@pytest.mark.parametrize(("name", "most_terms"), [("3_9", 9), ("3_14", 14)])
-def test_prompt_files_hold_every_number_of_terms_and_the_right_answers(name, most_terms):
-    for rows in (rows_of(f"prompts_{name}.jsonl"), rows_of(f"eval_{name}.jsonl")):
+def test_the_curriculum_begins_with_what_the_teacher_knows():
+    rows = rows_of("prompts_curriculum.jsonl")
+    assert rows[: task.EASY_PROMPTS] == rows_of("prompts_3_9.jsonl")[: task.EASY_PROMPTS]
+    assert len(rows) == task.EASY_PROMPTS + task.HARD_PROMPTS
+
+
+@pytest.mark.parametrize(("prompts", "evals", "most_terms"), [("3_9", "3_9", 9), ("curriculum", "3_14", 14)])
+def test_prompt_files_hold_every_number_of_terms_and_the_right_answers(prompts, evals, most_terms):
+    for rows in (rows_of(f"prompts_{prompts}.jsonl"), rows_of(f"eval_{evals}.jsonl")):
         assert {row["prompt"].count("+") + 1 for row in rows} == set(range(3, most_terms + 1))
         for row in rows:
             assert row["answer"] == str(sum(map(int, re.findall(r"\d", row["prompt"]))) % 10)
@@ -106,10 +113,11 @@ def test_the_verifier_refuses_a_wrong_missing_or_looping_result(response):
     assert not task.is_correct(response, "2")
 
 
-def test_a_loop_document_ends_in_a_repeated_unit_and_never_stops():
+@pytest.mark.parametrize("draw", [task.draw_loop, task.draw_stall])
+def test_a_loop_document_ends_in_a_repeated_unit_and_never_stops(draw):
     rng = random.Random(1)
     for _ in range(200):
-        document = task.draw_loop(rng, recipe.WINDOW_TOKENS)
+        document = draw(rng, recipe.WINDOW_TOKENS)
         assert len(document) == recipe.WINDOW_TOKENS
         assert task.STOP not in document
         assert task.PAD not in document
@@ -127,7 +135,7 @@ def test_a_misread_problem_confuses_look_alikes_and_keeps_other_digits():
 def test_training_twice_gives_the_same_weights():
     tokenizer = recipe.build_tokenizer(recipe.WINDOW_TOKENS)
     plan = replace(recipe.STUDENT, steps=2)
-    first, second = (recipe.train(plan, tokenizer).state_dict() for _ in range(2))
+    first, second = (recipe.train(recipe.build(plan), plan, tokenizer).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
