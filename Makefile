@@ -47,4 +47,4 @@ bench: $(STAMP) ## memory of the losses, cost of governing
 	$(BIN)/python tests/bench/loss_memory.py
 
 bench-collapse: $(STAMP) ## what collapses and what holds it: every arm and seed not yet kept (hours), then table and plot
-	$(BIN)/python tests/bench/collapse/bench.py run
+	$(BIN)/python -m tests.bench.collapse.bench run

@@ -1,35 +1,47 @@
 """Length inflation with and without each counter-measure, on the real stack: Ray, vLLM, teacher pool, learner, governor.
 
-    python tests/bench/collapse/bench.py run --arms plain-opd governed --seeds 0 1 2     # runs what is missing
-    python tests/bench/collapse/bench.py table                                           # table and plot from what is kept
+    python -m tests.bench.collapse.bench run --arms plain-opd governed --seeds 0 1 2     # runs what is missing
+    python -m tests.bench.collapse.bench table                                           # tables and plots from what is kept
 
-Each run keeps metrics.jsonl, decisions.jsonl and machine.json under tests/bench/collapse/<arm>/<seed>/; the table and the
-plot are made from those files alone. All arms share student, teacher, prompts, seeds and steps (deploy/jobs/sums-collapse.yaml).
+Each run keeps metrics.jsonl, decisions.jsonl and machine.json under tests/bench/collapse/<arm>/<seed>/; tables and plots are
+made from those files alone. All arms of a scene share student, teacher, prompts, seeds and steps (deploy/jobs/sums-collapse.yaml).
 """
 
 import argparse
 import json
 import os
 import platform
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deploy.sums import recipe
+from deploy.sums.task import draw_problems, draw_stall, held_out_prompts, render_answer, render_prompt
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 JOB = ROOT / "deploy/jobs/sums-collapse.yaml"
+SUMS = ROOT / "deploy/sums"
+ROLLOUTS = 32
+"""A step's, in that job."""
 KEPT = ("metrics.jsonl", "decisions.jsonl", "job.yaml")
 TRUNCATION_COLLAPSE = 0.5
 LEAD_TRUNCATION = 0.3
 
-GOVERNED = ("governor.mode=enforce", "data.unfinished_by_teacher=quota")
-"""The same plain objective, start and seed; only the governor acts."""
+ENFORCE = "governor.mode=enforce"
+GOVERNED = (ENFORCE, "data.unfinished_by_teacher=quota")
+"""The same plain objective, start and seed; only the governor acts, and it may set aside prompts that the teacher does not finish."""
 DENSE = ("objective.support=student", "objective.top_k=32")
 
 
@@ -51,8 +63,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "dense-loss": DENSE,
     "stop-raw": ("objective.stop_event=raw",),
     "teacher-finished": ("data.unfinished_by_teacher=drop",),
-    # the governor on the plain objective, with all and with each actuator alone
+    # the governor on the plain objective: with all actuators, with every prompt kept, with each actuator alone
     "governed": GOVERNED,
+    "governed-keep": (ENFORCE,),
     "governed-golden": only("golden_weight"),
     "governed-brake": only("lr_scale"),
     "governed-reference-kl": only("reference_kl_weight"),
@@ -64,7 +77,76 @@ ARMS: dict[str, tuple[str, ...]] = {
     "governed-rollback": only("rollback"),
     # the governor on the best objective
     "governed-best": (*GOVERNED, *DENSE),
+    # the price of governing: a run that stays healthy by itself
+    "healthy-off": ("governor.mode=off",),
+    "healthy-governed": (ENFORCE,),
+    # a teacher that loops more takes over at step 60
+    "swap-plain": (),
+    "swap-governed": (ENFORCE,),
+    # a shard of prompts that only lead into loops, steps 80 to 91
+    "poison-plain": (),
+    "poison-governed": (ENFORCE, "checkpoint.every_steps=10"),
+    # a penalty so strong that the student answers nothing: the length collapses
+    "terse-plain": ("objective.stop_tilt_nats=16", "objective.stop_tilt_target_tokens=1", "objective.stop_tilt_width_tokens=1"),
 }
+ARMS["terse-governed"] = (*ARMS["terse-plain"], ENFORCE)
+SWAP_STEP, POISON_STEPS = 60, range(80, 92)
+
+
+def scene_overrides(arm: str, folder: Path) -> tuple[str, ...]:
+    """What an arm's scene (the part of its name before the first hyphen) changes of the job for all arms of that scene.
+
+    Files it needs are written to `folder`.
+    """
+    scene = arm.partition("-")[0]
+    easy = f"data.prompts.path={SUMS / 'prompts_3_9.jsonl'}"
+    if scene in ("healthy", "terse"):
+        return (easy, f"data.eval.path={SUMS / 'eval_3_9.jsonl'}", "data.golden.num_prompts=512")
+    if scene == "swap":
+        rows = [json.loads(line) for line in (SUMS / "prompts_3_9.jsonl").read_text().splitlines()]
+        first = SWAP_STEP * ROLLOUTS
+        rows = [row | {"domain": "before" if index < first else "after"} for index, row in enumerate(rows)]
+        teachers = [{"model": str(SUMS / "teacher"), "domains": ["before"]}, {"model": str(folder / "loopier"), "domains": ["after"]}]
+        train_loopier_teacher(folder / "loopier")
+        return (
+            f"data.prompts.path={write_rows(folder / 'swap.jsonl', rows)}",
+            f"data.eval.path={SUMS / 'eval_3_9.jsonl'}",
+            f"teacher={json.dumps(teachers)}",
+            "data.golden.num_prompts=4000",
+            "learner.total_steps=120",
+        )
+    if scene == "poison":
+        rng = random.Random(0)
+        rows = [json.loads(line) for line in (SUMS / "prompts_3_9.jsonl").read_text().splitlines()]
+        poison = [{"prompt": draw_stall(rng, 60)} for _ in range(len(POISON_STEPS) * ROLLOUTS)]
+        start = (POISON_STEPS.start - 1) * ROLLOUTS
+        return (
+            f"data.prompts.path={write_rows(folder / 'poisoned.jsonl', rows[:start] + poison + rows[start:])}",
+            f"data.eval.path={SUMS / 'eval_3_9.jsonl'}",
+            "data.golden.num_prompts=512",
+        )
+    return ()
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_loopier_teacher(folder: Path) -> None:
+    """The shipped teacher after a lesson in which a third of all worked answers get stuck."""
+    tokenizer = AutoTokenizer.from_pretrained(SUMS / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(SUMS / "teacher").train()
+
+    def draw_batches(rng: random.Random, steps: int) -> Iterator[tuple[recipe.Batch, ...]]:
+        for _ in range(steps):
+            problems = islice(draw_problems(rng, 2, 9, held_out_prompts()), 32)
+            worked = recipe.Batch([render_prompt(terms) + render_answer(terms) for terms in problems])
+            yield worked, recipe.Batch([draw_stall(rng, recipe.WINDOW_TOKENS) for _ in range(16)])
+
+    recipe.train(model, replace(recipe.STALLING, steps=80, draw_batches=draw_batches), tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
@@ -75,7 +157,8 @@ def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        overrides = [*ARMS[arm], f"seed={seed}", *extra, f"data.golden.cache_dir={Path(tempfile.gettempdir()) / 'opd-golden'}"]
+        cache = Path(tempfile.gettempdir()) / "opd-golden"
+        overrides = [*ARMS[arm], f"seed={seed}", *scene_overrides(arm, Path(scratch)), *extra, f"data.golden.cache_dir={cache}"]
         command = [sys.executable, "-m", "services.cli", "run", str(JOB), "--out", str(out)]
         command += [part for override in overrides for part in ("--set", override)]
         print(f"{arm} seed {seed}: {' '.join(overrides)}", flush=True)
