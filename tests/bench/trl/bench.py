@@ -124,7 +124,7 @@ def our_overrides(work: Workload) -> list[str]:
         "objective.golden_weight=0",
         "objective.reference_kl_weight=0",
         "objective.loop_tail=keep",
-        "governor.mode=off",
+        "governor.mode='off'",
         "governor.actuators=[lr_scale]",
         "data.golden.num_prompts=8",
         "data.eval.path=null",
@@ -218,11 +218,11 @@ def prepare(work: Workload, scratch: Path) -> Workload:
     job = load_job(ROOT / work.job, tuple(our_overrides(work)))
     models, tokenizer = resolve_models(job)
     stream = open_prompts(job, tokenizer, models.context_tokens)
-    prompts = stream.next(work.rollouts_per_step * work.steps)
     path = scratch / "prompts.jsonl"
     with path.open("w") as file:
-        for prompt in prompts:
-            file.write(json.dumps({"prompt": stream.messages(prompt.index), "token_ids": list(prompt.token_ids)}) + "\n")
+        for prompt in stream.next(work.rollouts_per_step * work.steps):
+            ids = list(prompt.token_ids)
+            file.write(json.dumps({"prompt": tokenizer.decode(ids), "token_ids": ids}) + "\n")
     return replace(work, student=models.student, teacher=models.teachers[0], prompts=str(path))
 
 
@@ -353,6 +353,9 @@ def run(work: Workload, sides: Sequence[str], rounds: int, results: Path, runner
             scratch = Path(tempfile.mkdtemp(prefix="opd-bench-"))
             try:
                 prepared = prepare(work, scratch)
+                start = results / f"{work.pair}-start.json"
+                if not start.exists():  # the student as it came, the same for every precision and side
+                    start.write_text(json.dumps(heldout_kl(prepared.student, prepared), indent=1) + "\n")
                 result = runners[side](prepared, scratch)
                 result["heldout"] = {step: heldout_kl(folder, prepared) for step, folder in result.pop("students").items()}
                 result |= {"side": side, "workload": asdict(work), "machine": machine(), "summary": summarise(result["steps"])}
@@ -379,7 +382,8 @@ def machine() -> dict[str, Any]:
 def table(results: Path) -> str:
     """Markdown: one line per pair, precision and side, medians over rounds and steps, and ratios to TRL's float32 and own line."""
     kept: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for path in sorted(results.glob("*.json")):
+    starts = {path.name.removesuffix("-start.json"): json.loads(path.read_text()) for path in results.glob("*-start.json")}
+    for path in sorted(set(results.glob("*.json")) - set(results.glob("*-start.json"))):
         result = json.loads(path.read_text())
         kept.setdefault((result["workload"]["pair"], result["workload"]["dtype"], result["side"]), []).append(result)
     header = (

@@ -66,11 +66,9 @@ def main(work: dict[str, Any], out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(work["student"], padding_side="left")
     rows = [json.loads(line) for line in Path(work["prompts"]).read_text().splitlines()]
     for row in rows:  # the very ids that the other side samples from
-        prompt = row["prompt"]
-        ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
-        ids = ids if isinstance(ids, list) else ids["input_ids"]
+        ids = tokenizer(row["prompt"])["input_ids"]
         if ids != row["token_ids"]:
-            raise ValueError(f"prompt {prompt!r}: {ids} here, {row['token_ids']} on the other side")
+            raise ValueError(f"prompt {row['prompt']!r}: {ids} here, {row['token_ids']} on the other side")
     bfloat16 = work["dtype"] == "bfloat16"
     student = AutoModelForCausalLM.from_pretrained(work["student"], dtype=torch.float32)
     if work["freeze_embeddings"]:
