@@ -143,7 +143,7 @@ class RolloutActor:
             os.close(handle)
             self._weights_file = Path(name)
         try:
-            self._weights_file.write_bytes(weights.tobytes())
+            self._weights_file.write_bytes(weights.data)
             await update_from_file(self._engine, self._weights_file, weight_version)
         finally:
             self._weights_file.unlink(missing_ok=True)
