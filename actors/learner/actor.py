@@ -158,7 +158,7 @@ class Learner:
     @staticmethod
     def _lazy(lm: CausalLM, inputs: ModelInputs) -> LazyLogits:
         hidden_BLH = lm.hidden(inputs.input_ids_BL, inputs.attention_mask_BL)
-        return LazyLogits(hidden_BLH.flatten(0, 1)[inputs.predictor_N], lm.head)
+        return LazyLogits(hidden_BLH.flatten(0, 1)[inputs.predictor_N], lm.head, tuple(lm.model.get_output_embeddings().parameters()))
 
     @torch.no_grad()
     def probe(self, token_ids: Sequence[int]) -> np.ndarray:

@@ -15,11 +15,8 @@ from torch import Tensor
 
 from actors.learner.objective import TokenFields
 from actors.learner.settings import ObjectiveSettings
+from actors.packing import like_lengths
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
-
-MAX_PADDING_RATIO = 0.1
-"""A micro-batch is closed rather than padded beyond this share."""
-
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
@@ -211,21 +208,8 @@ def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def _group(rows: list[_Row], micro_batch_tokens: int) -> list[list[_Row]]:
-    """Cut rows, longest first, where the next would exceed the size or the padding bound."""
-    groups: list[list[_Row]] = []
-    used_tokens = 0
-    for row in rows:
-        if groups:
-            padded_tokens = (len(groups[-1]) + 1) * groups[-1][0].num_tokens
-            fits = padded_tokens <= micro_batch_tokens
-            dense = used_tokens + row.num_tokens >= (1 - MAX_PADDING_RATIO) * padded_tokens
-        if groups and fits and dense:
-            groups[-1].append(row)
-            used_tokens += row.num_tokens
-        else:
-            groups.append([row])
-            used_tokens = row.num_tokens
-    return groups
+    """Rows cut into micro-batches, longest first."""
+    return [[rows[index] for index in batch] for batch in like_lengths([row.num_tokens for row in rows], micro_batch_tokens)]
 
 
 def _pad(rows: list[_Row], pad_id: int) -> MicroBatch:

@@ -13,14 +13,14 @@ Log-probs are natural logarithms (nats) of the temperature-1 softmax.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from actors.learner.settings import ObjectiveSettings
 
@@ -115,6 +115,8 @@ class LazyLogits(NamedTuple):
 
     hidden_NH: Tensor
     head: Callable[[Tensor], Tensor]
+    weights: tuple[Tensor, ...]
+    """The head's parameters: the ones whose gradient is wanted beside that of the hidden states."""
 
 
 def chunked_objective(
@@ -130,11 +132,13 @@ def chunked_objective(
 ) -> tuple[Tensor, TokenLosses]:
     """The loss of one micro-batch: sum of weight_N (loss + reference_kl_weight KL_ref) + golden_weight_N cross-entropy.
 
-    Logits exist for `chunk_tokens` positions at a time, forward and backward (they are made twice), so memory does not
-    grow with N x V. `teacher` is needed by support `full`, `reference` whenever `reference_kl_weight` > 0; neither gets
-    a gradient. Returns the scalar to call backward on and the detached per-token losses.
+    Logits exist for `chunk_tokens` positions at a time and are made once: a chunk's gradient is taken while its logits are
+    there, so memory does not grow with N x V. `teacher` is needed by support `full`, `reference` whenever
+    `reference_kl_weight` > 0; neither gets a gradient. Returns the scalar to call backward on and the detached per-token losses.
 
-    >>> loss, losses = chunked_objective(LazyLogits(hidden, model.lm_head), fields, settings, stop_ids, chunk_tokens=1024)
+    >>> head = model.lm_head
+    >>> logits = LazyLogits(hidden_NH, head, tuple(head.parameters()))
+    >>> loss, losses = chunked_objective(logits, fields, settings, stop_ids, chunk_tokens=1024)
     >>> loss.backward()
     """
     assert (settings.support == "full") <= (teacher is not None), "support full needs the teacher beside the learner"
@@ -151,13 +155,43 @@ def chunked_objective(
         total = total - (chunk.golden_weight_N * losses.action_logp_N).sum()
         return total, losses.detach()
 
-    totals, parts = [], []
-    for start in range(0, max(len(fields), 1), chunk_tokens):
-        index = slice(start, start + chunk_tokens)
-        total, losses = checkpoint(weighted, student.hidden_NH[index], index, use_reentrant=False, preserve_rng_state=False)
-        totals.append(total)
+    parts: list[TokenLosses] = []
+
+    def run(hidden_CH: Tensor, index: slice) -> Tensor:
+        total, losses = weighted(hidden_CH, index)
         parts.append(losses)
-    return torch.stack(totals).sum(), TokenLosses.cat(parts)
+        return total
+
+    slices = [slice(start, start + chunk_tokens) for start in range(0, max(len(fields), 1), chunk_tokens)]
+    total = _EagerGradient.apply(run, slices, student.hidden_NH, *student.weights)
+    return total, TokenLosses.cat(parts)
+
+
+class _EagerGradient(torch.autograd.Function):
+    """Sum of run(hidden[index], index) over slices, each slice's gradient taken at once so that nothing of it need be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor, slice], Tensor], slices: Sequence[slice], hidden_NH: Tensor, *weights: Tensor) -> Tensor:
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        inputs = [hidden_NH.detach(), *weights]
+        ctx.gradients = [torch.zeros_like(tensor) if index in wanted else None for index, tensor in enumerate(inputs)]
+        totals = []
+        for index in slices:
+            chunk_CH = hidden_NH[index].detach().requires_grad_(0 in wanted)
+            with torch.set_grad_enabled(bool(wanted)):
+                total = run(chunk_CH, index)
+                leaves = [chunk_CH if i == 0 else inputs[i] for i in wanted]
+                parts = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(wanted)
+            for i, part in zip(wanted, parts, strict=True):
+                if part is not None:
+                    (ctx.gradients[i][index] if i == 0 else ctx.gradients[i]).add_(part)
+            totals.append(total.detach())
+        return torch.stack(totals).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        return None, None, *(None if gradient is None else gradient * upstream for gradient in ctx.gradients)
 
 
 def token_losses(

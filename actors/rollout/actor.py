@@ -47,6 +47,9 @@ class RolloutActor:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # On CPUs: the model in the engine's own process. As a worker of its own the two spin while they wait for each other,
+        # which takes a core from teacher and learner, and one more process has to import torch.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from actors.rollout.engine import Engine  # importing vllm takes seconds: not before the actor has its own process
 
         self._engine = Engine(self._model, self._settings, weight_transfer=self._weight_transfer, seed=self._seed, max_logprobs=self._top_k)
@@ -140,7 +143,7 @@ class RolloutActor:
             os.close(handle)
             self._weights_file = Path(name)
         try:
-            self._weights_file.write_bytes(weights.tobytes())
+            self._weights_file.write_bytes(weights.data)
             await update_from_file(self._engine, self._weights_file, weight_version)
         finally:
             self._weights_file.unlink(missing_ok=True)

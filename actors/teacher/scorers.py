@@ -5,7 +5,7 @@ D = hidden width, V = vocabulary, C = positions of a chunk, K = support size.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
 from actors.causal_lm import CausalLM
+from actors.packing import like_lengths
 from actors.teacher.scoring import PAD_ID, score_positions
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import TokenScores
@@ -93,7 +94,7 @@ class TorchScorer:
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
         scores: list[TokenScores | None] = [None] * len(requests)
         check_window(self.settings.name, requests, self.lm.context_tokens)
-        for batch in split_batches([request.num_tokens for request in requests], self.settings.batch_tokens):
+        for batch in like_lengths([request.num_tokens for request in requests], self.settings.batch_tokens):
             for index, scored in zip(batch, self._score_batch([requests[index] for index in batch]), strict=True):
                 scores[index] = scored
         return scores
@@ -155,7 +156,7 @@ class TorchScorer:
         device = self.lm.device
         with torch.random.fork_rng(devices=[device] if device.type != "cpu" else []):
             torch.manual_seed(options.seed)
-            for batch in split_batches(lengths, self.settings.batch_tokens):
+            for batch in like_lengths(lengths, self.settings.batch_tokens, max_padding_ratio=1):
                 width = max(len(prompts[index]) for index in batch)
                 ids_BS = torch.full((len(batch), width), self.stop_ids[0], dtype=torch.long)
                 mask_BS = torch.zeros(len(batch), width, dtype=torch.long)
@@ -176,22 +177,6 @@ def check_window(teacher: str, requests: Sequence[ScoreRequest], context_tokens:
             f"teacher {teacher}: prompt and response have {longest} tokens, its context window {context_tokens}; "
             "lower rollout.max_new_tokens or shorten the prompts"
         )
-
-
-def split_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, whose padded size stays within `batch_tokens` (a longer one goes alone).
-
-    >>> list(split_batches([5, 9, 4, 9], batch_tokens=18))
-    [[1, 3], [0, 2]]
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def join_supports(requests: Sequence[ScoreRequest]) -> np.ndarray | None:

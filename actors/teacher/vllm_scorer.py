@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, require_stop_ids, score_logp, split_batches
+from actors.packing import like_lengths
+from actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, require_stop_ids, score_logp
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import TokenScores
 
@@ -70,7 +71,7 @@ class VllmScorer:
         scores: list[TokenScores | None] = [None] * len(requests)
         check_window(self.settings.name, requests, self.context_tokens)
         budget = self.settings.batch_tokens if self.by_id else min(self.settings.batch_tokens, MAX_ENTRIES // self.vocabulary)
-        for batch in split_batches([request.num_tokens for request in requests], budget):
+        for batch in like_lengths([request.num_tokens for request in requests], budget, max_padding_ratio=1):
             chosen = [requests[index] for index in batch if requests[index].token_ids]
             outputs = iter(
                 self.engine.generate(

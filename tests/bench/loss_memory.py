@@ -62,7 +62,8 @@ def measure(version: str) -> dict[str, object]:
     torch.manual_seed(SEED)
     hidden_TH = torch.randn(NUM_TOKENS, HIDDEN, requires_grad=True)
     heads = [torch.nn.Linear(HIDDEN, VOCABULARY, bias=False) for _ in range(2)]
-    student, teacher = LazyLogits(hidden_TH, heads[0]), LazyLogits(torch.randn(NUM_TOKENS, HIDDEN), heads[1])
+    student = LazyLogits(hidden_TH, heads[0], tuple(heads[0].parameters()))
+    teacher = LazyLogits(torch.randn(NUM_TOKENS, HIDDEN), heads[1], ())
     for tensor in (hidden_TH, heads[0].weight):
         tensor.grad = torch.zeros_like(tensor)  # gradients belong to the model, not to the loss
     before = resident_mib()

