@@ -6,6 +6,7 @@ learner.weights --one object--> every rollout actor --> probe held against the l
 
 import asyncio
 import contextlib
+import heapq
 import logging
 import os
 import time
@@ -212,15 +213,16 @@ class Fleet:
 
     def _share(self, requests: Sequence[tuple[Prompt, int]], cap_tokens: int) -> dict[int, list[tuple[Prompt, int]]]:
         """Requests to the least loaded actors; samples of one prompt stay together for the prefix cache."""
-        loads = list(self._load_tokens)
-        shares: dict[int, list[tuple[Prompt, int]]] = {}
-        place: dict[tuple[int, int], int] = {}
+        groups: dict[tuple[int, int], list[tuple[Prompt, int]]] = {}
         for prompt, sample in requests:
-            key = (prompt.epoch, prompt.index)
-            if key not in place:
-                place[key] = min(range(len(loads)), key=loads.__getitem__)
-            loads[place[key]] += cap_tokens
-            shares.setdefault(place[key], []).append((prompt, sample))
+            groups.setdefault((prompt.epoch, prompt.index), []).append((prompt, sample))
+        loads = [(load, index) for index, load in enumerate(self._load_tokens)]
+        heapq.heapify(loads)
+        shares: dict[int, list[tuple[Prompt, int]]] = {}
+        for group in groups.values():
+            load, index = loads[0]
+            heapq.heapreplace(loads, (load + len(group) * cap_tokens, index))
+            shares.setdefault(index, []).extend(group)
         return shares
 
     async def set_reference(self, reference_tokens: float) -> None:
