@@ -61,14 +61,15 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
         async for group in fleet.rollout(requests, launch.limits, launch.step, launch.settings):
             trajectories += group
             whole = [t for t in group if t.finish_reason != "error" and t.token_ids]
-            waits = [t for t in whole if t.truncated and launch.limits.admission_quota < 1]
-            held += waits
-            if ready := [t for t in whole if t not in waits]:
+            ready = [t for t in whole if not (t.truncated and launch.limits.admission_quota < 1)]
+            held += [t for t in whole if t.truncated and launch.limits.admission_quota < 1]
+            if ready:
                 scoring.append(asyncio.create_task(score(ready)))
         rollout_s = time.monotonic() - started
         usable = [t for t in trajectories if t.finish_reason != "error" and t.token_ids]
         admitted, refused = admit(usable, launch.limits.admission_quota)
-        if late := [t for t in admitted if any(t is one for one in held)]:
+        waited = {id(t) for t in held}
+        if late := [t for t in admitted if id(t) in waited]:
             scoring.append(asyncio.create_task(score(late)))
         pairs = [pair for result in await asyncio.gather(*scoring) for pair in result]
     finally:

@@ -18,6 +18,7 @@ Every change (limits, tunable settings, pause, rollback) takes effect at the bor
 """
 
 import asyncio
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -124,6 +125,8 @@ class Distillation:
             self._publish_start(await self._evaluate_now())
             await self._checkpoint()  # the student as it came is the first place to roll back to
         self._monitor.enter("running")
+        gc.collect()
+        gc.freeze()  # a million objects of imported libraries, which every full collection would walk: half of the driver's time
         try:
             while self._step < self._job.learner.total_steps and not self._stopping:
                 await self._one_step()

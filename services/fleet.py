@@ -6,6 +6,7 @@ learner.weights --one object--> every rollout actor --> probe held against the l
 
 import asyncio
 import contextlib
+import heapq
 import logging
 import os
 import time
@@ -18,10 +19,12 @@ import psutil
 import ray
 
 from actors.learner.actor import Learner, StepReport
+from actors.learner.group import LearnerGroup
 from actors.rollout.actor import RolloutActor
 from actors.rollout.settings import RolloutSettings
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
 from services.job import Job, JobError
+from services.placement import place
 
 PROBE_TOKENS = 48
 """Length of the probe sequence: long enough to touch every weight, short enough to cost nothing."""
@@ -88,7 +91,7 @@ class Fleet:
         """`probe`: ids of ordinary text, PROBE_TOKENS or so, on which engine and learner are compared after each sync."""
         self._job, self._models, self._probe = job, models, list(probe)
         self._rollouts: list[Any] = []
-        self._learner: Any = None
+        self._learner = LearnerGroup(())
         self._load_tokens: list[int] = []
         self._descendants: dict[int, float] = {}
 
@@ -102,25 +105,32 @@ class Fleet:
             return gpu if value is None else value
 
         self._transfer = self._choose_transfer(bool(gpu))
-        learner_type = ray.remote(Learner).options(
-            name=_learner_name(job.name), namespace=NAMESPACE, num_cpus=cpus, num_gpus=gpus(job.cluster.gpus_per_learner)
+        places = await place(
+            "learner", job.learner.num_ranks, job.cluster.placement_learner, num_cpus=cpus, num_gpus=gpus(job.cluster.gpus_per_learner)
         )
-        self._learner = learner_type.remote(
-            models.student,
-            job.learner,
-            job.objective,
-            stop_ids=models.stop_ids,
-            max_new_tokens=job.rollout.max_new_tokens,
-            seed=job.seed,
-            with_reference=job.objective.reference_kl_weight > 0 or "reference_kl_weight" in job.governor.actuators,
-            teacher=models.teachers[0] if job.objective.support == "full" else None,
-            trust_remote_code=job.student.trust_remote_code,
+        places[0] = places[0] | {"name": _learner_name(job.name), "namespace": NAMESPACE}
+        learner_type = ray.remote(Learner)
+        self._learner = LearnerGroup(
+            [
+                learner_type.options(**options).remote(
+                    models.student,
+                    job.learner,
+                    job.objective,
+                    stop_ids=models.stop_ids,
+                    max_new_tokens=job.rollout.max_new_tokens,
+                    seed=job.seed,
+                    with_reference=job.objective.reference_kl_weight > 0 or "reference_kl_weight" in job.governor.actuators,
+                    teacher=models.teachers[0] if job.objective.support == "full" else None,
+                    trust_remote_code=job.student.trust_remote_code,
+                )
+                for options in places
+            ]
         )
-        rollout_type = ray.remote(RolloutActor).options(
-            num_cpus=cpus, num_gpus=gpus(job.cluster.gpus_per_rollout) * job.rollout.tensor_parallel_size, max_concurrency=10_000
-        )
+        num_gpus = gpus(job.cluster.gpus_per_rollout) * job.rollout.tensor_parallel_size
+        places = await place("rollout", job.rollout.num_actors, job.cluster.placement_rollout, num_cpus=cpus, num_gpus=num_gpus)
+        rollout_type = ray.remote(RolloutActor)
         self._rollouts = [
-            rollout_type.remote(
+            rollout_type.options(max_concurrency=10_000, **options).remote(
                 models.student,
                 job.rollout,
                 stop_ids=models.stop_ids,
@@ -129,10 +139,10 @@ class Fleet:
                 seed=job.seed,
                 top_k=job.objective.top_k if job.objective.support in ("student", "union") else 0,
             )
-            for _ in range(job.rollout.num_actors)
+            for options in places
         ]
         self._load_tokens = [0] * len(self._rollouts)
-        await asyncio.gather(self._learner.ping.remote(), *(actor.start.remote() for actor in self._rollouts))
+        await asyncio.gather(self._learner.start(), *(actor.start.remote() for actor in self._rollouts))
         self._remember_processes()
 
     def _choose_transfer(self, has_gpus: bool) -> str:
@@ -148,13 +158,13 @@ class Fleet:
         """Bring the learner's weights into every engine, requests kept in flight, and measure on the probe what arrived."""
         started = time.monotonic()
         if self._transfer == "file":
-            weights = self._learner.weights.remote(self._job.rollout.dtype)
+            weights = self._learner.weights(self._job.rollout.dtype)
             # The object store moves the weights once per node; each actor on it reads the same copy.
             await asyncio.gather(*(actor.load_weights.remote(weights, version) for actor in self._rollouts))
         else:
             await asyncio.gather(*(actor.announce_version.remote(version) for actor in self._rollouts))
             rollout = self._job.rollout
-            await self._learner.send_weights.remote(self._transfer, rollout.dtype, self._rollouts, rollout.tensor_parallel_size)
+            await self._learner.send_weights(self._transfer, rollout.dtype, self._rollouts, rollout.tensor_parallel_size)
         seconds = time.monotonic() - started
         expected, *probes = await asyncio.gather(self.learner_probe(), *(actor.probe.remote(self._probe) for actor in self._rollouts))
         gap = max(float(np.abs(probe - expected).max()) for probe in probes)
@@ -203,15 +213,16 @@ class Fleet:
 
     def _share(self, requests: Sequence[tuple[Prompt, int]], cap_tokens: int) -> dict[int, list[tuple[Prompt, int]]]:
         """Requests to the least loaded actors; samples of one prompt stay together for the prefix cache."""
-        loads = list(self._load_tokens)
-        shares: dict[int, list[tuple[Prompt, int]]] = {}
-        place: dict[tuple[int, int], int] = {}
+        groups: dict[tuple[int, int], list[tuple[Prompt, int]]] = {}
         for prompt, sample in requests:
-            key = (prompt.epoch, prompt.index)
-            if key not in place:
-                place[key] = min(range(len(loads)), key=loads.__getitem__)
-            loads[place[key]] += cap_tokens
-            shares.setdefault(place[key], []).append((prompt, sample))
+            groups.setdefault((prompt.epoch, prompt.index), []).append((prompt, sample))
+        loads = [(load, index) for index, load in enumerate(self._load_tokens)]
+        heapq.heapify(loads)
+        shares: dict[int, list[tuple[Prompt, int]]] = {}
+        for group in groups.values():
+            load, index = loads[0]
+            heapq.heapreplace(loads, (load + len(group) * cap_tokens, index))
+            shares.setdefault(index, []).extend(group)
         return shares
 
     async def set_reference(self, reference_tokens: float) -> None:
@@ -227,23 +238,23 @@ class Fleet:
         learning_rate: float,
     ) -> StepReport:
         """One optimiser step."""
-        return await self._learner.step.remote(rollouts, golden, limits, reference_tokens, learning_rate)
+        return await self._learner.step(rollouts, golden, limits, reference_tokens, learning_rate)
 
     async def learner_probe(self) -> np.ndarray:
         """The learner's log-probs on the probe sequence."""
-        return await self._learner.probe.remote(self._probe)
+        return await self._learner.probe(self._probe)
 
     async def save(self, folder: str) -> None:
         """Student and optimiser into a checkpoint's folder, which learner and driver share."""
-        await self._learner.save.remote(folder)
+        await self._learner.save(folder)
 
     async def save_student(self, folder: str, card: str) -> None:
         """The student alone, in Hugging Face layout."""
-        await self._learner.save_student.remote(folder, card)
+        await self._learner.save_student(folder, card)
 
     async def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Bring the learner back to a checkpoint; returns the weight version in force."""
-        return await self._learner.restore.remote(folder, rollback=rollback)
+        return await self._learner.restore(folder, rollback=rollback)
 
     def _remember_processes(self) -> None:
         """Engines start processes of their own: what descends from this one is ours to end."""
@@ -263,9 +274,8 @@ class Fleet:
         """Engines first, so that they end their own processes."""
         with contextlib.suppress(Exception):  # an engine that is already gone has nothing to shut down
             ray.get([actor.shutdown.remote() for actor in self._rollouts], timeout=10)
-        for actor in (*self._rollouts, self._learner):
-            if actor is not None:
-                ray.kill(actor)
+        for actor in (*self._rollouts, *self._learner.ranks):
+            ray.kill(actor)
 
 
 def end_processes(processes: Iterable[tuple[int, float]], grace_s: float = 5.0) -> None:

@@ -81,6 +81,9 @@ class DataSettings(Settings):
     """What happens to prompts that the golden pass saw the teacher not finish."""
 
 
+Placement = Literal["pack", "spread", "strict_pack", "strict_spread"]
+
+
 class ClusterSettings(Settings):
     """How the run takes its place on Ray."""
 
@@ -92,6 +95,11 @@ class ClusterSettings(Settings):
     """None: 1 where the cluster has GPUs, else 0. The same for teacher and learner below."""
     gpus_per_teacher: Annotated[float, Field(ge=0)] | None = None
     gpus_per_learner: Annotated[float, Field(ge=0)] | None = None
+    placement_rollout: Placement | None = None
+    """A Ray placement group for the role's actors: on as few nodes as can be (pack) or on as many (spread); strict_*: or not at
+    all. None: Ray's own choice. The same for teacher and learner below."""
+    placement_teacher: Placement | None = None
+    placement_learner: Placement | None = None
     weight_transfer: Literal["auto", "file", "nccl", "ipc"] = "auto"
     """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node)."""
     probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None

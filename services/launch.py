@@ -34,6 +34,7 @@ from services.job import Job
 from services.jobs import announced
 from services.models import context_tokens, resolve_model, stop_event_ids, tokenizer_of, weights_identity
 from services.monitor import RunMonitor
+from services.placement import place
 from services.prune import resolve_student
 from services.report import write_report
 from services.rundir import ADDRESS, Record, RunDirectory
@@ -88,7 +89,7 @@ class Run:
                 stack.enter_context(self._signals())
                 refuse_taken_name(self.job.name)
                 async with announced(self.job.name, self.server.url, self._token, self.directory.path):
-                    pool = self._start_teachers()
+                    pool = await self._start_teachers()
                     _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
                     await self._train(fleet, pool, golden)
                     self.monitor.enter("finished")
@@ -172,7 +173,7 @@ class Run:
         ids = itertools.chain.from_iterable(prompt.token_ids for prompt in itertools.cycle(self.stream.prompts()))
         return list(itertools.islice(ids, min(PROBE_TOKENS, self.models.context_tokens - 1)))
 
-    def _start_teachers(self) -> TeacherPool:
+    async def _start_teachers(self) -> TeacherPool:
         """A pool per teacher; teachers with equal weights and back end share their actors."""
         gpu = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         share = self.job.cluster.gpus_per_teacher
@@ -182,13 +183,11 @@ class Run:
             settings = settings.model_copy(update={"model": model})
             same = (weights_identity(model), settings.backend, settings.dtype) if settings.backend != "http" else (settings.url, model)
             if same not in handles:
-                handles[same] = start_teacher(
-                    settings,
-                    self.models.stop_ids,
-                    self.job.seed,
-                    num_cpus=self.job.cluster.cpus_per_actor,
-                    num_gpus=0.0 if settings.backend == "http" else gpu if share is None else share,
-                )
+                cluster, cpus = self.job.cluster, self.job.cluster.cpus_per_actor
+                gpus = 0.0 if settings.backend == "http" else gpu if share is None else share
+                num_gpus = gpus * settings.tensor_parallel_size
+                places = await place("teacher", settings.num_actors, cluster.placement_teacher, num_cpus=cpus, num_gpus=num_gpus)
+                handles[same] = start_teacher(settings, self.models.stop_ids, self.job.seed, places)
             teachers.append((settings, handles[same]))
         support = self.job.objective.support
         return TeacherPool(

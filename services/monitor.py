@@ -10,7 +10,7 @@ from services.control import Phase, Verb
 from services.rundir import Record
 
 MAX_RECORDS = 100_000
-"""Step records kept in memory for the live page: about 100 MB; the file has all of them."""
+"""Step records kept in memory for the live page: about 100 MB; the file has all of them, and the length of every rollout."""
 MAX_SAMPLES = 50
 
 
@@ -48,7 +48,7 @@ class RunMonitor:
 
     def add_step(self, record: Record) -> None:
         with self._lock:
-            self._steps.append(record)
+            self._steps.append({key: value for key, value in record.items() if key != "lengths"})
             self._status["step"] = record["step"]
 
     def add_samples(self, records: list[Record]) -> None:

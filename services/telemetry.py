@@ -7,11 +7,13 @@ and rebuild histogram sums from bucket midpoints, so nothing that people compare
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_created_metrics
+from prometheus_client import Counter as PrometheusCounter
 from prometheus_client.metrics import MetricWrapperBase
 
 from actors.learner.metrics import POSITION_BUCKETS
@@ -115,6 +117,7 @@ class Telemetry:
         self.run = run
         self.registry = CollectorRegistry()
         buckets = {"opd_rollout_length_tokens": length_buckets(max_new_tokens)}
+        self._children: dict[tuple[Any, ...], Any] = {}
         self._metrics = {metric.name: _create(metric, buckets.get(metric.name, metric.buckets), self.registry) for metric in METRICS}
         for metric in METRICS:
             # Counters start at 0, not absent: rate() and a governor's first look need a value to start from.
@@ -135,23 +138,26 @@ class Telemetry:
         self._child(name, labels).observe(value)
 
     def _child(self, name: str, labels: dict[str, str]) -> Any:
-        return self._metrics[name].labels(run=self.run, **labels)
+        key = (name, *labels.values()) if len(labels) < 2 else (name, *sorted(labels.items()))
+        if key not in self._children:  # labels() costs ten times what inc() does
+            self._children[key] = self._metrics[name].labels(run=self.run, **labels)
+        return self._children[key]
 
     def record_rollouts(self, trajectories: Sequence[Trajectory], max_new_tokens: int) -> None:
         """Lengths, ends and loops of one step's rollouts, before any filter.
 
         `max_new_tokens` is the cap people allow: a rollout cut below it was cut by the governor and is counted apart too.
         """
+        for reason, number in Counter(t.finish_reason for t in trajectories).items():
+            self.inc("opd_rollouts_total", number, finish_reason=reason)
+        self.inc("opd_rollout_tokens_total", sum(len(t.token_ids) for t in trajectories))
         for trajectory in trajectories:
-            length = len(trajectory.token_ids)
-            self.inc("opd_rollouts_total", finish_reason=trajectory.finish_reason)
-            self.inc("opd_rollout_tokens_total", length)
-            self.observe("opd_rollout_length_tokens", length)
-            if trajectory.loop_onset is not None:
-                self.inc("opd_rollout_loops_total")
-                self.inc("opd_rollout_loop_tokens_total", length - trajectory.loop_onset)
-            if trajectory.finish_reason == "length" and trajectory.cap_tokens < max_new_tokens:
-                self.inc("opd_governor_cut_rollouts_total")
+            self.observe("opd_rollout_length_tokens", len(trajectory.token_ids))
+        onsets = [(len(t.token_ids), t.loop_onset) for t in trajectories if t.loop_onset is not None]
+        self.inc("opd_rollout_loops_total", len(onsets))
+        self.inc("opd_rollout_loop_tokens_total", sum(length - onset for length, onset in onsets))
+        cut = sum(t.finish_reason == "length" and t.cap_tokens < max_new_tokens for t in trajectories)
+        self.inc("opd_governor_cut_rollouts_total", cut)
         self.set("opd_rollout_length_max_tokens", max((len(t.token_ids) for t in trajectories), default=0))
 
     def record_limits(self, limits: LengthLimits, pressure: float) -> None:
@@ -203,7 +209,7 @@ def length_buckets(max_new_tokens: int) -> tuple[float, ...]:
 def _create(metric: Metric, buckets: tuple[float, ...] | None, registry: CollectorRegistry) -> MetricWrapperBase:
     labels = ("run", *metric.labels)
     if metric.kind == "counter":
-        return Counter(metric.name, metric.help, labels, registry=registry)
+        return PrometheusCounter(metric.name, metric.help, labels, registry=registry)
     if metric.kind == "gauge":
         return Gauge(metric.name, metric.help, labels, registry=registry)
     return Histogram(metric.name, metric.help, labels, registry=registry, buckets=buckets or SECONDS_BUCKETS)

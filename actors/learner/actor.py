@@ -1,21 +1,25 @@
 """The Ray shell of the learner: a scored batch in, one optimiser step, new weights out.
 
 ScoredRollout + golden --build_micro_batches--> forward, chunked_objective, backward --AdamW--> weights v(N+1)
+
+With several ranks each takes its share of the rows; loss and gradients are summed over ranks, everything else is the same.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from safetensors.torch import save
+from torch.distributed import TCPStore
 from transformers import AutoTokenizer
 
 from actors.causal_lm import CausalLM
@@ -25,9 +29,12 @@ from actors.learner.metrics import BatchMetrics, summarise
 from actors.learner.objective import LazyLogits, TokenFields, TokenLosses, chunked_objective
 from actors.learner.optimizer import build_optimizer, learning_rate_at
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
+from actors.learner.sharding import gather, join, open_rendezvous, rank_and_size, scatter, shard, summed, whole
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout
 
 COUNTERS = "learner.json"
+HEAD = "lm_head.weight"
+"""What engines call the output head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +72,10 @@ class Learner:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         torch.manual_seed(seed)
         self._path, self._settings, self._objective = model, settings, objective
-        self._max_new_tokens, self._trust = max_new_tokens, trust_remote_code
+        self._stop_ids, self._max_new_tokens, self._trust = stop_ids, max_new_tokens, trust_remote_code
         # Master weights and moments are float32 whatever precision the passes run in.
-        self._student = self._load(model, "float32")
+        # A student of several ranks is loaded on the CPU: whole, it may not fit one rank's device.
+        self._student = self._load(model, "float32", device="cpu" if settings.num_ranks > 1 else None)
         self._student.model.train()
         if settings.gradient_checkpointing:
             self._student.model.gradient_checkpointing_enable()
@@ -75,10 +83,29 @@ class Learner:
             self._student.model.get_input_embeddings().requires_grad_(False)
         self._reference = self._load_frozen(model) if with_reference else None
         self._teacher = self._load_frozen(teacher) if teacher else None
-        self._stop_ids_E = torch.tensor(stop_ids, device=self._student.device)
-        self._optimizer = build_optimizer([p for p in self._student.model.parameters() if p.requires_grad], settings)
+        self._run: Callable[[Callable[[], Any]], Any] = lambda run: run()
+        """What every pass over the student runs inside."""
+        self._ready()
         self.weight_version = 0
         self._trainer: Any = None
+
+    def open_rendezvous(self) -> tuple[str, int]:
+        """On the first rank: host and port where the ranks of a learner meet."""
+        self._store = open_rendezvous(ray.util.get_node_ip_address(), self._settings.num_ranks)
+        return self._store.host, self._store.port
+
+    def join(self, rank: int, host: str, port: int) -> None:
+        """Become one of `num_ranks` ranks and keep this rank's part of the student. Call on all ranks at once."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        store = self._store if rank == 0 else TCPStore(host, port, self._settings.num_ranks, is_master=False)
+        join(store, rank, self._settings.num_ranks, device)
+        self._run = shard(self._student, device)
+        self._ready()
+
+    def _ready(self) -> None:
+        """What stands on the student's parameters and device."""
+        self._stop_ids_E = torch.tensor(self._stop_ids, device=self._student.device)
+        self._optimizer = build_optimizer([p for p in self._student.model.parameters() if p.requires_grad], self._settings)
 
     def step(
         self,
@@ -100,6 +127,7 @@ class Learner:
             micro_batch_tokens=self._settings.micro_batch_tokens,
             max_new_tokens=self._max_new_tokens,
             reference_length_tokens=reference_tokens,
+            share=rank_and_size(),
         )
         micro_batches = [micro.to(self._student.device) for micro in micro_batches]
         rate = learning_rate_at(self.weight_version, self._settings) * limits.lr_scale
@@ -123,12 +151,13 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         total, parts = 0.0, []
         for micro in micro_batches:
-            loss, losses = self._loss(micro.student, micro.teacher, micro.fields, limits)
+            loss, losses = self._run(partial(self._loss, micro.student, micro.teacher, micro.fields, limits))
             loss.backward()
             total += float(loss.detach())
             parts.append(losses)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm))
+        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm)))
+        total = summed(total, self._student.device)
         skipped = not (np.isfinite(total) and np.isfinite(grad_norm))
         if not skipped:
             for group in self._optimizer.param_groups:
@@ -164,28 +193,39 @@ class Learner:
     def probe(self, token_ids: Sequence[int]) -> np.ndarray:
         """Log-probs [L - 1] of a fixed sequence, float32, to hold against an engine's."""
         ids_BL = torch.tensor([list(token_ids)], device=self._student.device)
-        logits_LV = self._student.head(self._student.hidden(ids_BL, torch.ones_like(ids_BL))[0, :-1])
+        logits_LV = self._run(lambda: self._student.head(self._student.hidden(ids_BL, torch.ones_like(ids_BL))[0, :-1]))
         return logits_LV.float().log_softmax(-1).gather(1, ids_BL[0, 1:, None])[:, 0].cpu().numpy()
 
     @torch.no_grad()
     def weights(self, dtype: str) -> np.ndarray:
-        """All weights as the bytes of a safetensors file (uint8), the tied output head written out on its own."""
-        model, kind = self._student.model, getattr(torch, dtype)
-        tensors = {name: weight.detach().to("cpu", kind).contiguous() for name, weight in model.named_parameters()}
-        tensors["lm_head.weight"] = model.get_output_embeddings().weight.detach().to("cpu", kind).clone()
+        """All weights as the bytes of a safetensors file (uint8), the tied output head written out on its own; empty but on rank 0."""
+        model = self._student.model
+        tensors = gather((dict(model.named_parameters()) | {HEAD: model.get_output_embeddings().weight}).items(), getattr(torch, dtype))
+        if HEAD in tensors:
+            tensors[HEAD] = tensors[HEAD].clone()  # a file holds no memory twice
         return np.frombuffer(save(tensors), np.uint8)
 
     def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
-        """The same weights to every engine over GPUs: `backend` nccl or ipc."""
-        if self._trainer is None:
-            from actors.learner.transfer import open_trainer  # vllm takes seconds to import and is needed on GPUs only
+        """The same weights to every engine over GPUs: `backend` nccl or ipc. Rank 0 sends, the others help to gather."""
+        from actors.learner.transfer import StudentSource, open_trainer  # vllm takes seconds to import and is needed on GPUs only
 
+        rank, _ = rank_and_size()
+        if rank > 0:
+            for _ in StudentSource(self._student.model, getattr(torch, dtype)):
+                pass
+            return
+        if self._trainer is None:
             self._trainer = open_trainer(backend, self._student.model, getattr(torch, dtype), actors, workers_per_engine)
         self._trainer.send_weights()
 
     def save_student(self, folder: str, card: str | None = None) -> None:
-        """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card."""
-        self._student.model.save_pretrained(folder)
+        """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card. Rank 0 writes."""
+        model = self._student.model
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+        tensors = gather((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+        if not tensors:
+            return
+        model.save_pretrained(folder, state_dict=tensors)
         AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust).save_pretrained(folder)
         source = Path(self._path) / "generation_config.json"
         if source.is_file():
@@ -194,11 +234,13 @@ class Learner:
             (Path(folder) / "README.md").write_text(card)
 
     def save(self, folder: str) -> None:
-        """Student, optimiser and the learner's own counters, for `restore`."""
+        """Student, optimiser and the learner's own counters, for `restore` on any number of ranks."""
         self.save_student(str(Path(folder) / STUDENT))
         save_optimizer(self._optimizer, self._optimized_names(), Path(folder) / OPTIMIZER)
-        (Path(folder) / COUNTERS).write_text(json.dumps({"weight_version": self.weight_version}))
+        if rank_and_size()[0] == 0:
+            (Path(folder) / COUNTERS).write_text(json.dumps({"weight_version": self.weight_version}))
 
+    @torch.no_grad()
     def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Take a checkpoint's weights; returns the weight version in force.
 
@@ -206,7 +248,9 @@ class Learner:
         dropped.
         """
         saved = CausalLM(str(Path(folder) / STUDENT), device="cpu", trust_remote_code=self._trust)
-        self._student.model.load_state_dict(saved.model.state_dict())
+        own = self._student.model.state_dict()
+        for name, tensor in saved.model.state_dict().items():
+            own[name].copy_(scatter(tensor, own[name]))
         if rollback:
             self._optimizer.state.clear()
         else:
@@ -223,8 +267,8 @@ class Learner:
         name_of = {id(p): name for name, p in self._student.model.named_parameters()}
         return [name_of[id(p)] for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _load(self, path: str, dtype: str) -> CausalLM:
-        return CausalLM(path, dtype=dtype, trust_remote_code=self._trust)
+    def _load(self, path: str, dtype: str, device: str | None = None) -> CausalLM:
+        return CausalLM(path, dtype=dtype, device=device, trust_remote_code=self._trust)
 
     def _load_frozen(self, path: str) -> CausalLM:
         lm = self._load(path, self._settings.dtype)

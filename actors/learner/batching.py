@@ -136,11 +136,13 @@ def build_micro_batches(
     max_new_tokens: int,
     reference_length_tokens: float | None = None,
     pad_id: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> list[MicroBatch]:
     """One optimiser step's batch, longest rows first, as micro-batches of at most `micro_batch_tokens` padded tokens.
 
-    A row longer than that has a micro-batch to itself. `golden`: prompts with `golden_ids`, learnt by cross-entropy with
-    weight `limits.golden_weight` (mean over their tokens). `max_new_tokens` is the constant reduction's normaliser and
+    A row longer than that has a micro-batch to itself. `share` (rank, number of ranks) leaves this rank's rows only: their weights
+    stay shares of the whole batch, and all ranks get equally many micro-batches. `golden`: prompts with `golden_ids`, learnt by
+    cross-entropy with weight `limits.golden_weight` (mean over their tokens). `max_new_tokens` is the constant reduction's normaliser and
     `reference_length_tokens` the stop tilt's target where the settings leave them open. Raises ValueError where a tilt
     has no target, or a dense loss no support.
 
@@ -160,7 +162,12 @@ def build_micro_batches(
     num_golden_tokens = sum(len(prompt.golden_ids or ()) for prompt in golden)
     rows += [_golden_row(prompt, limits.golden_weight / max(num_golden_tokens, 1), settings) for prompt in golden]
     rows.sort(key=lambda row: -row.num_tokens)
-    return [_pad(group, pad_id) for group in _group(rows, micro_batch_tokens)]
+    rank, num_ranks = share
+    shares = [_group(dealt, micro_batch_tokens) for dealt in _deal(rows, num_ranks)]
+    # A pass is a meeting of all ranks: who has fewer micro-batches makes up with rows that count nothing.
+    num_missing = max(map(len, shares)) - len(shares[rank])
+    nothing = _golden_row(Prompt(-1, (pad_id,), golden_ids=(pad_id,)), 0.0, settings)
+    return [_pad(group, pad_id) for group in [*shares[rank], *([[nothing]] * num_missing)]]
 
 
 def _rollout_row(
@@ -205,6 +212,17 @@ def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
         "position_N": np.arange(num_tokens),
         "rollout_N": np.zeros(num_tokens, bool),
     } | {name: np.zeros(num_tokens) for name in zeros}
+
+
+def _deal(rows: list[_Row], num_ranks: int) -> list[list[_Row]]:
+    """Each row to the rank with the fewest tokens so far; rows of like length stay neighbours."""
+    dealt: list[list[_Row]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for row in rows:
+        rank = loads.index(min(loads))
+        dealt[rank].append(row)
+        loads[rank] += row.num_tokens
+    return dealt
 
 
 def _group(rows: list[_Row], micro_batch_tokens: int) -> list[list[_Row]]:

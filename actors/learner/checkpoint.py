@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from actors.learner.sharding import gather, rank_and_size, scatter
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -105,19 +107,23 @@ def step_of(folder: Path) -> int:
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, names: list[str], path: Path) -> None:
-    """Adam moments by parameter name. safetensors holds tensors only: nothing that could run code on load."""
+    """Adam moments by parameter name, whole. safetensors holds tensors only: nothing that could run code on load. Rank 0 writes."""
     state = optimizer.state_dict()["state"]
-    tensors = {f"{names[index]}/{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    tensors = gather((f"{names[index]}/{key}", torch.as_tensor(value)) for index, entry in state.items() for key, value in entry.items())
+    if rank_and_size()[0] == 0:
+        save_file(tensors, path)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], path: Path) -> None:
-    """The inverse of `save_optimizer`; parameter groups keep their present settings."""
+    """The inverse of `save_optimizer` on any number of ranks; parameter groups keep their present settings."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     index_of = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(path).items():
         name, _, field = key.rpartition("/")
-        state.setdefault(index_of[name], {})[field] = tensor
+        index = index_of[name]
+        moment = tensor.ndim > 0  # else Adam's own count of steps
+        state.setdefault(index, {})[field] = scatter(tensor, parameters[index]) if moment else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -78,8 +78,11 @@ class ObjectiveSettings(Settings):
 
 
 class LearnerSettings(Settings):
-    """Optimiser, precision, micro-batches."""
+    """Ranks, optimiser, precision, micro-batches."""
 
+    num_ranks: Annotated[int, Field(ge=1)] = 1
+    """Processes (on GPUs: one GPU each) that weights, gradients and moments are cut over (FSDP2). Any number resumes any other's
+    checkpoint."""
     total_steps: Annotated[int, Field(ge=1)] = 100
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     warmup_steps: Annotated[int, Field(ge=0)] = 0

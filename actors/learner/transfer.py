@@ -18,6 +18,8 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
+from actors.learner.sharding import whole
+
 
 class StudentSource(WeightSource):
     """The student's weights in checkpoint names and the engine's dtype; a tied output head is sent on its own."""
@@ -29,7 +31,7 @@ class StudentSource(WeightSource):
         return [ParamMeta(name, self._dtype, tuple(weight.shape)) for name, weight in self._named()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, weight.detach().to(self._dtype)) for name, weight in self._named())
+        return ((name, whole(weight.detach()).to(self._dtype)) for name, weight in self._named())
 
     def _named(self) -> list[tuple[str, torch.Tensor]]:
         weights = dict(self._model.named_parameters())

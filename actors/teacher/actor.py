@@ -73,17 +73,13 @@ class RayTeacher:
 
 
 def start_teacher(
-    settings: TeacherSettings,
-    stop_ids: tuple[int, ...],
-    seed: int,
-    *,
-    num_cpus: float = 0.0,
-    num_gpus: float = 0.0,
+    settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int, places: Sequence[dict[str, Any]] | None = None
 ) -> list[RayTeacher]:
     """Start `settings.num_actors` actors of one teacher on the connected cluster. They load in the background: ping them to wait.
 
-    Ray restarts one that dies, without limit: its weights are frozen and it holds nothing else. `num_gpus` is for each of the
-    GPUs that one copy of the model takes (`settings.tensor_parallel_size`).
+    `places`: Ray options of each actor, what it reserves and where; None: nothing, anywhere. Ray restarts one that dies, without
+    limit: its weights are frozen and it holds nothing else.
     """
-    place = ray.remote(TeacherActor).options(num_cpus=num_cpus, num_gpus=num_gpus * settings.tensor_parallel_size, max_restarts=-1)
-    return [RayTeacher(place.remote(settings, stop_ids, seed)) for _ in range(settings.num_actors)]
+    teacher_type = ray.remote(TeacherActor)
+    places = places or [{"num_cpus": 0}] * settings.num_actors
+    return [RayTeacher(teacher_type.options(max_restarts=-1, **place).remote(settings, stop_ids, seed)) for place in places]

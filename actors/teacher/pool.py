@@ -170,6 +170,8 @@ class TeacherPool:
             support_ids_TK=trajectory.support_ids_TK if self.support.student else None,
             top_k=self.support.top_k,
         )
+        if len(teachers) == 1:  # a task less for each of a run's trajectories
+            return await self._score_request(teachers[0], request)
         scores = await asyncio.gather(*(self._score_request(teacher, request) for teacher in teachers))
         arrived = [score for score in scores if score is not None]
         if len(arrived) < len(scores):
@@ -197,6 +199,8 @@ class TeacherPool:
     async def _attempt(self, teacher: Teacher, member: Member, tried: set[Member], request: ScoreRequest) -> TokenScores | None:
         """First success of one member and, when it is slow, a second one. Raises the last failure where both fail."""
         tried.add(member)
+        if teacher.settings.hedge_after_s is None:
+            return await self._report(teacher, member.submit(request))
         pending = {asyncio.create_task(self._report(teacher, member.submit(request)))}
         try:
             done, pending = await asyncio.wait(pending, timeout=teacher.settings.hedge_after_s, return_when=asyncio.FIRST_COMPLETED)

@@ -1,0 +1,192 @@
+"""A learner cut over two ranks does what one does: loss, metrics, weights, checkpoints."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import Ranks
+from safetensors.torch import load
+from test_learner import STOP_IDS, batch, weights_of
+from tiny import build_tiny
+from transformers import AutoModelForCausalLM
+
+from actors.learner.actor import Learner
+from actors.learner.batching import build_micro_batches
+from actors.learner.settings import LearnerSettings, ObjectiveSettings
+from actors.trajectory import LengthLimits, Prompt, ScoredRollout
+
+TOLERANCE = 1e-5
+NUM_STEPS = 4
+GOLDEN = [Prompt(0, (5, 6, 7), golden_ids=(9, 9, 10, 1)), Prompt(1, (8,), golden_ids=(11, 1))]
+LIMITS = LengthLimits(cap_tokens=32, golden_weight=0.3, reference_kl_weight=0.05, stop_tilt_nats=2.0)
+
+KEY_BIASES = {f"transformer.h.{layer}.attn.c_attn.bias" for layer in range(2)}
+"""GPT-2's key biases change no attention: their gradient is rounding noise, which Adam blows up to whole steps on any machine."""
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "token_mean": ({"reduction": "token_mean"}, {}),
+    "sequence_mean": ({"reduction": "sequence_mean"}, {}),
+    "constant": ({"reduction": "constant"}, {}),
+    "one long micro-batch": ({}, {"micro_batch_tokens": 8192}),
+    "teacher's top-k": ({"support": "teacher", "top_k": 8, "loss": "forward_kl"}, {}),
+    "teacher beside each rank": ({"support": "full", "loss": "jsd"}, {}),
+    "two epochs": ({}, {"epochs_per_batch": 2}),
+    "frozen embeddings": ({}, {"freeze_embeddings": True}),
+    "recomputed activations": ({}, {"gradient_checkpointing": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return build_tiny(root / "student", "llama", seed=1), build_tiny(root / "teacher", "llama", seed=2)
+
+
+def arguments(folder: Path, teacher: Path, objective: dict[str, Any], learner: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    settings = LearnerSettings(**{"learning_rate": 1e-4, "micro_batch_tokens": 48, "chunk_tokens": 7} | learner)
+    beside = str(teacher) if objective.get("support") == "full" else None
+    options = {"stop_ids": STOP_IDS, "max_new_tokens": 32, "seed": 0, "with_reference": True, "teacher": beside}
+    return (str(folder), settings, ObjectiveSettings(**objective)), options
+
+
+def pair(two: Ranks, folder: Path, teacher: Path, objective: dict[str, Any] | None = None, **learner: Any) -> Learner:
+    """The learner with one rank; `two` holds the same with two."""
+    positional, options = arguments(folder, teacher, objective or {}, learner)
+    two.new(positional[0], positional[1].model_copy(update={"num_ranks": 2}), positional[2], **options)
+    return Learner(*positional, **options)
+
+
+def gap(one: Learner, two: Ranks) -> float:
+    """Largest difference of any weight."""
+    first, second = two.call("weights", "float32")
+    mine, theirs = weights_of(one), load(first.tobytes())
+    assert mine.keys() == theirs.keys()
+    assert len(load(second.tobytes())) == 0
+    return max(float((tensor - theirs[name]).abs().max()) for name, tensor in mine.items() if name not in KEY_BIASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_learn_what_one_does(two: Ranks, folders: tuple[Path, Path], case: str) -> None:
+    objective, settings = CASES[case]
+    one = pair(two, *folders, objective, **settings)
+    rollouts, before = batch(*folders, num=7), weights_of(one)
+    for _ in range(NUM_STEPS):
+        mine = one.step(rollouts, GOLDEN, LIMITS, 4.0)
+        theirs, metrics = two.step(rollouts, GOLDEN, LIMITS, 4.0)
+        assert theirs.loss == pytest.approx(mine.loss, abs=TOLERANCE)
+        assert theirs.grad_norm == pytest.approx(mine.grad_norm, rel=TOLERANCE)
+        for field in dataclasses.fields(metrics):
+            own, other = getattr(mine.metrics, field.name), getattr(metrics, field.name)
+            if field.name.endswith("_M"):  # in no order that means anything
+                own, other = np.sort(own), np.sort(other)
+            np.testing.assert_allclose(other, own, rtol=1e-4, atol=1e-4, err_msg=field.name)
+    assert gap(one, two) < TOLERANCE
+    moved = max(float((tensor - before[name]).abs().max()) for name, tensor in weights_of(one).items())
+    assert moved > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3", "qwen3"])
+def test_tied_heads_and_other_architectures_are_cut_the_same_way(two: Ranks, tmp_path: Path, architecture: Any) -> None:
+    folder, teacher = build_tiny(tmp_path / "student", architecture, seed=1), build_tiny(tmp_path / "teacher", "llama", seed=2)
+    one = pair(two, folder, teacher)
+    rollouts = batch(folder, teacher)
+    for _ in range(NUM_STEPS):
+        one.step(rollouts, [], LIMITS, 4.0)
+        two.step(rollouts, [], LIMITS, 4.0)
+    assert gap(one, two) < TOLERANCE
+    np.testing.assert_allclose(two.call("probe", [5, 9, 7, 1])[1], one.probe([5, 9, 7, 1]), atol=1e-4)
+
+
+def test_one_rollout_still_meets_the_other_rank_in_every_pass(two: Ranks, folders: tuple[Path, Path]) -> None:
+    one, rollouts = pair(two, *folders), batch(*folders, num=1)
+    one.step(rollouts, [], LIMITS, 4.0)
+    two.step(rollouts, [], LIMITS, 4.0)
+    assert gap(one, two) < TOLERANCE
+
+
+def test_a_score_that_is_not_finite_stops_the_update_on_both_ranks(two: Ranks, folders: tuple[Path, Path]) -> None:
+    one, rollouts = pair(two, *folders), batch(*folders, num=7)
+    rollouts[0].scores.sampled_logp_T[1] = np.nan
+    report, _ = two.step(rollouts, [], LIMITS, 4.0)
+    assert report.skipped
+    assert gap(one, two) == 0
+    assert not two.step(batch(*folders, num=7), [], LIMITS, 4.0)[0].skipped
+
+
+def test_a_checkpoint_of_either_resumes_with_one_and_with_two(two: Ranks, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    rollouts = batch(*folders, num=7)
+    one = pair(two, *folders)
+    straight = pair(two, *folders)
+    for learner in (one, straight):
+        learner.step(rollouts, GOLDEN, LIMITS, 4.0)
+    two.step(rollouts, GOLDEN, LIMITS, 4.0)
+    one.save(str(tmp_path / "one"))
+    two.call("save", str(tmp_path / "two"))
+    for _ in range(2):
+        straight.step(rollouts, GOLDEN, LIMITS, 4.0)
+    for saved in ("one", "two"):
+        resumed = pair(two, *folders)
+        assert resumed.restore(str(tmp_path / saved)) == 1
+        assert two.call("restore", str(tmp_path / saved)) == [1, 1]
+        for _ in range(2):
+            resumed.step(rollouts, GOLDEN, LIMITS, 4.0)
+            two.step(rollouts, GOLDEN, LIMITS, 4.0)
+        assert gap(straight, two) < TOLERANCE
+        expected = weights_of(straight)
+        assert max(float((t - expected[name]).abs().max()) for name, t in weights_of(resumed).items()) < TOLERANCE
+
+
+def test_a_rollback_drops_the_moments_of_both_ranks(two: Ranks, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    one, rollouts = pair(two, *folders), batch(*folders, num=7)
+    one.save(str(tmp_path))
+    for _ in range(2):
+        one.step(rollouts, [], LIMITS, 4.0)
+        two.step(rollouts, [], LIMITS, 4.0)
+    one.restore(str(tmp_path), rollback=True)
+    assert two.call("restore", str(tmp_path), rollback=True) == [2, 2]
+    one.step(rollouts, [], LIMITS, 4.0)
+    two.step(rollouts, [], LIMITS, 4.0)
+    assert gap(one, two) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_student_that_two_ranks_write_loads_as_any_other(two: Ranks, tmp_path: Path, architecture: Any) -> None:
+    folder = build_tiny(tmp_path / "student", architecture, seed=1)
+    one = pair(two, folder, folder)
+    one.save_student(str(tmp_path / "one"))
+    two.call("save_student", str(tmp_path / "two"), "# card")
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names | {"README.md"}
+    mine, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_every_token_is_dealt_once_and_ranks_make_equally_many_passes(folders: tuple[Path, Path], num_ranks: int) -> None:
+    rollouts: list[ScoredRollout] = batch(*folders, num=7)
+    shares = [
+        build_micro_batches(
+            rollouts, GOLDEN, ObjectiveSettings(), LIMITS, micro_batch_tokens=48, max_new_tokens=32, reference_length_tokens=4.0,
+            share=(rank, num_ranks),
+        )
+        for rank in range(num_ranks)
+    ]  # fmt: skip
+    assert len({len(share) for share in shares}) == 1
+    fields = [micro.fields for share in shares for micro in share]
+    assert sum(float(f.weight_N.sum()) for f in fields) == pytest.approx(1)
+    assert sum(float(f.golden_weight_N.sum()) for f in fields) == pytest.approx(LIMITS.golden_weight)
+    assert sum(int(f.rollout_N.sum()) for f in fields) == sum(len(r.trajectory.token_ids) for r in rollouts)
+    tokens = [sum(micro.student.attention_mask_BL.sum().item() for micro in share) for share in shares]
+    assert max(tokens) - min(tokens) <= 30
