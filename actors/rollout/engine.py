@@ -16,6 +16,7 @@ from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -61,6 +62,10 @@ class Engine:
             "weight_transfer_config": WeightTransferConfig(backend=weight_transfer),
             "disable_log_stats": True,
         }
+        if current_platform.is_cpu():
+            # A weight update sends every request back to prefill. Where they do not fit into one batch a chunked prefill takes back the
+            # draw of a seeded request, which vLLM can do on GPUs only: on a CPU the engine dies. Whole prompts are never taken back.
+            arguments["enable_chunked_prefill"] = False
         if settings.stop_ramp.strength_nats > 0 or settings.no_repeat_ngram > 0:
             # Only where asked for: vLLM's newer model runner, the default on GPUs, does not load processors of this interface.
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
