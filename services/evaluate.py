@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from services.job import JobError
 
 Verifier = Callable[[str, str], bool]
@@ -34,6 +36,7 @@ class Evaluation:
     accuracy_ratio: float
     length_tokens: float
     """Mean."""
+    length_p95_tokens: float
     truncation_ratio: float
     num_problems: int
 
@@ -45,6 +48,7 @@ def summarise(responses: Sequence[Response], verify: Verifier) -> Evaluation:
     return Evaluation(
         accuracy_ratio=sum(bool(verify(r.text, r.answer)) for r in responses) / num,
         length_tokens=sum(r.num_tokens for r in responses) / num,
+        length_p95_tokens=float(np.percentile([r.num_tokens for r in responses], 95)),
         truncation_ratio=sum(r.truncated for r in responses) / num,
         num_problems=num,
     )

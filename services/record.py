@@ -143,13 +143,14 @@ def step_record(
 
 
 def evaluation_fields(evaluations: Mapping[str, Evaluation]) -> Record:
-    """eval_accuracy, eval_length, eval_truncation of greedy decoding, and the same as eval_sampled_* where sampled too."""
+    """eval_accuracy, eval_length, eval_length_p95, eval_truncation of greedy decoding, and the same as eval_sampled_* where sampled too."""
     fields: Record = {}
     for decoding, evaluation in evaluations.items():
         prefix = "eval" if decoding == "greedy" else f"eval_{decoding}"
         fields |= {
             f"{prefix}_accuracy": evaluation.accuracy_ratio,
             f"{prefix}_length": evaluation.length_tokens,
+            f"{prefix}_length_p95": evaluation.length_p95_tokens,
             f"{prefix}_truncation": evaluation.truncation_ratio,
         }
     return fields

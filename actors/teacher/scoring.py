@@ -70,14 +70,14 @@ def _score_chunk(
     known_stop_ids = [stop_id for stop_id in stop_ids if 0 <= stop_id < vocabulary]
     if not known_stop_ids:
         raise ValueError(f"stop ids {tuple(stop_ids)}: none is in the teacher's vocabulary of {vocabulary} tokens")
-    norm_C1 = logits_CV.logsumexp(-1, keepdim=True)
+    logp_CV = logits_CV.log_softmax(-1)  # the learner's own arithmetic: equal logits give log-probs equal to the last bit
 
     def logp_at(ids_CK: torch.Tensor) -> torch.Tensor:
-        logp_CK = logits_CV.gather(-1, ids_CK.clamp(0, vocabulary - 1)) - norm_C1
+        logp_CK = logp_CV.gather(-1, ids_CK.clamp(0, vocabulary - 1))
         return logp_CK.masked_fill((ids_CK < 0) | (ids_CK >= vocabulary), -torch.inf)
 
     sampled_logp_C = logp_at(sampled_C[:, None])[:, 0]
-    stop_logp_C = (logits_CV[:, known_stop_ids] - norm_C1).logsumexp(-1)
+    stop_logp_C = logp_CV[:, known_stop_ids].logsumexp(-1)
     ids_CK = sampled_C.new_empty(len(sampled_C), 0) if given_ids_CK is None else given_ids_CK.long()
     ids_CK = ids_CK.masked_fill(ids_CK >= vocabulary, PAD_ID)
     if top_k > 0:

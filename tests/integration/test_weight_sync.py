@@ -18,7 +18,8 @@ pytestmark = pytest.mark.integration
 
 NUM_SYNCS = 20
 TOLERANCE_NATS = 1e-3
-NUM_ROLLOUTS, ROLLOUT_TOKENS = 48, 200
+NUM_ROLLOUTS, ROLLOUT_TOKENS = 48, 500
+CONTEXT_TOKENS = 512
 PROBE = [int(i) for i in np.random.default_rng(0).integers(4, 80, 48)]
 
 
@@ -38,7 +39,7 @@ def test_engine_and_learner_agree_after_each_of_twenty_steps(tmp_path: Path, arc
 
 
 def test_long_rollouts_in_flight_outlive_a_sync(tmp_path: Path) -> None:
-    folder = str(build_tiny(tmp_path / "student", "llama", seed=0))
+    folder = str(build_tiny(tmp_path / "student", "llama", seed=0, context_tokens=CONTEXT_TOKENS))
     trajectories, num_syncs = asyncio.run(_sync_under_load(folder))
     assert num_syncs >= 3
     assert len(trajectories) == NUM_ROLLOUTS
@@ -49,7 +50,7 @@ def test_long_rollouts_in_flight_outlive_a_sync(tmp_path: Path) -> None:
 async def _sync_under_load(folder: str) -> tuple[list[Trajectory], int]:
     """Syncs again and again while all rollouts grow to their cap: together they hold more tokens than one of the engine's batches."""
     job = _job(folder, rollout={"max_num_seqs": NUM_ROLLOUTS, "max_new_tokens": ROLLOUT_TOKENS, "min_tokens": ROLLOUT_TOKENS})
-    fleet = Fleet(job, Models(folder, (folder,), (1,), 256), PROBE)
+    fleet = Fleet(job, Models(folder, (folder,), (1,), CONTEXT_TOKENS), PROBE)
     await fleet.start()
     try:
         await fleet.sync_weights(0)

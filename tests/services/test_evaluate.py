@@ -46,3 +46,4 @@ def test_a_summary_is_means_over_the_responses():
     right, wrong = Response("4", "4", num_tokens=2, truncated=False), Response("5", "4", num_tokens=8, truncated=True)
     summary = summarise([right, right, wrong, wrong], load_verifier("exact"))
     assert (summary.accuracy_ratio, summary.length_tokens, summary.truncation_ratio, summary.num_problems) == (0.5, 5, 0.5, 4)
+    assert summary.length_p95_tokens == 8
