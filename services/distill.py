@@ -127,6 +127,7 @@ class Distillation:
         self._monitor.enter("running")
         gc.collect()
         gc.freeze()  # a million objects of imported libraries, which every full collection would walk: half of the driver's time
+        self._pause(False)
         try:
             while self._step < self._job.learner.total_steps and not self._stopping:
                 await self._one_step()
@@ -212,10 +213,8 @@ class Distillation:
         """Verbs that came over HTTP; returns when the run may go on."""
         while True:
             for verb in self._monitor.take_verbs():
-                if verb == "pause":
-                    self._paused = True
-                elif verb == "resume":
-                    self._paused = False
+                if verb in ("pause", "resume"):
+                    self._pause(verb == "pause")
                 elif verb == "stop":
                     self._stopping = True
                 elif verb == "checkpoint":
@@ -231,6 +230,12 @@ class Distillation:
             if not self._paused:
                 return
             await asyncio.sleep(PAUSE_POLL_S)
+
+    def _pause(self, paused: bool) -> None:
+        if self._paused and not paused:
+            self._telemetry.beat()  # else the pause itself would look like a stall until the next step ends
+        self._paused = paused
+        self._telemetry.set("opd_run_paused", float(paused))
 
     def stop(self) -> None:
         """End the run at the next border, with a checkpoint."""

@@ -83,7 +83,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("opd_governor_decisions_total", "counter", "Governor decisions.", ("action", "signal")),
     Metric("opd_governor_cut_rollouts_total", "counter", "Rollouts truncated by a cap that the governor had lowered."),
     Metric("opd_governor_metrics_age_seconds", "gauge", "Age of the data the governor last decided on."),
-    Metric("opd_heartbeat_timestamp_seconds", "gauge", "Unix time of the last finished step."),
+    Metric("opd_heartbeat_timestamp_seconds", "gauge", "Unix time of the last finished step, or of the end of a pause."),
+    Metric("opd_run_paused", "gauge", "1 while a person has paused the run, else 0."),
     Metric("opd_config_generation", "gauge", "Newest generation of the tunable settings."),
     Metric("opd_config_observed_generation", "gauge", "Generation of the tunable settings in force."),
     Metric("opd_eval_accuracy_ratio", "gauge", "Held-out accuracy.", ("decoding",)),
@@ -97,6 +98,7 @@ ADDITIONS = frozenset(
     {
         "opd_governor_lr_scale",
         "opd_governor_cut_rollouts_total",
+        "opd_run_paused",
         "opd_stop_mass_student_total",
         "opd_stop_mass_teacher_total",
         "opd_stop_mass_tokens_total",
@@ -171,7 +173,7 @@ class Telemetry:
         self.set("opd_governor_lr_scale", limits.lr_scale)
 
     def beat(self) -> None:
-        """A step has finished."""
+        """A step has finished, or a pause has ended: what follows is timed from here."""
         self.set("opd_heartbeat_timestamp_seconds", time.time())
 
     def totals(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ import pytest
 import typer
 import yaml
 
+from deploy.kuberay import prometheusrule
 from services.cli import app
 from services.job import Job
 
@@ -36,6 +37,7 @@ FIELDS = {
     "head": {"rayStartParams", "template"},
     "worker": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
     "PodMonitor": {"selector", "podMetricsEndpoints"},
+    "PrometheusRule": {"groups"},
     "endpoint": {"port", "path", "interval", "honorLabels", "relabelings"},
 }
 
@@ -220,6 +222,17 @@ def test_objects_use_only_fields_their_kinds_have() -> None:
         assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
         assert set(monitor["spec"]) <= FIELDS["PodMonitor"]
         assert all(set(endpoint) <= FIELDS["endpoint"] for endpoint in monitor["spec"]["podMetricsEndpoints"])
+
+
+def test_the_operator_gets_the_rules_that_every_other_prometheus_loads() -> None:
+    assert (ROOT / "deploy/kuberay/prometheusrule.yaml").read_text() == prometheusrule.objects()
+    groups = []
+    for rule in KUBERAY["prometheusrule"]:
+        assert (rule["apiVersion"], rule["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+        assert set(rule["spec"]) == FIELDS["PrometheusRule"]
+        groups += rule["spec"]["groups"]
+    files = [yaml.safe_load((ROOT / f"deploy/prometheus/{name}.yml").read_text()) for name in ("rules", "alerts")]
+    assert groups == [group for file in files for group in file["groups"]]
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

@@ -41,7 +41,7 @@ def test_engine_and_learner_agree_after_each_of_twenty_steps(tmp_path: Path, arc
 def test_long_rollouts_in_flight_outlive_a_sync(tmp_path: Path) -> None:
     folder = str(build_tiny(tmp_path / "student", "llama", seed=0, context_tokens=CONTEXT_TOKENS))
     trajectories, num_syncs = asyncio.run(_sync_under_load(folder))
-    assert num_syncs >= 3
+    assert num_syncs >= 2
     assert len(trajectories) == NUM_ROLLOUTS
     assert {trajectory.finish_reason for trajectory in trajectories} == {"length"}
     assert {len(trajectory.token_ids) for trajectory in trajectories} == {ROLLOUT_TOKENS}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,29 @@ def test_stop_ends_at_the_next_border_and_resume_goes_on_from_there(tmp_path: Pa
     assert [record["step"] for record in records] == list(range(1, 11))
     assert first.fleet.prompts + second.fleet.prompts == list(range(30))
     assert len(second.monitor.steps(-1)) == 10
+
+
+def test_a_paused_run_says_so_in_its_metrics_and_is_timed_anew_from_its_end(tmp_path: Path) -> None:
+    loop, seen = Loop(tmp_path), []
+
+    def value(name: str) -> float | None:
+        return loop.telemetry.registry.get_sample_value(name, {"run": "x"})
+
+    async def pause_after_4() -> None:
+        running = asyncio.create_task(loop.distillation.run(resume=False))
+        while loop.monitor.status()["phase"] != "paused":
+            await asyncio.sleep(0.01)
+        seen.append((value("opd_run_paused"), value("opd_heartbeat_timestamp_seconds"), time.time()))
+        loop.monitor.request("resume")
+        await running
+
+    loop.on_step = lambda record: record["step"] == 4 and loop.monitor.request("pause")
+    asyncio.run(pause_after_4())
+    ((paused, last_step_s, now_s),) = seen
+    assert paused == 1
+    assert last_step_s <= now_s <= value("opd_heartbeat_timestamp_seconds")
+    assert value("opd_run_paused") == 0
+    assert len(read_records(loop.directory.metrics)) == 10
 
 
 def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path: Path) -> None:
