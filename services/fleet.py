@@ -10,9 +10,9 @@ import heapq
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import psutil
@@ -31,6 +31,7 @@ PROBE_TOKENS = 48
 FLOAT32_TOLERANCE_NATS = 1e-2
 """Rounding in float32 stays a tenth of this on models of 30 layers; wrong weights differ by whole nats."""
 BFLOAT16_TOLERANCE_NATS = 0.25
+Role = Literal["rollout", "teacher", "learner"]
 NAMESPACE = "opd"
 """Ray namespace of the runs' named actors; all others are anonymous and a run's own."""
 
@@ -66,6 +67,22 @@ def connect(address: str | None) -> None:
     else:
         # address="local": without it Ray attaches to whatever cluster it remembers on this machine.
         ray.init(address="local", include_dashboard=False, **options)
+
+
+def role_resources(job: Job, role: Role) -> dict[str, float]:
+    """The Ray resource that keeps an actor on its role's nodes: a share so small that their GPUs and memory set the limit, not it."""
+    return {f"opd_{role}": 0.001} if job.cluster.pin_roles else {}
+
+
+def require_roles(job: Job, offered: Collection[str]) -> None:
+    """Raises JobError where roles are pinned and no node has one of them: its actor would wait for ever."""
+    roles = [role for role in get_args(Role) if role != "teacher" or any(teacher.backend != "http" for teacher in job.teacher)]
+    missing = [name for role in roles for name in role_resources(job, role) if name not in offered]
+    if missing:
+        raise JobError(
+            f"cluster.pin_roles: no node of the cluster offers {', '.join(missing)}; "
+            f"start one with `ray start --resources '{{\"{missing[0]}\": 1}}'`, or leave pin_roles off"
+        )
 
 
 def refuse_taken_name(run: str) -> None:
@@ -106,7 +123,12 @@ class Fleet:
 
         self._transfer = self._choose_transfer(bool(gpu))
         places = await place(
-            "learner", job.learner.num_ranks, job.cluster.placement_learner, num_cpus=cpus, num_gpus=gpus(job.cluster.gpus_per_learner)
+            "learner",
+            job.learner.num_ranks,
+            job.cluster.placement_learner,
+            num_cpus=cpus,
+            num_gpus=gpus(job.cluster.gpus_per_learner),
+            resources=role_resources(job, "learner"),
         )
         places[0] = places[0] | {"name": _learner_name(job.name), "namespace": NAMESPACE}
         learner_type = ray.remote(Learner)
@@ -127,7 +149,14 @@ class Fleet:
             ]
         )
         num_gpus = gpus(job.cluster.gpus_per_rollout) * job.rollout.tensor_parallel_size
-        places = await place("rollout", job.rollout.num_actors, job.cluster.placement_rollout, num_cpus=cpus, num_gpus=num_gpus)
+        places = await place(
+            "rollout",
+            job.rollout.num_actors,
+            job.cluster.placement_rollout,
+            num_cpus=cpus,
+            num_gpus=num_gpus,
+            resources=role_resources(job, "rollout"),
+        )
         rollout_type = ray.remote(RolloutActor)
         self._rollouts = [
             rollout_type.options(max_concurrency=10_000, **options).remote(

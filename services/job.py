@@ -100,6 +100,9 @@ class ClusterSettings(Settings):
     all. None: Ray's own choice. The same for teacher and learner below."""
     placement_teacher: Placement | None = None
     placement_learner: Placement | None = None
+    pin_roles: bool = False
+    """Place each actor on a node that offers the Ray resource of its role: opd_rollout, opd_teacher or opd_learner. The worker groups
+    of deploy/kuberay do; elsewhere `ray start --resources '{"opd_learner": 1}'`."""
     weight_transfer: Literal["auto", "file", "nccl", "ipc"] = "auto"
     """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node)."""
     probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None

@@ -28,7 +28,7 @@ from services.control import create_app
 from services.data import load_problems, open_prompts
 from services.distill import Distillation, base_limits
 from services.evaluate import Evaluation, Response, load_verifier, summarise
-from services.fleet import PROBE_TOKENS, Fleet, Models, connect, refuse_taken_name
+from services.fleet import PROBE_TOKENS, Fleet, Models, connect, refuse_taken_name, require_roles, role_resources
 from services.golden import GoldenSet, choose_prompts, collect_golden, golden_key
 from services.job import Job
 from services.jobs import announced
@@ -88,6 +88,7 @@ class Run:
                 # After Ray's own handlers, so that these hold; they stay until everything is ended.
                 stack.enter_context(self._signals())
                 refuse_taken_name(self.job.name)
+                require_roles(self.job, ray.cluster_resources())
                 async with announced(self.job.name, self.server.url, self._token, self.directory.path):
                     pool = await self._start_teachers()
                     _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
@@ -186,7 +187,10 @@ class Run:
                 cluster, cpus = self.job.cluster, self.job.cluster.cpus_per_actor
                 gpus = 0.0 if settings.backend == "http" else gpu if share is None else share
                 num_gpus = gpus * settings.tensor_parallel_size
-                places = await place("teacher", settings.num_actors, cluster.placement_teacher, num_cpus=cpus, num_gpus=num_gpus)
+                own = {} if settings.backend == "http" else role_resources(self.job, "teacher")
+                places = await place(
+                    "teacher", settings.num_actors, cluster.placement_teacher, num_cpus=cpus, num_gpus=num_gpus, resources=own
+                )
                 handles[same] = start_teacher(settings, self.models.stop_ids, self.job.seed, places)
             teachers.append((settings, handles[same]))
         support = self.job.objective.support

@@ -1,6 +1,6 @@
 """PrometheusRule objects of the Prometheus operator, made from the rules that every other Prometheus loads.
 
-    python deploy/kuberay/prometheusrule.py     # writes prometheusrule.yaml beside itself; a test holds the two together
+python deploy/kuberay/prometheusrule.py     # writes prometheusrule.yaml beside itself; a test holds the two together
 """
 
 from pathlib import Path

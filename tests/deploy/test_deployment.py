@@ -1,12 +1,14 @@
 """Images, compose and Kubernetes objects, without an engine or a cluster: what they name exists in the code and fits together."""
 
 import importlib.util
+import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -14,6 +16,7 @@ import yaml
 
 from deploy.kuberay import prometheusrule
 from services.cli import app
+from services.fleet import Role, require_roles, role_resources
 from services.job import Job
 
 ROOT = Path(__file__).parents[2]
@@ -233,6 +236,27 @@ def test_the_operator_gets_the_rules_that_every_other_prometheus_loads() -> None
         groups += rule["spec"]["groups"]
     files = [yaml.safe_load((ROOT / f"deploy/prometheus/{name}.yml").read_text()) for name in ("rules", "alerts")]
     assert groups == [group for file in files for group in file["groups"]]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_an_actor_finds_the_group_of_its_role(name: str) -> None:
+    job = Job.model_validate(
+        {
+            "name": "x",
+            "student": {"model": "a"},
+            "teacher": {"model": "b"},
+            "data": {"prompts": {"path": "p"}},
+            "cluster": {"pin_roles": True},
+        }
+    )
+    offered = {}
+    for group in CLUSTERS[name]["workerGroupSpecs"]:
+        # KubeRay hands the value to a shell, so the JSON is quoted once more.
+        (words,) = shlex.split(group["rayStartParams"]["resources"])
+        offered[group["groupName"]] = json.loads(words)
+    assert offered == {role: dict.fromkeys(role_resources(job, role), 1) for role in get_args(Role)}
+    require_roles(job, [resource for group in offered.values() for resource in group])
+    assert settings_in(RUN_WORDS["deploy/kuberay/rayjob.yaml"])["cluster.pin_roles"] == "true"
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

@@ -1,6 +1,7 @@
 """A Ray head of a test's own: free ports, its own folder, ended with everything that descends from it."""
 
 import contextlib
+import json
 import os
 import secrets
 import socket
@@ -53,6 +54,7 @@ def ray_head(auth: bool) -> Iterator[RayHead]:
         ports = dict(zip((*names, "metrics-export-port", "runtime-env-agent-port"), free_ports(7), strict=True))
         command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
         command += ["--num-cpus=2", f"--object-store-memory={256 * 2**20}", f"--temp-dir={folder}", "--disable-usage-stats"]
+        command += ["--resources", json.dumps({"opd_rollout": 1, "opd_teacher": 1, "opd_learner": 1})]
         command += [f"--{name}={port}" for name, port in ports.items()]
         log = Path(folder) / "head.log"
         with log.open("w") as file:

@@ -45,6 +45,7 @@ def make_job_file(home: Path, name: str, total_steps: int, max_new_tokens: int =
         "rollout": {"prompts_per_step": 8, "max_new_tokens": max_new_tokens, "dtype": "float32"},
         "learner": {"total_steps": total_steps, "dtype": "float32"},
         "governor": {"mode": "observe"},
+        "cluster": {"pin_roles": True},
     }
     path = home / f"{name}.yaml"
     path.write_text(yaml.safe_dump(job))
