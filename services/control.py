@@ -8,6 +8,7 @@ person, CLI, dashboard --HTTP--> create_app --> RunView      (the main loop: sta
 import hmac
 import re
 import secrets
+from collections import Counter
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -82,6 +83,8 @@ class RunStatus(_Open):
     links: Document
     instance: str
     """Differs after every start of the service: a page that sees it change reads everything again."""
+    restarts: dict[str, int]
+    """Actors restarted so far, by role; roles without one are left out."""
 
 
 class StepRecords(BaseModel):
@@ -162,7 +165,7 @@ def create_app(
 
     @api.get("/run", responses=_answers(RunStatus))
     def show_run() -> Response:
-        return respond(run.status() | {"instance": instance})
+        return respond(run.status() | {"instance": instance, "restarts": _restarts(registry)})
 
     @api.get("/steps", responses=_answers(StepRecords))
     def show_steps(after: After = -1) -> Response:
@@ -196,6 +199,14 @@ def create_app(
         app.include_router(metrics)
     _add_page(app)
     return app
+
+
+def _restarts(registry: CollectorRegistry) -> dict[str, int]:
+    restarts: Counter[str] = Counter()
+    for family in registry.restricted_registry(["opd_actor_restarts_total"]).collect():
+        for sample in family.samples:
+            restarts[sample.labels["role"]] += int(sample.value)
+    return dict(+restarts)
 
 
 def _config_routes(store: ConfigStore) -> APIRouter:

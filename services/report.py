@@ -344,6 +344,7 @@ def _render(**content: Any) -> str:
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["arrows"] = lambda text: str(text).replace("->", "→")  # no line breaks inside it; terminals keep ASCII
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return environment.get_template("report.html.j2").render(written=written, **content)
 

@@ -46,7 +46,7 @@ class Chart {
     this.cursor = null;
     parent.append(this.figure);
     this.build();
-    new ResizeObserver(() => this.uplot.setSize(this.size())).observe(this.plot);
+    new ResizeObserver(() => this.plot.clientWidth && this.uplot.setSize(this.size())).observe(this.plot);
     this.plot.addEventListener("keydown", (event) => this.move(event));
     this.plot.addEventListener("blur", () => this.point(null));
   }
@@ -103,6 +103,8 @@ class Chart {
     this.records = records;
     this.events = events;
     this.figure.hidden = Boolean(this.spec.sparse) && !records.some((record) => this.lines.some(({ key }) => read(record, key) !== null));
+    // A knob that nobody has moved is a line of text, not a plot: the phone's screen is for what happens.
+    this.figure.classList.toggle("flat", !this.spec.sparse && records.length > 1 && this.lines.every(({ key }) => new Set(records.map((record) => read(record, key)).filter((value) => value !== null)).size < 2));
     this.uplot.setData([records.map(({ step }) => step), ...this.lines.map(({ key }) => records.map((record) => read(record, key)))]);
     this.writeLegend(this.cursor);
   }
@@ -139,6 +141,7 @@ class Chart {
     const { ctx, bbox } = this.uplot;
     ctx.save();
     ctx.strokeStyle = css("--event");
+    ctx.globalAlpha = 0.5;
     ctx.setLineDash([3, 5]);
     ctx.beginPath();
     for (const { step } of this.events) {

@@ -2,6 +2,7 @@
 
 import { get, request } from "./api.js";
 import { makeCharts } from "./charts.js";
+import { showNow } from "./now.js";
 import { describe, noticeConfig, openSettings } from "./settings.js";
 
 const POLL_MS = 2000;
@@ -14,6 +15,7 @@ let records = [];
 let decisions = [];
 let generations = [];
 let samples = [];
+let policy = {}; // the governor's tunable settings: its targets
 let chosenSample = null; // null follows the newest that loops, else the newest
 
 async function readNew(run) {
@@ -35,6 +37,7 @@ async function readNew(run) {
   decisions = decisions.slice(-NUM_DECISIONS);
   const config = await get("v1/config");
   if (config.generation !== generations.at(-1)?.generation) generations = (await get("v1/config/history")).history;
+  policy = config.governor;
   await noticeConfig(config);
   samples = (await get("v1/samples")).samples;
   return get("v1/governor");
@@ -57,9 +60,9 @@ function showRun(run, governor) {
   $("phase").textContent = run.phase;
   $("progress").max = run.total_steps;
   $("progress").value = run.step;
-  const limits = Object.entries(run.limits).map(([key, value]) => `${key} ${value}`);
   $("progress-text").textContent = `step ${run.step} of ${run.total_steps}, weights v${run.weight_version}`;
-  $("governor").textContent = `Mode ${governor.mode ?? "?"}. Limits in force: ${limits.join(", ")}.`;
+  $("governor").textContent = `The governor's mode is ${governor.mode ?? "not known yet"}. Limits in force:`;
+  showNow(run, records, governor, policy);
   const over = ["finished", "failed", "stopping"].includes(run.phase);
   for (const button of $("verbs").children) button.disabled = over;
   charts.setRecords(records, findEvents());
@@ -76,7 +79,10 @@ function showDecisions() {
   $("decisions").replaceChildren(...lines.reverse().map(({ from, until, action, reason }) => {
     const item = document.createElement("li");
     const steps = from === until ? `Step ${from}` : `Steps ${from} to ${until}`;
-    item.textContent = `${steps}: ${action ? `${action}. ` : ""}${reason}`;
+    const verb = document.createElement("strong");
+    verb.textContent = action;
+    item.className = action === "hold" ? "hold" : "act";
+    item.append(`${steps}: `, ...(action ? [verb, ". "] : []), reason);
     return item;
   }));
 }

@@ -61,8 +61,9 @@ class Page:
     def screenshot(self, path: Path) -> Path:
         """The whole page, beyond what the screen shows."""
         size = self.browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        shot = self.browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        screen = {"width": size["width"], "height": size["height"], "deviceScaleFactor": 1, "mobile": size["width"] < 600}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)  # what sticks to the screen's edge goes to the page's end
+        shot = self.browser.execute_cdp_cmd("Page.captureScreenshot", {})
         path.write_bytes(base64.b64decode(shot["data"]))
         return path
 
@@ -108,6 +109,29 @@ def test_the_page_shows_the_values_of_the_step_records_and_of_metrics(page, serv
     assert page.value("length", "cap_tokens") == cap
     assert page.text("#phase") == "running"
     assert "step 61 of 100" in page.text("#progress-text")
+
+
+def test_the_first_thing_to_see_is_the_newest_step_against_the_runs_own_targets(page, service):
+    def tile(label: str) -> list[str]:
+        tiles = {t.text.split("\n")[0]: t for t in page.browser.find_elements("css selector", "#now > div")}
+        return [*tiles[label].text.split("\n")[1:], tiles[label].get_attribute("class")]
+
+    service.add_step(truncation=0.051, loops=0.02)
+    wait_until(lambda: tile("Truncated") == ["5.1 %", "▲ target 5.0 %", "beyond"])
+    assert tile("Looping") == ["2.0 %", "target 2.0 %", ""]
+    assert tile("Mean length, tokens") == ["121", "p95 212, cap 195", ""]
+    assert tile("Held-out accuracy") == ["100 %", "at step 60", ""]
+    assert tile("Restarts") == ["0", "of actors", ""]
+    service.run.restarts.labels("sums", "teacher").inc(2)
+    wait_until(lambda: tile("Restarts") == ["2", "▲ teacher 2", "beyond"])
+
+
+def test_a_knob_that_nobody_moved_takes_no_plot(page, service):
+    assert page.find("#chart-tilt .plot").is_displayed()
+    assert not page.find("#chart-weights .plot").is_displayed()
+    assert page.value("weights", "golden_weight") == 0.1
+    service.add_step(golden_weight=0.4)
+    wait_until(lambda: page.find("#chart-weights .plot canvas").is_displayed())
 
 
 def test_nothing_on_the_page_comes_from_elsewhere_and_nothing_fails(page, service):

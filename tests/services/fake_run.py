@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from services.job import Job
 
@@ -56,6 +56,7 @@ class FakeRun:
         self.requested: list[str] = []
         self.healthy_checkpoint = True
         self.registry = CollectorRegistry()
+        self.restarts = Counter("opd_actor_restarts_total", "Actors restarted.", ["run", "role"], registry=self.registry)
         self._cap = Gauge("opd_governor_cap_tokens", "The cap in force.", ["run"], registry=self.registry)
         self.show_in_metrics()
 

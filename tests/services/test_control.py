@@ -84,6 +84,13 @@ def test_the_run_shows_itself(client):
     assert {"name", "phase", "step", "total_steps", "weight_version", "limits", "links", "instance"} <= shown.keys()
 
 
+def test_restarts_are_those_of_the_metrics_by_role(client, run):
+    assert client.get("/v1/run").json()["restarts"] == {}
+    run.restarts.labels("sums", "teacher").inc(2)
+    run.restarts.labels("sums", "learner").inc(0)
+    assert client.get("/v1/run").json()["restarts"] == {"teacher": 2}
+
+
 def test_step_records_come_after_the_step_asked_for_and_nan_is_null(client):
     steps = client.get("/v1/steps", params={"after": 2}).json()
     assert [record["step"] for record in steps["steps"]] == [3, 4, 5]

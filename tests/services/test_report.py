@@ -248,7 +248,7 @@ class TestReport:
         assert "Inflated (finished)" in page.text["p"]
         assert "Finished: " in page.text["p"]
         assert page.tags.count("svg") == 6
-        assert "0.0% -> 90.0%" in page.text["td"]
+        assert "0.0% → 90.0%" in page.text["td"]
         assert "total_steps" not in page.text["th"], "both have the same"
         same_name = compare_reports([a, write_run(tmp_path / "c", make_records(9), name="plain")], tmp_path / "again.html")
         assert str(a) in same_name.read_text()
