@@ -224,9 +224,9 @@ LEARNER = (
     ),
     Panel(
         "Time since the last step",
-        "OpdLearnerStalled fires at two minutes and five mean steps.",
+        "OpdLearnerStalled fires at two minutes and five mean steps. A paused run shows none.",
         "s",
-        ((f"time() - {of('opd_heartbeat_timestamp_seconds')}", "{{run}}"),),
+        ((f"(time() - {of('opd_heartbeat_timestamp_seconds')}) unless on (run) {of('opd_run_paused')} == 1", "{{run}}"),),
         width=12,
     ),
     Panel(
