@@ -55,12 +55,12 @@ class GoldenSet:
     """Read from the cache."""
 
 
-def golden_key(prompts: Sequence[Prompt], settings: GoldenSettings, teachers: Mapping[str, Any], seed: int) -> str:
-    """The cache's key. `teachers` is everything about them that shapes an answer (weights identity, beams, ...), JSON."""
+def golden_key(prompts: Sequence[Prompt], settings: GoldenSettings, terms: Mapping[str, Any], seed: int) -> str:
+    """The cache's key. `terms` is all else that shapes an answer or decides whether it is kept (teachers, stop ids, ...), JSON."""
     inputs = {
         "prompts": [[p.token_ids, p.teacher_token_ids, p.golden_ids] for p in prompts],
         "settings": settings.model_dump(exclude={"cache_dir", "enabled"}),
-        "teachers": dict(teachers),
+        "terms": dict(terms),
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

@@ -230,14 +230,15 @@ class Run:
             for t, model in zip(self.job.teacher, self.models.teachers, strict=True)
         }
         max_new_tokens = settings.max_new_tokens or self.job.rollout.max_new_tokens
-        key = golden_key(prompts, settings.model_copy(update={"max_new_tokens": max_new_tokens}), teachers, self.job.seed)
+        rollout = self.job.rollout
+        loops = [rollout.loop_min_repeats, rollout.loop_min_tokens]
+        terms = {"teachers": teachers, "stop_ids": self.models.stop_ids, "loops": loops}
+        key = golden_key(prompts, settings.model_copy(update={"max_new_tokens": max_new_tokens}), terms, self.job.seed)
         folder = Path(settings.cache_dir) if settings.cache_dir else self.directory.path.parent / "golden"
 
         async def generate(asked: Sequence[Prompt]) -> Sequence[tuple[int, ...] | None]:
             self._say(f"golden pass: {len(asked)} prompts to the teacher")
             return await pool.golden(asked, max_new_tokens=max_new_tokens, temperature=settings.temperature, seed=self.job.seed)
-
-        rollout = self.job.rollout
 
         def loop_in(token_ids: Sequence[int]) -> object | None:
             return find_loop(token_ids[:-1], min_repeats=rollout.loop_min_repeats, min_tokens=rollout.loop_min_tokens)

