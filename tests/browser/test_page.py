@@ -62,7 +62,7 @@ class Page:
         """The whole page, beyond what the screen shows."""
         size = self.browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
         screen = {"width": size["width"], "height": size["height"], "deviceScaleFactor": 1, "mobile": size["width"] < 600}
-        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)  # what sticks to the screen's edge goes to the page's end
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)  # a screen as tall as the page
         shot = self.browser.execute_cdp_cmd("Page.captureScreenshot", {})
         path.write_bytes(base64.b64decode(shot["data"]))
         return path
