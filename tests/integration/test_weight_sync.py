@@ -18,8 +18,8 @@ pytestmark = pytest.mark.integration
 
 NUM_SYNCS = 20
 TOLERANCE_NATS = 1e-3
-NUM_ROLLOUTS, ROLLOUT_TOKENS = 48, 500
-CONTEXT_TOKENS = 512
+NUM_ROLLOUTS, ROLLOUT_TOKENS = 48, 2000
+CONTEXT_TOKENS = 2048
 PROBE = [int(i) for i in np.random.default_rng(0).integers(4, 80, 48)]
 
 
