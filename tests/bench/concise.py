@@ -62,7 +62,7 @@ def measure() -> dict[str, Any]:
         "teacher_own_mean_tokens": decision["signals"]["reference_mean_tokens"],
         "held_out": held_out,
         "steps": steps,
-        "samples": {"first step": samples[0]["text"], "last step": samples[-1]["text"]},
+        "samples": {"first step": samples[0]["response"], "last step": samples[-1]["response"]},
     }
 
 
