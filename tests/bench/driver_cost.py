@@ -366,6 +366,12 @@ def report(name: str, point: Point) -> dict[str, Any]:
     return asdict(point)
 
 
+def merge(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points measured before, replaced where measured again."""
+    points = {point["num_actors"]: point for point in [*kept, *new]}
+    return [points[number] for number in sorted(points)]
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """CPU per trajectory, throughput and memory."""
     import matplotlib
@@ -403,24 +409,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small and quick; writes nothing")
     parser.add_argument("--only", choices=("curve", "long", "ray"), nargs="*", default=("curve", "long", "ray"))
+    parser.add_argument("--actors", type=int, nargs="*", default=(10, 30, 100, 300, 500, 700, 1000), help="points of curve and ray")
+    parser.add_argument("--trajectories", type=int, default=10**6, help="length of the long run")
     parser.add_argument("--profile", action="store_true", help="print where the driver's time of a short run goes")
     arguments = parser.parse_args()
     if arguments.profile:
         profile(lambda: report("long", local(100, 8, 0.0)))
         return
-    numbers = (10, 30) if arguments.smoke else (10, 30, 100, 300, 500, 700, 1000)
+    numbers = (10, 30) if arguments.smoke else arguments.actors
     path = HERE / "driver_cost.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if "curve" in arguments.only:
         pace, steps = (0.02, 3) if arguments.smoke else (1.0, 6)
-        results["curve"] = [report("curve", local(number, steps, pace)) for number in numbers]
+        results["curve"] = merge(results.get("curve", []), [report("curve", local(number, steps, pace)) for number in numbers])
     if "ray" in arguments.only:
         start_ray()
         pace, steps = (0.1, 3) if arguments.smoke else (1.0, 6)
-        results["ray"] = [report("ray", over_ray(number, steps, pace)) for number in numbers[: 1 if arguments.smoke else None]]
+        points = [report("ray", over_ray(number, steps, pace)) for number in numbers[: 1 if arguments.smoke else None]]
+        results["ray"] = merge(results.get("ray", []), points)
         ray.shutdown()
     if "long" in arguments.only:
-        results["long"] = report("long", local(10, 20, 0.0) if arguments.smoke else local(100, 626, 0.0))
+        results["long"] = report(
+            "long", local(10, 20, 0.0) if arguments.smoke else local(100, 2 + arguments.trajectories // (100 * SLOTS), 0.0)
+        )
     results["setting"] = {
         "slots": SLOTS, "tokens_per_s": TOKENS_PER_S, "response_tokens": [LEAST_TOKENS, MOST_TOKENS], "prompt_tokens": PROMPT_TOKENS,
         "learn_s": LEARN_S, "seed": SEED,
