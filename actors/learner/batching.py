@@ -18,6 +18,7 @@ from actors.learner.settings import ObjectiveSettings
 from actors.packing import like_lengths
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
 
+
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
     """Right-padded rows of prompt and response, and where the states that predict the response lie.

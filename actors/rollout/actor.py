@@ -15,8 +15,14 @@ import numpy as np
 from actors.rollout.settings import RolloutSettings
 from actors.trajectory import LengthLimits, Prompt, Trajectory
 
-HAND_ON_S = 0.02
-"""Finished rollouts are handed on together after this long: one message per trajectory would cost the driver more than it saves."""
+LEAST_HAND_ON_S = 0.02
+MESSAGES_PER_S = 500
+"""What all rollout actors together may send one driver: a message costs it about .5 ms whatever is in it (tests/bench/driver_cost.py)."""
+
+
+def hand_on_s(num_actors: int) -> float:
+    """How long an actor gathers finished rollouts before it hands them on; its last ones go at once."""
+    return max(LEAST_HAND_ON_S, num_actors / MESSAGES_PER_S)
 
 
 class RolloutActor:
@@ -71,7 +77,7 @@ class RolloutActor:
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 if pending:
-                    more, pending = await asyncio.wait(pending, timeout=HAND_ON_S)
+                    more, pending = await asyncio.wait(pending, timeout=hand_on_s(self._settings.num_actors))
                     done |= more
                 yield [task.result() for task in done]
         finally:

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from actors.learner.actor import StepReport
 from actors.learner.group import LearnerGroup
 from actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
-from actors.rollout.actor import HAND_ON_S
+from actors.rollout.actor import hand_on_s
 from actors.teacher.pool import TeacherPool
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
@@ -56,8 +56,9 @@ SLOTS, TOKENS_PER_S = 16, 128
 """One engine: sequences at once, and tokens a second of each."""
 PROMPT_TOKENS, LEAST_TOKENS, MOST_TOKENS = 64, 64, 448
 """Response lengths are uniform between the last two."""
-SCORED_TOKENS_PER_S = 100_000
+SCORED_TOKENS_PER_S = 20_000
 ACTORS_PER_TEACHER = 10
+"""Teachers are busy four fifths of the time, as one pays for no more of them than it needs."""
 LEARN_S = 1.0
 HERE = Path(__file__).parent
 ZEROS = np.zeros(MOST_TOKENS, np.float32)
@@ -67,8 +68,9 @@ RESPONSES = {length: tuple(range(length)) for length in range(LEAST_TOKENS, MOST
 class Engine:
     """A rollout actor whose engine only waits. `pace` 0 does not even do that."""
 
-    def __init__(self, index: int, pace: float) -> None:
-        self._random, self._pace, self._free = random.Random(SEED + index), pace, asyncio.Lock()
+    def __init__(self, index: int, pace: float, num_actors: int) -> None:
+        self._random, self._pace, self._num_actors = random.Random(SEED + index), pace, num_actors
+        self._free = asyncio.Lock()
 
     async def rollout(
         self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: Any, *, greedy: bool = False
@@ -81,10 +83,14 @@ class Engine:
                 finish = "length" if length > 0.98 * MOST_TOKENS else "stop"
                 group.append(Trajectory(prompt, RESPONSES[length], ZEROS[:length], finish, limits.cap_tokens, step, step - 1, 0, sample))
                 due_s = self._pace * length / TOKENS_PER_S
-                if number + 1 < len(rows) and self._pace and self._pace * rows[number + 1][0] / TOKENS_PER_S - due_s < HAND_ON_S:
+                if len(group) == 1:
+                    closes_s = due_s + hand_on_s(self._num_actors)
+                last = number + 1 == len(rows)
+                if not last and self._pace * rows[number + 1][0] / TOKENS_PER_S < closes_s:
                     continue  # the next one finishes before these are handed on
-                await asyncio.sleep(max(0.0, due_s - elapsed_s))
-                elapsed_s = due_s
+                handed_s = due_s if last else closes_s
+                await asyncio.sleep(max(0.0, handed_s - elapsed_s) if self._pace else 0.0)
+                elapsed_s = handed_s
                 yield group
                 group = []
 
@@ -134,11 +140,11 @@ class Sink:
 class Host:
     """One Ray process that stands for many engines, teachers and the learner: the driver sees as many streams and messages."""
 
-    def __init__(self, pace: float) -> None:
-        self._pace, self._engines, self._scorer, self._sink = pace, {}, Scorer(pace), Sink(pace)
+    def __init__(self, pace: float, num_actors: int) -> None:
+        self._num_actors, self._pace, self._engines, self._scorer, self._sink = num_actors, pace, {}, Scorer(pace), Sink(pace)
 
     async def rollout(self, index: int, *arguments: Any, **options: Any) -> AsyncIterator[list[Trajectory]]:
-        engine = self._engines.setdefault(index, Engine(index, self._pace))
+        engine = self._engines.setdefault(index, Engine(index, self._pace, self._num_actors))
         async for group in engine.rollout(*arguments, **options):
             yield group
 
@@ -331,7 +337,7 @@ def measure(
 
 def local(num_actors: int, num_steps: int, pace: float) -> Point:
     """Fakes in this process."""
-    engines = [Handle(Engine(index, pace)) for index in range(num_actors)]
+    engines = [Handle(Engine(index, pace, num_actors)) for index in range(num_actors)]
     scorers = [Scorer(pace) for _ in range(max(1, num_actors // ACTORS_PER_TEACHER))]
     return measure(num_actors, num_steps, pace=pace, engines=engines, scorers=scorers, learner=LocalLearner([Handle(Sink(pace))]))
 
@@ -339,7 +345,7 @@ def local(num_actors: int, num_steps: int, pace: float) -> Point:
 def over_ray(num_actors: int, num_steps: int, pace: float, num_hosts: int = 2) -> Point:
     """Fakes behind Ray actors."""
     host_type = ray.remote(Host)
-    hosts = [host_type.options(num_cpus=0, max_concurrency=10_000).remote(pace) for _ in range(num_hosts)]
+    hosts = [host_type.options(num_cpus=0, max_concurrency=10_000).remote(pace, num_actors) for _ in range(num_hosts)]
     try:
         engines = [RayEngine(hosts[index % num_hosts], index) for index in range(num_actors)]
         scorers = [RayScorer(hosts[index % num_hosts]) for index in range(max(1, num_actors // ACTORS_PER_TEACHER))]
@@ -358,6 +364,12 @@ def report(name: str, point: Point) -> dict[str, Any]:
         flush=True,
     )
     return asdict(point)
+
+
+def merge(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points measured before, replaced where measured again."""
+    points = {point["num_actors"]: point for point in [*kept, *new]}
+    return [points[number] for number in sorted(points)]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -397,27 +409,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small and quick; writes nothing")
     parser.add_argument("--only", choices=("curve", "long", "ray"), nargs="*", default=("curve", "long", "ray"))
+    parser.add_argument("--actors", type=int, nargs="*", default=(10, 30, 100, 300, 500, 700, 1000), help="points of curve and ray")
+    parser.add_argument("--trajectories", type=int, default=10**6, help="length of the long run")
     parser.add_argument("--profile", action="store_true", help="print where the driver's time of a short run goes")
     arguments = parser.parse_args()
     if arguments.profile:
         profile(lambda: report("long", local(100, 8, 0.0)))
         return
-    numbers = (10, 30) if arguments.smoke else (10, 30, 100, 300, 500, 700, 1000)
+    numbers = (10, 30) if arguments.smoke else arguments.actors
     path = HERE / "driver_cost.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if "curve" in arguments.only:
         pace, steps = (0.02, 3) if arguments.smoke else (1.0, 6)
-        results["curve"] = [report("curve", local(number, steps, pace)) for number in numbers]
+        results["curve"] = merge(results.get("curve", []), [report("curve", local(number, steps, pace)) for number in numbers])
     if "ray" in arguments.only:
         start_ray()
         pace, steps = (0.1, 3) if arguments.smoke else (1.0, 6)
-        results["ray"] = [report("ray", over_ray(number, steps, pace)) for number in numbers[: 1 if arguments.smoke else None]]
+        points = [report("ray", over_ray(number, steps, pace)) for number in numbers[: 1 if arguments.smoke else None]]
+        results["ray"] = merge(results.get("ray", []), points)
         ray.shutdown()
     if "long" in arguments.only:
-        results["long"] = report("long", local(10, 20, 0.0) if arguments.smoke else local(100, 626, 0.0))
+        results["long"] = report(
+            "long", local(10, 20, 0.0) if arguments.smoke else local(100, 2 + arguments.trajectories // (100 * SLOTS), 0.0)
+        )
     results["setting"] = {
         "slots": SLOTS, "tokens_per_s": TOKENS_PER_S, "response_tokens": [LEAST_TOKENS, MOST_TOKENS], "prompt_tokens": PROMPT_TOKENS,
-        "learn_s": LEARN_S, "hand_on_s": HAND_ON_S, "seed": SEED,
+        "learn_s": LEARN_S, "seed": SEED,
     }  # fmt: skip
     results["machine"] = {"cores": os.cpu_count(), "python": platform.python_version(), "ray": ray.__version__}
     if not arguments.smoke:
