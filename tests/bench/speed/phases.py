@@ -96,17 +96,28 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
         learner.step(scored, [], limits, 50.0)
         learn_s.append(time.perf_counter() - started)
         micro = build_micro_batches(
-            scored, [], objective, limits, micro_batch_tokens=job.learner.micro_batch_tokens,
-            max_new_tokens=rollout.max_new_tokens, reference_length_tokens=50.0,
+            scored,
+            [],
+            objective,
+            limits,
+            micro_batch_tokens=job.learner.micro_batch_tokens,
+            max_new_tokens=rollout.max_new_tokens,
+            reference_length_tokens=50.0,
         )
-        padding.append(1 - sum(int(m.student.attention_mask_BL.sum()) for m in micro) / sum(m.student.attention_mask_BL.numel() for m in micro))
+        padding.append(
+            1 - sum(int(m.student.attention_mask_BL.sum()) for m in micro) / sum(m.student.attention_mask_BL.numel() for m in micro)
+        )
     if profile:
         explain("teacher", lambda: teacher.score([request(t) for t in batches[-1]]))
         explain("learner", lambda: learner.step(scored, [], limits, 50.0))
     tokens = [sum(len(t.token_ids) for t in batch) for batch in batches]
     return {
-        "job": job.name, "threads": threads, "rollout_dtype": rollout.dtype, "learner_dtype": job.learner.dtype,
-        "teacher_dtype": job.teacher[0].dtype, "support": objective.support,
+        "job": job.name,
+        "threads": threads,
+        "rollout_dtype": rollout.dtype,
+        "learner_dtype": job.learner.dtype,
+        "teacher_dtype": job.teacher[0].dtype,
+        "support": objective.support,
         "completion_tokens": statistics.median(tokens[1:]),
         "prompt_tokens": statistics.median(sum(len(t.prompt.token_ids) for t in batch) for batch in batches[1:]),
         "rollout_s": statistics.median(rollout_s[1:]),

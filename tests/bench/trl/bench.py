@@ -14,6 +14,7 @@ samples step n + 1 while it learns step n (`max_staleness: 1`, its default).
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -339,7 +340,7 @@ def quartiles(values: list[float]) -> list[float]:
 def time_to_kl(target: float, kls: dict[int, float], step_s: float) -> float | None:
     """Seconds of stepping until the held-out KL is down to `target`, linear between the steps it was measured at; None: not reached."""
     points = sorted(kls.items())
-    for (step, kl), (next_step, next_kl) in zip(points, points[1:], strict=False):
+    for (step, kl), (next_step, next_kl) in itertools.pairwise(points):
         if next_kl <= target < kl:
             return (step + (kl - target) / (kl - next_kl) * (next_step - step)) * step_s
     return None
@@ -382,7 +383,7 @@ def machine() -> dict[str, Any]:
 def table(results: Path) -> str:
     """Markdown: one line per pair, precision and side, medians over rounds and steps, and ratios to TRL's float32 and own line."""
     kept: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    starts = {path.name.removesuffix("-start.json"): json.loads(path.read_text()) for path in results.glob("*-start.json")}
+    {path.name.removesuffix("-start.json"): json.loads(path.read_text()) for path in results.glob("*-start.json")}
     for path in sorted(set(results.glob("*.json")) - set(results.glob("*-start.json"))):
         result = json.loads(path.read_text())
         kept.setdefault((result["workload"]["pair"], result["workload"]["dtype"], result["side"]), []).append(result)
@@ -406,7 +407,8 @@ def table(results: Path) -> str:
         memory = max(r["usage"]["peak_pss_gib"] for r in rounds)
         others = max(r["usage"]["others_cores"] for r in rounds)
         lines.append(
-            f"| {pair} | {dtype} | {side} | {seconds[1]:.2f} ({seconds[0]:.2f}-{seconds[2]:.2f}) | {rate[1]:.0f} ({rate[0]:.0f}-{rate[2]:.0f}) "
+            f"| {pair} | {dtype} | {side} | {seconds[1]:.2f} ({seconds[0]:.2f}-{seconds[2]:.2f}) "
+            f"| {rate[1]:.0f} ({rate[0]:.0f}-{rate[2]:.0f}) "
             f"| {ratio} | {cpu:.1f} | {memory:.1f} | {kls} | {others:.2f} |"
         )
     return "\n".join(lines) + "\n"
