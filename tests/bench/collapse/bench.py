@@ -108,7 +108,8 @@ def scene_overrides(arm: str, folder: Path) -> tuple[str, ...]:
         rows = [json.loads(line) for line in (SUMS / "prompts_3_9.jsonl").read_text().splitlines()]
         first = SWAP_STEP * ROLLOUTS
         rows = [row | {"domain": "before" if index < first else "after"} for index, row in enumerate(rows)]
-        teachers = [{"model": str(SUMS / "teacher"), "domains": ["before"]}, {"model": str(folder / "loopier"), "domains": ["after"]}]
+        models = {"before": SUMS / "teacher", "after": folder / "loopier"}
+        teachers = [{"name": name, "model": str(model), "domains": [name]} for name, model in models.items()]
         train_loopier_teacher(folder / "loopier")
         return (
             f"data.prompts.path={write_rows(folder / 'swap.jsonl', rows)}",
