@@ -82,10 +82,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     # the price of governing: a run that stays healthy by itself
     "healthy-off": ("governor.mode=off",),
     "healthy-governed": (ENFORCE,),
-    # a teacher that loops more takes over at step 60
+    # a teacher that gets stuck in half of its answers takes over at step 60
     "swap-plain": (),
     "swap-governed": (ENFORCE,),
-    # a shard of prompts that only lead into loops, steps 80 to 91
+    # a shard scored by a teacher that gets stuck in every answer, steps 80 to 91
     "poison-plain": (),
     "poison-governed": (ENFORCE, "checkpoint.every_steps=10"),
     # a penalty so strong that the student answers nothing: the length collapses
@@ -104,29 +104,21 @@ def scene_overrides(arm: str, folder: Path) -> tuple[str, ...]:
     easy = f"data.prompts.path={SUMS / 'prompts_3_9.jsonl'}"
     if scene in ("healthy", "terse"):
         return (easy, f"data.eval.path={SUMS / 'eval_3_9.jsonl'}", "data.golden.num_prompts=512")
-    if scene == "swap":
+    if scene in ("swap", "poison"):
         rows = [json.loads(line) for line in (SUMS / "prompts_3_9.jsonl").read_text().splitlines()]
-        first = SWAP_STEP * ROLLOUTS
-        rows = [row | {"domain": "before" if index < first else "after"} for index, row in enumerate(rows)]
-        models = {"before": SUMS / "teacher", "after": folder / "loopier"}
+        for index, row in enumerate(rows):
+            step = index // ROLLOUTS + 1
+            row["domain"] = "bad" if (step >= SWAP_STEP if scene == "swap" else step in POISON_STEPS) else "good"
+        # Half of what the new teacher reads gets stuck, all of what the poisoned shard's teacher reads.
+        train_stuck_teacher(folder / "stuck", num_worked=16 if scene == "swap" else 0)
+        models = {"good": SUMS / "teacher", "bad": folder / "stuck"}
         teachers = [{"name": name, "model": str(model), "domains": [name]} for name, model in models.items()]
-        train_loopier_teacher(folder / "loopier")
         return (
-            f"data.prompts.path={write_rows(folder / 'swap.jsonl', rows)}",
+            f"data.prompts.path={write_rows(folder / 'prompts.jsonl', rows)}",
             f"data.eval.path={SUMS / 'eval_3_9.jsonl'}",
             f"teacher={json.dumps(teachers)}",
-            "data.golden.num_prompts=4000",
-            "learner.total_steps=120",
-        )
-    if scene == "poison":
-        rng = random.Random(0)
-        rows = [json.loads(line) for line in (SUMS / "prompts_3_9.jsonl").read_text().splitlines()]
-        poison = [{"prompt": draw_stall(rng, 60)} for _ in range(len(POISON_STEPS) * ROLLOUTS)]
-        start = (POISON_STEPS.start - 1) * ROLLOUTS
-        return (
-            f"data.prompts.path={write_rows(folder / 'poisoned.jsonl', rows[:start] + poison + rows[start:])}",
-            f"data.eval.path={SUMS / 'eval_3_9.jsonl'}",
             "data.golden.num_prompts=512",
+            "learner.total_steps=125",  # one epoch of those prompts
         )
     return ()
 
@@ -136,18 +128,22 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def train_loopier_teacher(folder: Path) -> None:
-    """The shipped teacher after a lesson in which a third of all worked answers get stuck."""
+def train_stuck_teacher(folder: Path, num_worked: int) -> None:
+    """The shipped teacher after a lesson of 16 answers that get stuck beside `num_worked` that end, at each of 150 steps."""
     tokenizer = AutoTokenizer.from_pretrained(SUMS / "teacher")
     model = AutoModelForCausalLM.from_pretrained(SUMS / "teacher").train()
 
     def draw_batches(rng: random.Random, steps: int) -> Iterator[tuple[recipe.Batch, ...]]:
         for _ in range(steps):
-            problems = islice(draw_problems(rng, 2, 9, held_out_prompts()), 32)
-            worked = recipe.Batch([render_prompt(terms) + render_answer(terms) for terms in problems])
-            yield worked, recipe.Batch([draw_stall(rng, recipe.WINDOW_TOKENS) for _ in range(16)])
+            worked = [
+                render_prompt(terms) + render_answer(terms) for terms in islice(draw_problems(rng, 2, 9, held_out_prompts()), num_worked)
+            ]
+            stuck = [draw_stall(rng, recipe.WINDOW_TOKENS) for _ in range(16)]
+            yield tuple(recipe.Batch(documents) for documents in (worked, stuck) if documents)
 
-    recipe.train(model, replace(recipe.STALLING, steps=80, draw_batches=draw_batches), tokenizer)
+    recipe.train(model, replace(recipe.STALLING, steps=150, draw_batches=draw_batches), tokenizer)
+    rows = [json.loads(line) for line in (SUMS / "eval_3_9.jsonl").read_text().splitlines()][:128]
+    print(f"the other teacher at T = 1: {recipe.measure(model.eval(), tokenizer, rows, sampled=True)}", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
