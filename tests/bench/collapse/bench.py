@@ -88,8 +88,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     # a shard scored by a teacher that gets stuck in every answer, steps 80 to 91
     "poison-plain": (),
     "poison-governed": (ENFORCE, "checkpoint.every_steps=10"),
-    # a penalty so strong that the student answers nothing: the length collapses
-    "terse-plain": ("objective.stop_tilt_nats=16", "objective.stop_tilt_target_tokens=1", "objective.stop_tilt_width_tokens=1"),
+    # a penalty so strong that the student answers nothing: the length collapses (a sampled loss would not see the early stop)
+    "terse-plain": (*DENSE, "objective.stop_tilt_nats=16", "objective.stop_tilt_target_tokens=1", "objective.stop_tilt_width_tokens=1"),
 }
 ARMS["terse-governed"] = (*ARMS["terse-plain"], ENFORCE)
 SWAP_STEP, POISON_STEPS = 60, range(80, 92)
