@@ -15,16 +15,20 @@ One step of the loop
     overlaps  the rollouts of the next steps with the learner's work on this one
 
 Every change (limits, tunable settings, pause, rollback) takes effect at the border between two steps.
+
+What dies is started again: rollout actors by the fleet, teachers by their pool, the governor by its keeper, none of which costs a
+step. The learner's state is the run's, so with it the loop goes back to the newest checkpoint and takes the steps since again.
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.learner.checkpoint import newest_checkpoint, partial_folder, prune_checkpoints, seal_checkpoint, step_of
+from actors.remote import ActorLostError
 from actors.teacher.pool import TeacherPool
 from actors.trajectory import LengthLimits, Prompt
 from services.collect import Batch, Launch, collect
@@ -40,6 +44,10 @@ from services.tunables import ConfigStore
 
 PAUSE_POLL_S = 0.1
 """How often a paused run looks for a verb."""
+STATUS_S = 1.0
+"""How often a run that waits for a batch looks for what keeps it."""
+MAX_LEARNER_LOSSES = 3
+"""A learner that dies this often on its way to the same next step will not get there."""
 
 Evaluate = Callable[[LengthLimits, int], Any]
 """(limits, step) -> awaitable dict of decoding -> Evaluation."""
@@ -92,12 +100,19 @@ class Distillation:
         decode: Callable[[Sequence[int]], str],
         on_step: Callable[[Record], None],
         on_warning: Callable[[str], None],
+        on_restart: Callable[[str, str], None],
+        finish: Callable[[], Awaitable[None]],
     ) -> None:
+        """`finish` is awaited after the last checkpoint. `on_restart`: (role, reason) of what died and is back."""
         self._original_job = self._job = job
         self._stream, self._golden, self._reference_tokens = stream, golden, reference_tokens
         self._fleet, self._pool, self._governor = fleet, pool, governor
         self._directory, self._store, self._telemetry, self._monitor = directory, store, telemetry, monitor
         self._evaluate, self._decode, self._on_step, self._warn = evaluate, decode, on_step, on_warning
+        self._on_restart, self._finish = on_restart, finish
+        self._outage_s = max(teacher.timeout_s for teacher in job.teacher)
+        self._first_cursor = stream.state()
+        self._furthest_step = self._learner_losses = 0
         self._limits = base_limits(job)
         self._pressure = 0.0
         self._healthy = True
@@ -117,19 +132,32 @@ class Distillation:
         """From the first step (or the newest checkpoint) to the last. Raises GuardRailError, SyncError, LearnerError."""
         self._generation, tunables = self._store.in_force()
         self._job = tunables.apply(self._original_job)
-        self._limits = await self._governor.limits.remote()
-        version = await self._restore_newest() if resume else 0
-        await self._sync(version)
-        if not self._step:
+        self._limits = await self._governor.limits()
+        if resume:
+            await self._restore_newest()
+        try:
+            while True:
+                try:
+                    await self._run_to_the_end()
+                    return
+                except ActorLostError as error:
+                    if error.role != "learner":
+                        raise
+                    await self._replace_learner(error)
+        finally:
+            await self._drop_launched()
+
+    async def _run_to_the_end(self) -> None:
+        """From the border that the learner stands at."""
+        await self._sync()
+        if self._last_healthy is None:
             self._publish_start(await self._evaluate_now())
             await self._checkpoint()  # the student as it came is the first place to roll back to
         self._monitor.enter("running")
-        try:
-            while self._step < self._job.learner.total_steps and not self._stopping:
-                await self._one_step()
-            await self._checkpoint()
-        finally:
-            await self._drop_launched()
+        while self._step < self._job.learner.total_steps and not self._stopping:
+            await self._one_step()
+        await self._checkpoint()
+        await self._finish()
 
     async def _one_step(self) -> None:
         started = time.monotonic()
@@ -139,7 +167,7 @@ class Distillation:
         if self._store.generation != self._generation:  # changed while the run was paused
             await self._decide()
         self._launch(1)
-        batch = await self._launched[0][1]
+        batch = await self._wait_for(self._launched[0][1])
         waited_s = time.monotonic() - started
         launch, _, _ = self._launched.popleft()
         self._launch(self._job.rollout.max_staleness)
@@ -151,25 +179,30 @@ class Distillation:
             golden = self._golden_for(launch.step, len(batch.scored))
             report = await self._fleet.learn(batch.scored, golden, limits, self._reference_tokens, self._job.learner.learning_rate)
         learn_s = time.monotonic() - learn_started
-        self._count_skipped(report is None or report.skipped)
+        if batch.scored or not self._teachers_missing():  # an outage is waited out, not held against the run
+            self._count_skipped(report is None or report.skipped)
 
         self._step = launch.step
+        if self._step > self._furthest_step:
+            self._furthest_step, self._learner_losses = self._step, 0
         record_batch(self._telemetry, batch, report, limits, self._job.rollout.max_new_tokens)
         self._telemetry.beat()
         pressure = self._pressure
         deciding = asyncio.create_task(self._decide())  # beside the sync: reading metrics costs the loop nothing
-        sync = await self._sync(report.weight_version) if report else Sync()
-        decision = await deciding
+        try:
+            sync = await self._sync() if report else Sync()
+        finally:
+            command, reason = await deciding
         evaluations = await self._evaluate_now() if self._is_eval_step() else {}
 
         times = StepTimes(batch.rollout_s, batch.score_s, learn_s, sync.seconds, time.monotonic() - started, waited_s)
         record = step_record(batch, report, limits, pressure, times, evaluations)
         self._publish(record, batch, times)
-        if decision.command == "rollback":
-            await self._roll_back(decision.reason)
-        elif decision.command == "stop":
+        if command == "rollback":
+            await self._roll_back(reason)
+        elif command == "stop":
             await self._checkpoint()
-            raise GuardRailError(decision.reason)
+            raise GuardRailError(reason)
         elif self._step % self._job.checkpoint.every_steps == 0 or self._want_checkpoint:
             await self._checkpoint()
 
@@ -186,15 +219,19 @@ class Distillation:
 
     # ---- borders
 
-    async def _decide(self) -> Any:
-        """Bring a person's changes into force, have the governor decide, obey. Returns its Decision."""
+    async def _decide(self) -> tuple[str | None, str]:
+        """Bring a person's changes into force, have the governor decide, obey. Returns its command and the reason."""
         generation, tunables = self._store.in_force()
         self._telemetry.set("opd_config_generation", generation)
         if generation != self._generation:
             self._generation = generation
             self._job = tunables.apply(self._original_job)
-            await self._governor.set_policy.remote(self._job.governor, base_limits(self._job), generation)
-        decision, record = await self._governor.tick.remote(self._step)
+            await self._governor.set_policy(self._job.governor, base_limits(self._job), generation)
+        try:
+            decision, record = await self._governor.tick(self._step)
+        except ActorLostError as error:
+            self._warn(f"step {self._step}: no decision, the last limits hold: {error}")
+            return None, ""
         self._limits, self._pressure, self._healthy = decision.limits, decision.after.pressure, decision.healthy
         self._telemetry.record_limits(self._limits, self._pressure)
         self._telemetry.set("opd_governor_metrics_age_seconds", decision.signals.data_age_s)
@@ -203,10 +240,14 @@ class Distillation:
         view = {"mode": decision.mode, "pressure": self._pressure, "signals": record["signals"], "limits": record["limits"]}
         self._monitor.add_decision(record, view)
         self._monitor.update(limits=self._limits)
-        return decision
+        return decision.command, decision.reason
 
     async def _obey_verbs(self) -> None:
-        """Verbs that came over HTTP; returns when the run may go on."""
+        """Verbs that came over HTTP; returns when the run may go on.
+
+        With a teacher gone it waits, and is paused after the time a request may take; it goes on by itself when one is back.
+        """
+        missing_since: float | None = None
         while True:
             for verb in self._monitor.take_verbs():
                 if verb == "pause":
@@ -219,31 +260,47 @@ class Distillation:
                     self._want_checkpoint = True
                 else:
                     await self._roll_back("asked for over HTTP")
-            if self._want_checkpoint and self._paused:
+            missing = self._teachers_missing()
+            missing_since = (missing_since or time.monotonic()) if missing else None
+            waited_out = missing_since is not None and time.monotonic() - missing_since > self._outage_s
+            if self._want_checkpoint and (self._paused or missing):
                 await self._checkpoint()
             if self._stopping:
                 self._monitor.enter("stopping")
                 return
-            self._monitor.enter("paused" if self._paused else "running")
-            if not self._paused:
+            self._monitor.enter("paused" if self._paused or waited_out else "running")
+            self._monitor.update(waiting_for=missing)
+            if not self._paused and not missing:
                 return
             await asyncio.sleep(PAUSE_POLL_S)
+
+    async def _wait_for(self, batch: asyncio.Task[Batch]) -> Batch:
+        """The batch; meanwhile the status names a teacher that is gone."""
+        while not (await asyncio.wait([batch], timeout=STATUS_S))[0]:
+            self._monitor.update(waiting_for=self._teachers_missing())
+        self._monitor.update(waiting_for=None)
+        return batch.result()
+
+    def _teachers_missing(self) -> str | None:
+        """Teachers none of whose actors takes work now, in words; None: all of them have one that does."""
+        names = [name for name, num_live in self._pool.num_live().items() if not num_live]
+        return f"teacher {', '.join(names)}: no actor answers" if names else None
 
     def stop(self) -> None:
         """End the run at the next border, with a checkpoint."""
         self._stopping = True
         self._monitor.enter("stopping")
 
-    async def _sync(self, version: int) -> Sync:
-        sync = await self._fleet.sync_weights(version)
+    async def _sync(self) -> Sync:
+        sync = await self._fleet.sync_weights()
         self._telemetry.observe("opd_weight_sync_seconds", sync.seconds)
         self._telemetry.set("opd_weight_sync_gap_nats", sync.gap_nats)
         for role in ("learner", "rollout"):
-            self._telemetry.set("opd_weight_version", version, role=role)
-        self._monitor.update(weight_version=version)
-        if not sync.gap_nats <= sync.tolerance_nats:
+            self._telemetry.set("opd_weight_version", sync.weight_version, role=role)
+        self._monitor.update(weight_version=sync.weight_version)
+        if not sync.sound:
             raise SyncError(
-                f"weight sync {version}: engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance "
+                f"weight sync {sync.weight_version}: engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance "
                 f"{sync.tolerance_nats:g}; the engine does not hold the student's weights "
                 "(raise cluster.probe_tolerance_nats only if bfloat16 explains it)"
             )
@@ -308,7 +365,7 @@ class Distillation:
         state = {
             "step": self._step,
             "cursor": cursor,
-            "governor": await self._governor.state.remote(),
+            "governor": await self._governor.state(),
             "config_generation": self._generation,
             "totals": self._telemetry.totals(),
             "healthy": self._healthy,
@@ -323,25 +380,49 @@ class Distillation:
             self._last_healthy = written
         prune_checkpoints(root, self._job.checkpoint.keep, [self._last_healthy] if self._last_healthy else [])
 
-    async def _restore_newest(self) -> int:
+    async def _replace_learner(self, error: ActorLostError) -> None:
+        """A new learner at the newest checkpoint, and the loop back at its border; steps since are taken again."""
+        await self._drop_launched()
+        while True:
+            self._learner_losses += 1
+            if self._learner_losses > MAX_LEARNER_LOSSES:
+                raise LearnerError(f"the learner died {MAX_LEARNER_LOSSES} times before step {self._furthest_step + 1}: {error}") from error
+            self._warn(f"step {self._step}: {error}")
+            self._monitor.update(waiting_for="a new learner")
+            try:
+                await self._fleet.restart_learner()
+                await self._restore_newest()
+                break
+            except ActorLostError as again:
+                error = again
+        self._fleet.learner_is_back()
+        self._monitor.update(waiting_for=None)
+        self._warn(f"learner is back at the checkpoint of step {self._step}")
+        self._on_restart("learner", error.reason)
+
+    async def _restore_newest(self) -> None:
         """Go on from the newest checkpoint that verifies; from the start where there is none."""
         folder, state, refused = newest_checkpoint(self._directory.checkpoints)
         for line in refused:
             self._warn(line)
         if folder is None:
+            self._step, self._next_launch = 0, 1
+            self._stream.restore(self._first_cursor)
             self._directory.cut_after(-1)
-            return 0
+            self._monitor.forget()
+            return
         self._step = state["step"]
         self._next_launch = self._step + 1
         self._stream.restore(state["cursor"])
         self._telemetry.restore(state["totals"])
-        await self._governor.restore.remote(state["governor"])
-        self._limits = await self._governor.limits.remote()
+        await self._governor.restore(state["governor"])
+        self._limits = await self._governor.limits()
         self._directory.cut_after(self._step)
+        self._monitor.forget()
         for record in read_records(self._directory.metrics):
             self._monitor.add_step(record)
         self._last_healthy, _, _ = newest_checkpoint(self._directory.checkpoints, healthy=True)
-        return await self._fleet.restore(str(folder))
+        await self._fleet.restore(str(folder))
 
     async def _roll_back(self, reason: str) -> None:
         """Weights of the last healthy checkpoint, moments dropped; steps, prompts and pressure go on."""
@@ -349,8 +430,8 @@ class Distillation:
         if self._last_healthy is None:
             self._warn(f"no healthy checkpoint to roll back to ({reason}); the run goes on")
             return
-        version = await self._fleet.restore(str(self._last_healthy), rollback=True)
-        await self._sync(version)
+        await self._fleet.restore(str(self._last_healthy), rollback=True)
+        await self._sync()
         self._warn(f"step {self._step}: rolled back to step {step_of(self._last_healthy)}: {reason}")
 
     async def _drop_launched(self) -> None:

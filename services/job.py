@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from actors.governor.policy import Policy
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
+from actors.remote import FLOOR_S
 from actors.rollout.settings import RolloutSettings
 from actors.settings import Settings
 from actors.teacher.settings import TeacherSettings
@@ -96,6 +97,9 @@ class ClusterSettings(Settings):
     """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node)."""
     probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None
     """Largest engine-learner gap on the probe after a sync. None: 0.01 when both are float32, else 0.25."""
+    deadline_floor_s: Annotated[float, Field(gt=0)] = FLOOR_S
+    """An actor that is silent gets at least this long before it counts as hung and is replaced; more where its work was seen to
+    take more (ten times the slowest lately)."""
 
 
 class CheckpointSettings(Settings):

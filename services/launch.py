@@ -32,6 +32,7 @@ from services.fleet import PROBE_TOKENS, Fleet, Models, connect, refuse_taken_na
 from services.golden import GoldenSet, choose_prompts, collect_golden, golden_key
 from services.job import Job
 from services.jobs import announced
+from services.keeper import GovernorKeeper
 from services.models import context_tokens, resolve_model, stop_event_ids, tokenizer_of, weights_identity
 from services.monitor import RunMonitor
 from services.prune import resolve_student
@@ -43,6 +44,9 @@ from services.trackers import Trackers
 from services.tunables import ConfigStore
 
 Say = Callable[[str], None]
+
+SERVING_S = 1.0
+"""How often the run looks whether its HTTP thread lives."""
 
 
 class Run:
@@ -78,7 +82,8 @@ class Run:
         """The whole run, and the end of every process of it, however it ends."""
         self.server.start()
         self._say(f"run {self.job.name}: {self.server.url} (token in {self.directory.path / 'token'})")
-        fleet, pool = Fleet(self.job, self.models, self._probe()), None
+        fleet = Fleet(self.job, self.models, self._probe(), on_restart=self._count_restart, say=self._note)
+        pool, serving = None, asyncio.create_task(self._keep_serving())
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self._address_files())
@@ -97,8 +102,10 @@ class Run:
                 raise
             finally:
                 self._ending = True
+                serving.cancel()
                 if pool is not None:
                     await pool.close()
+                await fleet.close()
                 await asyncio.to_thread(fleet.stop)
                 write_report(self.directory.path, ended=True)
                 self.server.stop()
@@ -132,10 +139,30 @@ class Run:
             evaluate=self._evaluator(fleet) if self.problems else None,
             decode=self._decode,
             on_step=self._record_step,
-            on_warning=self._say,
+            on_warning=self._note,
+            on_restart=self._count_restart,
+            finish=lambda: fleet.save_student(str(self.directory.final), model_card(self.job, self.directory)),
         )
         await self._loop.run(self._resume)
-        await fleet.save_student(str(self.directory.final), model_card(self.job, self.directory))
+
+    def _note(self, text: str) -> None:
+        """A line about the run, for whoever watches: terminal, events.jsonl, live page."""
+        self._say(text)
+        event = {"time": time.time(), "step": self.monitor.status()["step"], "text": text}
+        self.directory.append(self.directory.events, event)
+        self.monitor.add_event(event)
+
+    def _count_restart(self, role: str, reason: str) -> None:
+        self.telemetry.inc("opd_actor_restarts_total", role=role)
+        self._note(f"restarted: {role} ({reason})")
+
+    async def _keep_serving(self) -> None:
+        """HTTP is a thread of this process; should it end, another one takes over its socket."""
+        while True:
+            await asyncio.sleep(SERVING_S)
+            if not self.server.alive:
+                self.server.start()
+                self._count_restart("service", "crash")
 
     def _record_step(self, record: Record) -> None:
         self._trackers.log(record)
@@ -198,14 +225,16 @@ class Run:
             ),
             domains={prompt.domain for prompt in self.stream.prompts()},
             on_request=self._count_request,
-            on_restart=lambda teacher, reason: self.telemetry.inc("opd_actor_restarts_total", role="teacher"),
+            on_restart=lambda teacher, reason: self._count_restart("teacher", reason),
+            floor_s=self.job.cluster.deadline_floor_s,
+            say=self._note,
         )
 
     def _count_request(self, teacher: str, result: str, seconds: float) -> None:
         self.telemetry.inc("opd_teacher_requests_total", teacher=teacher, result=result)
         self.telemetry.observe("opd_teacher_request_seconds", seconds, teacher=teacher)
 
-    def _start_governor(self) -> Any:
+    def _start_governor(self) -> GovernorKeeper:
         """On the driver's own node: it reads the run's /metrics over loopback."""
         source: MetricsSource
         if self.job.service.prometheus_url:
@@ -217,7 +246,15 @@ class Run:
         actor = ray.remote(Governor).options(num_cpus=0, scheduling_strategy=here)
         generation, tunables = self.store.in_force()
         job = tunables.apply(self.job)
-        return actor.remote(source, job.governor, base_limits(job), generation)
+        return GovernorKeeper(
+            lambda policy, base, generation: actor.remote(source, policy, base, generation),
+            job.governor,
+            base_limits(job),
+            generation,
+            floor_s=self.job.cluster.deadline_floor_s,
+            on_restart=lambda reason: self._count_restart("governor", reason),
+            say=self._note,
+        )
 
     async def _write_golden(self, pool: TeacherPool) -> GoldenSet:
         settings = self.job.data.golden

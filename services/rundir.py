@@ -1,6 +1,7 @@
 """The run directory: what a run leaves behind, appended line by line so that a crash loses nothing before it.
 
-job.yaml  metrics.jsonl  decisions.jsonl  config.jsonl  samples.jsonl  checkpoints/  final/  report.html  length.png
+job.yaml  metrics.jsonl  decisions.jsonl  config.jsonl  samples.jsonl  events.jsonl  nonfinite.jsonl  checkpoints/  final/
+report.html  length.png
 """
 
 import json
@@ -49,6 +50,16 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "config.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """What happened to the run: actors lost and back, waits, rollbacks."""
+        return self.path / "events.jsonl"
+
+    @property
+    def nonfinite(self) -> Path:
+        """Samples whose log-probs, scores, loss or gradient were not finite, to be looked at."""
+        return self.path / "nonfinite.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -29,7 +29,7 @@ LABEL_VALUES = {
     "position": POSITION_BUCKETS,
     "form": ("raw", "class"),
     "phase": ("rollout", "score", "learn", "sync", "total"),
-    "role": ("rollout", "teacher", "learner", "governor"),
+    "role": ("rollout", "teacher", "learner", "governor", "service"),
 }
 """Labels whose values are known beforehand."""
 
@@ -173,16 +173,16 @@ class Telemetry:
         return {key: value for key, value in self._counter_samples() if value}
 
     def restore(self, totals: dict[str, float]) -> None:
-        """Bring counters to a checkpoint's values, so that a resumed run's totals go on. Histograms start anew."""
-        for metric in METRICS:
-            if metric.kind != "counter":
-                continue
-            for key, value in totals.items():
-                name, _, rest = key.partition("{")
-                if name == metric.name:
-                    labels = dict(pair.split("=", 1) for pair in rest.rstrip("}").split(",") if pair)
-                    child = self._child(name, {k: v.strip('"') for k, v in labels.items()})
-                    child.inc(value - child._value.get())
+        """Bring counters to a checkpoint's values, so that a resumed run's totals go on; restarts are never forgotten.
+
+        Histograms start anew, or go on where the process does.
+        """
+        for key, value in ({key: 0.0 for key, _ in self._counter_samples()} | totals).items():
+            name, _, rest = key.partition("{")
+            if name in self._metrics:
+                labels = dict(pair.split("=", 1) for pair in rest.rstrip("}").split(",") if pair)
+                child = self._child(name, {k: v.strip('"') for k, v in labels.items()})._value
+                child.set(max(value, child.get()) if name == "opd_actor_restarts_total" else value)
 
     def _counter_samples(self) -> Iterable[tuple[str, float]]:
         names = {metric.name for metric in METRICS if metric.kind == "counter"}

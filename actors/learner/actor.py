@@ -79,6 +79,7 @@ class Learner:
         self._optimizer = build_optimizer([p for p in self._student.model.parameters() if p.requires_grad], settings)
         self.weight_version = 0
         self._trainer: Any = None
+        self._trainer_actors: list[Any] = []
 
     def step(
         self,
@@ -168,19 +169,20 @@ class Learner:
         return logits_LV.float().log_softmax(-1).gather(1, ids_BL[0, 1:, None])[:, 0].cpu().numpy()
 
     @torch.no_grad()
-    def weights(self, dtype: str) -> np.ndarray:
-        """All weights as the bytes of a safetensors file (uint8), the tied output head written out on its own."""
+    def weights(self, dtype: str) -> tuple[int, np.ndarray]:
+        """The weight version, and all weights as the bytes of a safetensors file (uint8), the tied output head on its own."""
         model, kind = self._student.model, getattr(torch, dtype)
         tensors = {name: weight.detach().to("cpu", kind).contiguous() for name, weight in model.named_parameters()}
         tensors["lm_head.weight"] = model.get_output_embeddings().weight.detach().to("cpu", kind).clone()
-        return np.frombuffer(save(tensors), np.uint8)
+        return self.weight_version, np.frombuffer(save(tensors), np.uint8)
 
     def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
         """The same weights to every engine over GPUs: `backend` nccl or ipc."""
-        if self._trainer is None:
+        if actors != self._trainer_actors:  # the first time, or an engine was replaced: the group is formed anew
             from actors.learner.transfer import open_trainer  # vllm takes seconds to import and is needed on GPUs only
 
             self._trainer = open_trainer(backend, self._student.model, getattr(torch, dtype), actors, workers_per_engine)
+            self._trainer_actors = actors
         self._trainer.send_weights()
 
     def save_student(self, folder: str, card: str | None = None) -> None:
@@ -212,6 +214,9 @@ class Learner:
         else:
             load_optimizer(self._optimizer, self._optimized_names(), Path(folder) / OPTIMIZER)
             self.weight_version = json.loads((Path(folder) / COUNTERS).read_text())["weight_version"]
+        return self.weight_version
+
+    def version(self) -> int:
         return self.weight_version
 
     def ping(self) -> int:

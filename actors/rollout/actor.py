@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from actors.rollout.settings import RolloutSettings
 from actors.trajectory import LengthLimits, Prompt, Trajectory
@@ -149,6 +150,31 @@ class RolloutActor:
         """End the engine's processes; the actor itself is ended by Ray."""
         if hasattr(self, "_engine"):
             self._engine.shutdown()
+
+
+class RayEngine:
+    """A rollout actor as the pool sees it: coroutines instead of object references."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def start(self) -> None:
+        await self.actor.start.remote()
+
+    async def rollout(
+        self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool
+    ) -> AsyncIterator[list[Trajectory]]:
+        stream = self.actor.rollout.options(num_returns="streaming").remote(requests, limits, step, settings, greedy=greedy)
+        try:
+            async for group in stream:
+                yield await group
+        except BaseException:  # nobody waits any more: the engine must not sample on
+            ray.cancel(stream)
+            raise
+
+    async def end(self) -> None:
+        """By force; Ray ends the engine's own processes with the actor's."""
+        await asyncio.to_thread(ray.kill, self.actor)
 
 
 def request_seed(seed: int, prompt: Prompt, sample: int, step: int) -> int:

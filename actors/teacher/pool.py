@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from actors.remote import FLOOR_S, Say
 from actors.teacher.member import COOLDOWN_S, Member, OnRestart, TeacherHandle
 from actors.teacher.scorers import GenerateOptions, ScoreRequest
 from actors.teacher.settings import TeacherSettings
@@ -69,11 +70,13 @@ class TeacherPool:
         on_request: OnRequest = lambda teacher, result, seconds: None,
         on_restart: OnRestart = lambda teacher, reason: None,
         cooldown_s: float = COOLDOWN_S,
+        floor_s: float = FLOOR_S,
+        say: Say = lambda line: None,
     ) -> None:
         members: dict[int, Member] = {}
         for settings, handles in teachers:
             for handle in handles:
-                members.setdefault(id(handle), Member(handle, settings, on_restart, cooldown_s))
+                members.setdefault(id(handle), Member(handle, settings, on_restart, cooldown_s, floor_s, say))
         self.members = tuple(members.values())
         self.teachers = tuple(Teacher(settings, tuple(members[id(handle)] for handle in handles)) for settings, handles in teachers)
         self.support = support

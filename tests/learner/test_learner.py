@@ -46,7 +46,7 @@ def batch(student: Path, teacher: Path, num: int = 6) -> list[ScoredRollout]:
 
 
 def weights_of(actor: Learner) -> dict[str, torch.Tensor]:
-    return load(actor.weights("float32").tobytes())
+    return load(actor.weights("float32")[1].tobytes())
 
 
 def test_a_step_reports_and_moves_the_weights(folders: tuple[Path, Path]) -> None:
