@@ -38,6 +38,8 @@ class GovernorKeeper:
         self._on_restart, self._say = on_restart, say
         self._pace = Pace(floor_s)
         self._state: dict[str, Any] | None = None
+        self._lost: Exception | None = None
+        """What ended the actor before this one, until this one has answered."""
         self._actor = start(*self._terms)
 
     async def set_policy(self, policy: Policy, base: LengthLimits, generation: int) -> None:
@@ -62,22 +64,24 @@ class GovernorKeeper:
         return decision, record
 
     async def _ask(self, method: str, *args: Any) -> Any:
-        for tried in range(MAX_TRIES):
+        for _ in range(MAX_TRIES):
             try:
-                if tried and self._state is not None:
+                if self._lost and self._state is not None:
                     await self._call("restore", self._state)
                 answer = await self._call(method, *args)
             except LOST as error:
-                lost, reason = error, reason_of(error)
-                self._say(f"governor lost ({reason}): {first_line(error)}; the limits in force hold meanwhile")
+                self._lost = error
+                self._say(f"governor lost ({reason_of(error)}): {first_line(error)}; the limits in force hold meanwhile")
                 await asyncio.to_thread(self._end, self._actor)
                 self._actor = self._start(*self._terms)
                 continue
-            if tried:
+            if self._lost:
                 self._say("governor is back with its state")
-                self._on_restart(reason)
+                self._on_restart(reason_of(self._lost))
+                self._lost = None
             return answer
-        raise ActorLostError("governor", lost)
+        assert self._lost is not None
+        raise ActorLostError("governor", self._lost)
 
     async def _call(self, method: str, *args: Any) -> Any:
         return await self._pace.watch(getattr(self._actor, method).remote(*args), f"{method} of the governor", self._say)
