@@ -85,6 +85,7 @@ def step_record(
         "step": batch.step,
         "time": time.time(),
         "num_rollouts": len(lengths),
+        "prompts": [list(key) for key in dict.fromkeys((t.prompt.epoch, t.prompt.index) for t in batch.trajectories)],
         "lengths": lengths.tolist(),
         "length_mean": float(lengths.mean()) if len(lengths) else 0.0,
         "length_p95": float(np.quantile(lengths, 0.95)) if len(lengths) else 0.0,
