@@ -27,7 +27,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.learner.checkpoint import newest_checkpoint, partial_folder, prune_checkpoints, seal_checkpoint, step_of
+from actors.learner.checkpoint import (
+    newest_checkpoint,
+    partial_folder,
+    prune_checkpoints,
+    remove_partials,
+    seal_checkpoint,
+    step_of,
+)
 from actors.remote import ActorLostError
 from actors.teacher.pool import TeacherPool
 from actors.trajectory import LengthLimits, Prompt
@@ -88,6 +95,7 @@ class Distillation:
         *,
         stream: PromptStream,
         golden: list[Prompt],
+        golden_key: str,
         reference_tokens: float,
         fleet: Fleet,
         pool: TeacherPool,
@@ -103,15 +111,17 @@ class Distillation:
         on_restart: Callable[[str, str], None],
         finish: Callable[[], Awaitable[None]],
     ) -> None:
-        """`finish` is awaited after the last checkpoint. `on_restart`: (role, reason) of what died and is back."""
+        """`finish` is awaited after the last checkpoint. `on_restart`: (role, reason) of what died and is back.
+
+        `golden_key`: of the golden answers in the stream; those of a resumed run should be the same.
+        """
         self._original_job = self._job = job
-        self._stream, self._golden, self._reference_tokens = stream, golden, reference_tokens
+        self._stream, self._golden, self._golden_key, self._reference_tokens = stream, golden, golden_key, reference_tokens
         self._fleet, self._pool, self._governor = fleet, pool, governor
         self._directory, self._store, self._telemetry, self._monitor = directory, store, telemetry, monitor
         self._evaluate, self._decode, self._on_step, self._warn = evaluate, decode, on_step, on_warning
         self._on_restart, self._finish = on_restart, finish
         self._outage_s = max(teacher.timeout_s for teacher in job.teacher)
-        self._first_cursor = stream.state()
         self._furthest_step = self._learner_losses = 0
         self._limits = base_limits(job)
         self._pressure = 0.0
@@ -122,7 +132,13 @@ class Distillation:
         self._next_launch = 1
         self._skipped_in_a_row = 0
         self._last_healthy: Path | None = None
+        self._begun = False
+        self._writing: asyncio.Task[None] | None = None
+        self._taken_step: int | None = None
+        """Step whose state was taken for a checkpoint as it still is; None: none was, or it has changed."""
+        self._trouble: str | None = None
         self._stopping = False
+        self._stop_asked = asyncio.Event()
         self._paused = False
         self._want_checkpoint = False
 
@@ -133,6 +149,7 @@ class Distillation:
         self._generation, tunables = self._store.in_force()
         self._job = tunables.apply(self._original_job)
         self._limits = await self._governor.limits()
+        self._first_state = await self._state({})
         if resume:
             await self._restore_newest()
         try:
@@ -146,17 +163,21 @@ class Distillation:
                     await self._replace_learner(error)
         finally:
             await self._drop_launched()
+            if self._writing is not None:
+                self._writing.cancel()
 
     async def _run_to_the_end(self) -> None:
         """From the border that the learner stands at."""
         await self._sync()
-        if self._last_healthy is None:
+        if not self._begun:
             self._publish_start(await self._evaluate_now())
             await self._checkpoint()  # the student as it came is the first place to roll back to
+            self._begun = True
         self._monitor.enter("running")
         while self._step < self._job.learner.total_steps and not self._stopping:
             await self._one_step()
         await self._checkpoint()
+        await self._written()
         await self._finish()
 
     async def _one_step(self) -> None:
@@ -168,6 +189,8 @@ class Distillation:
             await self._decide()
         self._launch(1)
         batch = await self._wait_for(self._launched[0][1])
+        if batch is None:
+            return
         waited_s = time.monotonic() - started
         launch, _, _ = self._launched.popleft()
         self._launch(self._job.rollout.max_staleness)
@@ -202,6 +225,7 @@ class Distillation:
             await self._roll_back(reason)
         elif command == "stop":
             await self._checkpoint()
+            await self._written()
             raise GuardRailError(reason)
         elif self._step % self._job.checkpoint.every_steps == 0 or self._want_checkpoint:
             await self._checkpoint()
@@ -221,6 +245,7 @@ class Distillation:
 
     async def _decide(self) -> tuple[str | None, str]:
         """Bring a person's changes into force, have the governor decide, obey. Returns its command and the reason."""
+        self._taken_step = None
         generation, tunables = self._store.in_force()
         self._telemetry.set("opd_config_generation", generation)
         if generation != self._generation:
@@ -237,8 +262,7 @@ class Distillation:
         self._telemetry.set("opd_governor_metrics_age_seconds", decision.signals.data_age_s)
         self._telemetry.inc("opd_governor_decisions_total", action=decision.action, signal=decision.signal)
         self._directory.append(self._directory.decisions, record)
-        view = {"mode": decision.mode, "pressure": self._pressure, "signals": record["signals"], "limits": record["limits"]}
-        self._monitor.add_decision(record, view)
+        self._monitor.add_decision(record)
         self._monitor.update(limits=self._limits)
         return decision.command, decision.reason
 
@@ -274,12 +298,14 @@ class Distillation:
                 return
             await asyncio.sleep(PAUSE_POLL_S)
 
-    async def _wait_for(self, batch: asyncio.Task[Batch]) -> Batch:
-        """The batch; meanwhile the status names a teacher that is gone."""
-        while not (await asyncio.wait([batch], timeout=STATUS_S))[0]:
+    async def _wait_for(self, batch: asyncio.Task[Batch]) -> Batch | None:
+        """The batch, or None once the run is to stop; meanwhile the status names a teacher that is gone."""
+        stop = asyncio.create_task(self._stop_asked.wait())
+        while not (await asyncio.wait([batch, stop], timeout=STATUS_S, return_when=asyncio.FIRST_COMPLETED))[0]:
             self._monitor.update(waiting_for=self._teachers_missing())
+        stop.cancel()
         self._monitor.update(waiting_for=None)
-        return batch.result()
+        return None if self._stopping else batch.result()
 
     def _teachers_missing(self) -> str | None:
         """Teachers none of whose actors takes work now, in words; None: all of them have one that does."""
@@ -287,8 +313,9 @@ class Distillation:
         return f"teacher {', '.join(names)}: no actor answers" if names else None
 
     def stop(self) -> None:
-        """End the run at the next border, with a checkpoint."""
+        """End the run with a checkpoint: at once where it waits for rollouts, which are drawn again, else after the learner's step."""
         self._stopping = True
+        self._stop_asked.set()
         self._monitor.enter("stopping")
 
     async def _sync(self) -> Sync:
@@ -339,6 +366,10 @@ class Distillation:
         self._monitor.add_samples(samples)
         self._monitor.add_step(record)
         self._on_step(record)
+        if self._directory.trouble != self._trouble:
+            self._trouble = self._directory.trouble
+            if self._trouble:
+                self._warn(f"step {self._step}: records wait in memory: {self._trouble}; free the disk, the run goes on")
 
     # ---- held-out evaluation
 
@@ -358,31 +389,64 @@ class Distillation:
     # ---- checkpoints
 
     async def _checkpoint(self) -> None:
-        """Write the state of this border; rollouts under way are not part of it, their prompts will be drawn again."""
+        """Take the state of this border, and write it while the run goes on.
+
+        Rollouts under way are not part of it, their prompts will be drawn again. A second one waits for the first to be written.
+        """
         self._want_checkpoint = False
-        root = self._directory.checkpoints
-        cursor = self._launched[0][2] if self._launched else self._stream.state()
-        state = {
-            "step": self._step,
-            "cursor": cursor,
-            "governor": await self._governor.state(),
-            "config_generation": self._generation,
-            "totals": self._telemetry.totals(),
-            "healthy": self._healthy,
-        }
+        await self._written()
+        if self._taken_step == self._step:
+            return
         try:
-            await self._fleet.save(str(partial_folder(root, self._step)))
-            written = await asyncio.to_thread(seal_checkpoint, root, self._step, state)
-        except OSError as error:  # disk full or gone read-only: what was written before is whole, and the run is worth more
+            sizes = await asyncio.to_thread(self._directory.record_sizes)
+        except OSError as error:
             self._warn(f"checkpoint of step {self._step} not written: {error}; free the disk, the run goes on")
             return
-        if self._healthy:
+        state = await self._state(sizes)
+        await self._fleet.snapshot()
+        self._taken_step = self._step
+        self._writing = asyncio.create_task(self._write(state))
+
+    async def _state(self, sizes: dict[str, int]) -> Record:
+        """Everything at this border that later steps depend on, the learner's own apart. `sizes`: of the records files."""
+        return {
+            "step": self._step,
+            "cursor": self._launched[0][2] if self._launched else self._stream.state(),
+            "governor": await self._governor.state(),
+            "pressure": self._pressure,
+            "healthy": self._healthy,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "config_generation": self._generation,
+            "golden_key": self._golden_key,
+            "telemetry": self._telemetry.state(),
+            "records": sizes,
+        }
+
+    async def _write(self, state: Record) -> None:
+        root, step = self._directory.checkpoints, state["step"]
+        try:
+            partial = await asyncio.to_thread(partial_folder, root, step)
+            await self._fleet.save(str(partial))
+            written = await asyncio.to_thread(seal_checkpoint, root, step, state)
+        except (OSError, ActorLostError) as error:  # what was written before is whole, and the run is worth more
+            self._warn(f"checkpoint of step {step} not written: {error}; the run goes on, with the one before")
+            await asyncio.to_thread(remove_partials, root)
+            self._taken_step = None
+            return
+        if state["healthy"]:
             self._last_healthy = written
-        prune_checkpoints(root, self._job.checkpoint.keep, [self._last_healthy] if self._last_healthy else [])
+        always = [self._last_healthy] if self._last_healthy else []
+        await asyncio.to_thread(prune_checkpoints, root, self._job.checkpoint.keep, always)
+
+    async def _written(self) -> None:
+        """Wait for the checkpoint being written, if there is one."""
+        if self._writing is not None:
+            await self._writing
 
     async def _replace_learner(self, error: ActorLostError) -> None:
         """A new learner at the newest checkpoint, and the loop back at its border; steps since are taken again."""
         await self._drop_launched()
+        await self._written()
         while True:
             self._learner_losses += 1
             if self._learner_losses > MAX_LEARNER_LOSSES:
@@ -401,38 +465,52 @@ class Distillation:
         self._on_restart("learner", error.reason)
 
     async def _restore_newest(self) -> None:
-        """Go on from the newest checkpoint that verifies; from the start where there is none."""
-        folder, state, refused = newest_checkpoint(self._directory.checkpoints)
+        """Go on from the newest checkpoint that verifies; from the start where there is none. Also within a run that has gone beyond."""
+        root = self._directory.checkpoints
+        await asyncio.to_thread(remove_partials, root)
+        folder, state, refused = await asyncio.to_thread(newest_checkpoint, root)
         for line in refused:
             self._warn(line)
         if folder is None:
-            self._step, self._next_launch = 0, 1
-            self._stream.restore(self._first_cursor)
-            self._directory.cut_after(-1)
-            self._monitor.forget()
-            return
-        self._step = state["step"]
+            state = self._first_state
+        self._step = self._taken_step = state["step"]
         self._next_launch = self._step + 1
+        self._generation = state["config_generation"]  # a later one is a change that comes with the first step
+        self._skipped_in_a_row, self._pressure, self._healthy = state["skipped_in_a_row"], state["pressure"], state["healthy"]
         self._stream.restore(state["cursor"])
-        self._telemetry.restore(state["totals"])
+        self._telemetry.restore(state["telemetry"])
         await self._governor.restore(state["governor"])
         self._limits = await self._governor.limits()
-        self._directory.cut_after(self._step)
+        if state["golden_key"] != self._golden_key:
+            self._warn("the golden answers are not those that the checkpoint's run had: teacher, prompts or their settings differ")
+        self._directory.cut_to(state["records"])
         self._monitor.forget()
         for record in read_records(self._directory.metrics):
             self._monitor.add_step(record)
-        self._last_healthy, _, _ = newest_checkpoint(self._directory.checkpoints, healthy=True)
+        for record in read_records(self._directory.decisions):
+            self._monitor.add_decision(record)
+        self._monitor.add_samples(read_records(self._directory.samples))
+        self._begun = folder is not None
+        if folder is None:
+            self._taken_step = None
+            return
+        self._last_healthy = folder if self._healthy else (await asyncio.to_thread(newest_checkpoint, root, healthy=True))[0]
         await self._fleet.restore(str(folder))
 
     async def _roll_back(self, reason: str) -> None:
         """Weights of the last healthy checkpoint, moments dropped; steps, prompts and pressure go on."""
         await self._drop_launched()
-        if self._last_healthy is None:
+        await self._written()
+        folder, _, refused = await asyncio.to_thread(newest_checkpoint, self._directory.checkpoints, healthy=True)
+        for line in refused:
+            self._warn(line)
+        if folder is None:
             self._warn(f"no healthy checkpoint to roll back to ({reason}); the run goes on")
             return
-        await self._fleet.restore(str(self._last_healthy), rollback=True)
+        self._taken_step = None
+        await self._fleet.restore(str(folder), rollback=True)
         await self._sync()
-        self._warn(f"step {self._step}: rolled back to step {step_of(self._last_healthy)}: {reason}")
+        self._warn(f"step {self._step}: rolled back to step {step_of(folder)}: {reason}")
 
     async def _drop_launched(self) -> None:
         """Abandon rollouts under way; their prompts are drawn again."""

@@ -119,6 +119,7 @@ class Fleet:
             job.rollout.num_actors,
             self._create_engine,
             self._equip,
+            repeatable=job.repeatable,
             floor_s=floor_s,
             on_restart=lambda reason: on_restart("rollout", reason),
             say=say,
@@ -151,6 +152,7 @@ class Fleet:
             namespace=NAMESPACE,
             num_cpus=job.cluster.cpus_per_actor,
             num_gpus=self._gpus(job.cluster.gpus_per_learner),
+            concurrency_groups={"disk": 1},  # a checkpoint is written while the next step runs
         )
         return learner_type.remote(
             models.student,
@@ -180,6 +182,7 @@ class Fleet:
                 weight_transfer=self._transfer,
                 seed=job.seed,
                 top_k=job.objective.top_k if job.objective.support in ("student", "union") else 0,
+                repeatable=job.repeatable,
             )
         )
 
@@ -273,9 +276,17 @@ class Fleet:
         """The learner's log-probs on the probe sequence."""
         return await self._ask_learner("probe", self._probe)
 
+    async def snapshot(self) -> None:
+        """Have the learner copy its state as it is between these two steps, for `save`."""
+        await self._ask_learner("snapshot")
+
     async def save(self, folder: str) -> None:
-        """Student and optimiser into a checkpoint's folder, which learner and driver share."""
-        await self._ask_learner("save", folder)
+        """The snapshot into a checkpoint's folder, which learner and driver share; steps go on meanwhile. Raises OSError."""
+        try:
+            reply = self._learner.save.options(concurrency_group="disk").remote(folder)
+            await self._paces["save"].watch(reply, "save of the learner", self._say)
+        except LOST as error:
+            raise ActorLostError("learner", error) from error
 
     async def save_student(self, folder: str, card: str) -> None:
         """The student alone, in Hugging Face layout."""

@@ -162,6 +162,11 @@ class Job(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     service: ServiceSettings = ServiceSettings()
 
+    @property
+    def repeatable(self) -> bool:
+        """The strict loop: the same job gives the same weights bit for bit, resumed or not (see the README for its terms)."""
+        return self.rollout.max_staleness == 0
+
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, data: Any) -> Any:

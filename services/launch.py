@@ -128,6 +128,7 @@ class Run:
             self.job,
             stream=self.stream,
             golden=[prompt for prompt in self.stream.prompts() if prompt.golden_ids],
+            golden_key=golden.key,
             reference_tokens=reference.mean_tokens,
             fleet=fleet,
             pool=pool,
@@ -228,6 +229,7 @@ class Run:
             on_restart=lambda teacher, reason: self._count_restart("teacher", reason),
             floor_s=self.job.cluster.deadline_floor_s,
             say=self._note,
+            alone=self.job.repeatable,
         )
 
     def _count_request(self, teacher: str, result: str, seconds: float) -> None:

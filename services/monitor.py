@@ -60,6 +60,8 @@ class RunMonitor:
         """The steps shown are about to be taken again, from a checkpoint on; what remains of them is added anew."""
         with self._lock:
             self._steps.clear()
+            self._samples.clear()
+            self._decisions.clear()
             self._status["step"] = 0
 
     def add_event(self, record: Record) -> None:
@@ -72,10 +74,10 @@ class RunMonitor:
         with self._lock:
             self._samples.extend(records)
 
-    def add_decision(self, record: Record, governor: dict[str, Any]) -> None:
+    def add_decision(self, record: Record) -> None:
         with self._lock:
             self._decisions.append(record)
-            self._governor = governor
+            self._governor = {key: record[key] for key in ("mode", "pressure", "signals", "limits")}
 
     def take_verbs(self) -> list[Verb]:
         """Verbs asked for since the last border, in order."""

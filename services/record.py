@@ -14,6 +14,9 @@ from services.evaluate import Evaluation
 from services.rundir import Record
 from services.telemetry import Telemetry
 
+CLOCK_FIELDS = frozenset({"time", "step_s", "wait_s", "rollout_s", "score_s", "learn_s", "sync_s", "tokens_per_s"})
+"""Fields of a step's record that tell time: all others are the same in every strict run of the same job."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
@@ -78,7 +81,7 @@ def step_record(
     times: StepTimes,
     evaluations: Mapping[str, Evaluation],
 ) -> Record:
-    """One line of metrics.jsonl. `limits` and `pressure` are those the learner step ran under."""
+    """One line of metrics.jsonl. `limits` and `pressure` are those the learner step ran under; `prompts` are (epoch, index)."""
     lengths = np.array([len(t.token_ids) for t in batch.trajectories])
     num = max(1, len(lengths))
     record: Record = {

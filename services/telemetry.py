@@ -18,6 +18,8 @@ from actors.learner.metrics import POSITION_BUCKETS
 from actors.trajectory import FinishReason, LengthLimits, Trajectory
 
 Kind = Literal["counter", "gauge", "histogram"]
+Series = list[Any]
+"""[name, labels, value], JSON."""
 
 LOGPROB_BUCKETS = (-64.0, -32.0, -16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.25, -0.1, 0.0)
 SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -103,6 +105,10 @@ ADDITIONS = frozenset(
 """Metrics beyond the published contract."""
 
 
+OWN_GAUGES = frozenset({"opd_length_reference_tokens"})
+"""What a resumed run has measured itself before it goes back to a checkpoint's values."""
+
+
 class Telemetry:
     """The registry of one run and the few verbs that fill it.
 
@@ -168,29 +174,47 @@ class Telemetry:
         """A step has finished."""
         self.set("opd_heartbeat_timestamp_seconds", time.time())
 
-    def totals(self) -> dict[str, float]:
-        """Counter values as `name{label="value",...}`, for a checkpoint."""
-        return {key: value for key, value in self._counter_samples() if value}
+    def state(self) -> list[Series]:
+        """Every series, for a checkpoint: the metric's name, its labels, a number or a histogram's counts by upper edge and its sum."""
+        names = {metric.name: metric.labels for metric in METRICS}
+        return [
+            [
+                name,
+                dict(zip(names[name], values, strict=True)),
+                _read_histogram(child) if hasattr(child, "_buckets") else child._value.get(),
+            ]
+            for name, values, child in self._series()
+        ]
 
-    def restore(self, totals: dict[str, float]) -> None:
-        """Bring counters to a checkpoint's values, so that a resumed run's totals go on; restarts are never forgotten.
+    def restore(self, state: Iterable[Series]) -> None:
+        """Go on from a checkpoint's values, also in a process that has gone beyond it; restarts of actors are never forgotten.
 
-        Histograms start anew, or go on where the process does.
+        A histogram whose edges are no longer the same starts anew.
         """
-        for key, value in ({key: 0.0 for key, _ in self._counter_samples()} | totals).items():
-            name, _, rest = key.partition("{")
-            if name in self._metrics:
-                labels = dict(pair.split("=", 1) for pair in rest.rstrip("}").split(",") if pair)
-                child = self._child(name, {k: v.strip('"') for k, v in labels.items()})._value
-                child.set(max(value, child.get()) if name == "opd_actor_restarts_total" else value)
+        known = {(name, tuple(labels.values())): value for name, labels, value in state}
+        for name, values in known.keys() | {(name, values) for name, values, _ in self._series()}:
+            metric: Any = self._metrics[name]
+            value, child = known.get((name, values)), metric.labels(self.run, *values)
+            if isinstance(metric, Histogram):
+                edges, *_ = empty = _read_histogram(child)
+                _, counts, total = value if value is not None and value[0] == edges else empty
+                for bucket, count in zip(child._buckets, counts, strict=True):
+                    bucket.set(count)
+                child._sum.set(total)
+            elif name == "opd_actor_restarts_total":
+                child._value.set(max(child._value.get(), value or 0.0))
+            elif isinstance(metric, Counter):
+                child._value.set(value or 0.0)
+            elif value is not None and name not in OWN_GAUGES:
+                child._value.set(value)
 
-    def _counter_samples(self) -> Iterable[tuple[str, float]]:
-        names = {metric.name for metric in METRICS if metric.kind == "counter"}
-        for family in self.registry.collect():
-            for sample in family.samples:
-                if sample.name in names:
-                    labels = ",".join(f'{k}="{v}"' for k, v in sorted(sample.labels.items()) if k != "run")
-                    yield f"{sample.name}{{{labels}}}", sample.value
+    def _series(self) -> Iterable[tuple[str, tuple[str, ...], Any]]:
+        return [(m.name, tuple(values[1:]), child) for m in METRICS for values, child in dict(self._metrics[m.name]._metrics).items()]
+
+
+def _read_histogram(child: Any) -> list[Any]:
+    """[edges, counts between them, sum]."""
+    return [[str(edge) for edge in child._upper_bounds], [bucket.get() for bucket in child._buckets], child._sum.get()]
 
 
 def length_buckets(max_new_tokens: int) -> tuple[float, ...]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoTokenizer
 
 from actors.causal_lm import CausalLM
 from actors.learner.batching import MicroBatch, ModelInputs, build_micro_batches
-from actors.learner.checkpoint import OPTIMIZER, STUDENT, load_optimizer, save_optimizer
+from actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
 from actors.learner.metrics import BatchMetrics, summarise
 from actors.learner.objective import LazyLogits, TokenFields, TokenLosses, chunked_objective
 from actors.learner.optimizer import build_optimizer, learning_rate_at
@@ -28,6 +28,18 @@ from actors.learner.settings import LearnerSettings, ObjectiveSettings
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout
 
 COUNTERS = "learner.json"
+RANDOM = "random.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Copies in host memory of all that a step changes."""
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    random: dict[str, torch.Tensor]
+    """Generator state by device; dropout draws from it."""
+    weight_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,7 @@ class Learner:
     ) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         torch.manual_seed(seed)
+        os.umask(0o077)  # what this process writes is its owner's alone
         self._path, self._settings, self._objective = model, settings, objective
         self._max_new_tokens, self._trust = max_new_tokens, trust_remote_code
         # Master weights and moments are float32 whatever precision the passes run in.
@@ -78,6 +91,7 @@ class Learner:
         self._stop_ids_E = torch.tensor(stop_ids, device=self._student.device)
         self._optimizer = build_optimizer([p for p in self._student.model.parameters() if p.requires_grad], settings)
         self.weight_version = 0
+        self._snapshot: Snapshot | None = None
         self._trainer: Any = None
         self._trainer_actors: list[Any] = []
 
@@ -187,19 +201,51 @@ class Learner:
 
     def save_student(self, folder: str, card: str | None = None) -> None:
         """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card."""
-        self._student.model.save_pretrained(folder)
+        self._write_student(folder, self._student.model.state_dict())
+        if card is not None:
+            (Path(folder) / "README.md").write_text(card)
+
+    def _write_student(self, folder: str, weights: dict[str, torch.Tensor]) -> None:
+        self._student.model.save_pretrained(folder, state_dict=weights)
         AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust).save_pretrained(folder)
         source = Path(self._path) / "generation_config.json"
         if source.is_file():
             shutil.copyfile(source, Path(folder) / source.name)
-        if card is not None:
-            (Path(folder) / "README.md").write_text(card)
+
+    def snapshot(self) -> None:
+        """Copy what `save` will write, between two steps: the next one may run while it is written."""
+        copies: dict[int, torch.Tensor] = {}  # tied weights are one copy too
+        weights = self._student.model.state_dict(keep_vars=True)
+        for weight in weights.values():
+            if id(weight) not in copies:
+                copies[id(weight)] = weight.detach().to("cpu", copy=True)
+        random = {"cpu": torch.get_rng_state()}
+        if self._student.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self._student.device)
+        self._snapshot = Snapshot(
+            {name: copies[id(weight)] for name, weight in weights.items()},
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in moments(self._optimizer, self._optimized_names()).items()},
+            random,
+            self.weight_version,
+        )
 
     def save(self, folder: str) -> None:
-        """Student, optimiser and the learner's own counters, for `restore`."""
-        self.save_student(str(Path(folder) / STUDENT))
-        save_optimizer(self._optimizer, self._optimized_names(), Path(folder) / OPTIMIZER)
-        (Path(folder) / COUNTERS).write_text(json.dumps({"weight_version": self.weight_version}))
+        """Write the snapshot for `restore`: student, optimiser, generators, the learner's own counters.
+
+        Raises OSError whatever the writers raise: on a full disk safetensors and tokenizers have error types of their own.
+        """
+        taken, self._snapshot = self._snapshot, None
+        assert taken is not None, "save without a snapshot"
+        path = Path(folder)
+        try:
+            self._write_student(str(path / STUDENT), taken.weights)
+            save_file(taken.moments, path / OPTIMIZER)
+            save_file(taken.random, path / RANDOM)
+            (path / COUNTERS).write_text(json.dumps({"weight_version": taken.weight_version}))
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{path}: {error}") from error
 
     def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Take a checkpoint's weights; returns the weight version in force.
@@ -212,7 +258,11 @@ class Learner:
         if rollback:
             self._optimizer.state.clear()
         else:
-            load_optimizer(self._optimizer, self._optimized_names(), Path(folder) / OPTIMIZER)
+            load_moments(self._optimizer, self._optimized_names(), load_file(Path(folder) / OPTIMIZER))
+            random = load_file(Path(folder) / RANDOM)
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random and self._student.device.type == "cuda":
+                torch.cuda.set_rng_state(random["cuda"], self._student.device)
             self.weight_version = json.loads((Path(folder) / COUNTERS).read_text())["weight_version"]
         return self.weight_version
 

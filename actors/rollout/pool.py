@@ -80,12 +80,13 @@ class RolloutPool:
         create: Callable[[int], Any],
         equip: Callable[[Any], Awaitable[None]],
         *,
+        repeatable: bool = False,
         floor_s: float = FLOOR_S,
         on_restart: Callable[[str], None] = lambda reason: None,
         say: Say = lambda line: None,
     ) -> None:
         self._create, self._equip, self._on_restart, self._say = create, equip, on_restart, say
-        self._floor_s = floor_s
+        self._floor_s, self._repeatable = floor_s, repeatable
         self._num_engines = num_engines
         self._slots: list[Slot] = []
         self._error: Exception | None = None
@@ -163,16 +164,19 @@ class RolloutPool:
 
         async def serve(slot: Slot, share: list[Request]) -> None:
             stalled = 0
+            waiting = {_key(prompt, sample): (prompt, sample) for prompt, sample in share}
             try:
-                while share and stalled < MAX_ISSUES:
-                    left = await self._stream(slot, share, (limits, step, settings, greedy), queue)
-                    stalled = stalled + 1 if len(left) == len(share) else 0
-                    share = left
-                    if share:
+                while waiting and stalled < MAX_ISSUES:
+                    if not slot.live:
                         slot = await self.any_live()
-                if share:
-                    self._say(f"{len(share)} rollouts of step {step} given up: no engine finished any of them in {MAX_ISSUES} tries")
-                    queue.put_nowait([_failed(prompt, sample, limits, step) for prompt, sample in share])
+                    num_waiting = len(waiting)
+                    # What a repeatable engine answers depends on all that it is asked at once: asked again for all, it answers the same.
+                    asked = share if self._repeatable else list(waiting.values())
+                    await self._stream(slot, asked, waiting, (limits, step, settings, greedy), queue)
+                    stalled = stalled + 1 if len(waiting) == num_waiting else 0
+                if waiting:
+                    self._say(f"{len(waiting)} rollouts of step {step} given up: no engine finished any of them in {MAX_ISSUES} tries")
+                    queue.put_nowait([_failed(prompt, sample, limits, step) for prompt, sample in waiting.values()])
                 queue.put_nowait(None)
             except Exception as error:  # handed to the consumer, which raises it
                 queue.put_nowait(error)
@@ -193,13 +197,19 @@ class RolloutPool:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _stream(self, slot: Slot, share: list[Request], terms: tuple[Any, ...], queue: asyncio.Queue) -> list[Request]:
-        """One engine's share into the queue. Returns what is still open because the engine failed."""
+    async def _stream(
+        self,
+        slot: Slot,
+        share: list[Request],
+        open_requests: dict[tuple[int, int, int], Request],
+        terms: tuple[Any, ...],
+        queue: asyncio.Queue,
+    ) -> None:
+        """One engine's share into the queue, as far as it is open; what stays open is so because the engine failed."""
         limits, step, settings, greedy = terms
         handle, started = slot.handle, time.monotonic()
         budget_tokens = len(share) * limits.cap_tokens
         slot.load_tokens += budget_tokens
-        open_requests = {_key(prompt, sample): (prompt, sample) for prompt, sample in share}
         num_tokens = 0
 
         def waited_for() -> str:
@@ -227,11 +237,13 @@ class RolloutPool:
             self._fail(slot, handle, error, f"{waited_for()}, which are issued again")
         finally:
             slot.load_tokens -= budget_tokens
-        return list(open_requests.values())
 
     def _share(self, requests: Sequence[Request], cap_tokens: int) -> list[tuple[Slot, list[Request]]]:
-        """Requests to the least loaded live engines; samples of one prompt stay together for the prefix cache."""
-        loads = {slot.index: slot.load_tokens for slot in self._slots if slot.live}
+        """Requests to the least loaded live engines; samples of one prompt stay together for the prefix cache.
+
+        Repeatable: shared out as if all engines lived and had nothing to do.
+        """
+        loads = {slot.index: 0 if self._repeatable else slot.load_tokens for slot in self._slots if slot.live or self._repeatable}
         shares: dict[int, list[Request]] = {}
         place: dict[tuple[int, int], int] = {}
         for prompt, sample in requests:

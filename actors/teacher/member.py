@@ -46,8 +46,12 @@ class Member:
         cooldown_s: float = COOLDOWN_S,
         floor_s: float = FLOOR_S,
         say: Say = lambda line: None,
+        *,
+        alone: bool = False,
     ) -> None:
+        """`alone`: one request a call, so that a score does not depend on what else waits (it differs in the last bits)."""
         self.handle = handle
+        self._alone = alone
         self.settings = settings
         self.load_tokens = 0
         """Tokens queued and in flight."""
@@ -129,7 +133,7 @@ class Member:
         num_taken, widest = 0, 0
         for request, _ in waiting:
             widest = max(widest, request.num_tokens)
-            if num_taken and (num_taken + 1) * widest > self.settings.batch_tokens:
+            if num_taken and (self._alone or (num_taken + 1) * widest > self.settings.batch_tokens):
                 break
             num_taken += 1
         self._queue = waiting[num_taken:]

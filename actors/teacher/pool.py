@@ -72,11 +72,13 @@ class TeacherPool:
         cooldown_s: float = COOLDOWN_S,
         floor_s: float = FLOOR_S,
         say: Say = lambda line: None,
+        alone: bool = False,
     ) -> None:
+        """`alone`: every response goes through its teacher by itself, so scores are the same whoever else waits, retried or not."""
         members: dict[int, Member] = {}
         for settings, handles in teachers:
             for handle in handles:
-                members.setdefault(id(handle), Member(handle, settings, on_restart, cooldown_s, floor_s, say))
+                members.setdefault(id(handle), Member(handle, settings, on_restart, cooldown_s, floor_s, say, alone=alone))
         self.members = tuple(members.values())
         self.teachers = tuple(Teacher(settings, tuple(members[id(handle)] for handle in handles)) for settings, handles in teachers)
         self.support = support

@@ -51,6 +51,8 @@ class FakeFleet:
         """The learner dies during this call, counted from 1."""
         self.calls: Counter[str] = Counter()
         self.dead, self.saved, self.num_back, self.learned = False, False, 0, []
+        self.disk_s = 0.0
+        """How long a checkpoint takes to write."""
         self.sync = Sync(0.01, 1e-5, 1e-2)
 
     async def rollout(
@@ -91,10 +93,15 @@ class FakeFleet:
         assert self.version >= 0, "the weights of a learner that was not restored"
         return replace(self.sync, weight_version=self.version)
 
+    async def snapshot(self) -> None:
+        await self._ask("snapshot")
+        self.taken = self.version
+
     async def save(self, folder: str) -> None:
         await self._ask("save")
         self.saved = True
-        (Path(folder) / "weights").write_text(str(self.version))
+        await asyncio.sleep(self.disk_s)
+        (Path(folder) / "weights").write_text(str(self.taken))
 
     async def restore(self, folder: str, *, rollback: bool = False) -> int:
         await self._ask("restore")
@@ -147,7 +154,7 @@ class FakeGovernor:
             limits=self.base, after=SimpleNamespace(pressure=0.0), healthy=step < self.sick_from, signals=SimpleNamespace(data_age_s=0.0),
             action=command or "hold", signal="", mode="enforce", command=command, reason="because",
         )  # fmt: skip
-        return decision, {"step": step, "signals": {}, "limits": {}}
+        return decision, {"step": step, "mode": "enforce", "pressure": 0.0, "signals": {}, "limits": {}}
 
 
 class Loop:
@@ -173,7 +180,7 @@ class Loop:
         self.pool, self.governor = FakePool(), FakeGovernor(base_limits(self.job), commands or {}, sick_from)
         self.restarts, self.num_finished = [], 0
         self.distillation = Distillation(
-            self.job, stream=self.stream, golden=[], reference_tokens=4.0, fleet=self.fleet, pool=self.pool,
+            self.job, stream=self.stream, golden=[], golden_key="g", reference_tokens=4.0, fleet=self.fleet, pool=self.pool,
             governor=self.governor, directory=self.directory, store=self.store,
             telemetry=self.telemetry, monitor=self.monitor, evaluate=None, decode=lambda ids: "", on_step=lambda r: self.on_step(r),
             on_warning=self.warnings.append, on_restart=lambda role, reason: self.restarts.append((role, reason)), finish=self._finish,
