@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from actors.learner.batching import admit
 from actors.rollout.settings import RolloutSettings
 from actors.teacher.pool import TeacherPool
@@ -26,6 +28,8 @@ class Batch:
     """Every rollout, before any filter."""
     scored: list[ScoredRollout]
     """Those admitted and scored, in the order of their prompts."""
+    nonfinite: list[Trajectory]
+    """Rollouts whose engine gave log-probs that are no numbers: not scored, not learned from, counted as unscored."""
     num_over_quota: int
     num_unscored: int
     limits: LengthLimits
@@ -60,13 +64,13 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
     try:
         async for group in fleet.rollout(requests, launch.limits, launch.step, launch.settings):
             trajectories += group
-            whole = [t for t in group if t.finish_reason != "error" and t.token_ids]
+            whole = [t for t in group if _usable(t)]
             waits = [t for t in whole if t.truncated and launch.limits.admission_quota < 1]
             held += waits
             if ready := [t for t in whole if t not in waits]:
                 scoring.append(asyncio.create_task(score(ready)))
         rollout_s = time.monotonic() - started
-        usable = [t for t in trajectories if t.finish_reason != "error" and t.token_ids]
+        usable = [t for t in trajectories if _usable(t)]
         admitted, refused = admit(usable, launch.limits.admission_quota)
         if late := [t for t in admitted if any(t is one for one in held)]:
             scoring.append(asyncio.create_task(score(late)))
@@ -84,6 +88,7 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
         step=launch.step,
         trajectories=sorted(trajectories, key=order),
         scored=scored,
+        nonfinite=[t for t in trajectories if not np.isfinite(t.logprobs_T).all()],
         num_over_quota=len(refused),
         num_unscored=len(trajectories) - len(refused) - len(scored),
         limits=launch.limits,
@@ -91,3 +96,7 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
         rollout_s=rollout_s,
         score_s=time.monotonic() - started - rollout_s,
     )
+
+
+def _usable(trajectory: Trajectory) -> bool:
+    return trajectory.finish_reason != "error" and bool(trajectory.token_ids) and bool(np.isfinite(trajectory.logprobs_T).all())

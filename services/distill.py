@@ -37,14 +37,14 @@ from actors.learner.checkpoint import (
 )
 from actors.remote import ActorLostError
 from actors.teacher.pool import TeacherPool
-from actors.trajectory import LengthLimits, Prompt
+from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from services.collect import Batch, Launch, collect
 from services.data import PromptStream
 from services.evaluate import Evaluation
 from services.fleet import Fleet, Sync
 from services.job import Job
 from services.monitor import RunMonitor
-from services.record import StepTimes, evaluation_fields, record_batch, sample_records, step_record
+from services.record import Source, StepTimes, evaluation_fields, record_batch, sample_records, step_record
 from services.rundir import Record, RunDirectory, read_records
 from services.telemetry import Telemetry
 from services.tunables import ConfigStore
@@ -58,6 +58,8 @@ MAX_LEARNER_LOSSES = 3
 
 Evaluate = Callable[[LengthLimits, int], Any]
 """(limits, step) -> awaitable dict of decoding -> Evaluation."""
+OnNonfinite = Callable[[Source, Trajectory, TokenScores | None], None]
+"""A sample to be kept for inspection: who found it, and what the teacher said on it."""
 
 
 class GuardRailError(RuntimeError):
@@ -109,6 +111,7 @@ class Distillation:
         on_step: Callable[[Record], None],
         on_warning: Callable[[str], None],
         on_restart: Callable[[str, str], None],
+        on_nonfinite: OnNonfinite,
         finish: Callable[[], Awaitable[None]],
     ) -> None:
         """`finish` is awaited after the last checkpoint. `on_restart`: (role, reason) of what died and is back.
@@ -120,7 +123,7 @@ class Distillation:
         self._fleet, self._pool, self._governor = fleet, pool, governor
         self._directory, self._store, self._telemetry, self._monitor = directory, store, telemetry, monitor
         self._evaluate, self._decode, self._on_step, self._warn = evaluate, decode, on_step, on_warning
-        self._on_restart, self._finish = on_restart, finish
+        self._on_restart, self._on_nonfinite, self._finish = on_restart, on_nonfinite, finish
         self._outage_s = max(teacher.timeout_s for teacher in job.teacher)
         self._furthest_step = self._learner_losses = 0
         self._limits = base_limits(job)
@@ -204,6 +207,11 @@ class Distillation:
         learn_s = time.monotonic() - learn_started
         if batch.scored or not self._teachers_missing():  # an outage is waited out, not held against the run
             self._count_skipped(report is None or report.skipped)
+
+        for trajectory in batch.nonfinite:
+            self._on_nonfinite("engine", trajectory, None)
+        for index in report.suspects if report else ():
+            self._on_nonfinite("learner", batch.scored[index].trajectory, batch.scored[index].scores)
 
         self._step = launch.step
         if self._step > self._furthest_step:

@@ -23,7 +23,7 @@ from actors.rollout.loops import find_loop
 from actors.rollout.settings import RolloutSettings
 from actors.teacher.actor import start_teacher
 from actors.teacher.pool import Support, TeacherPool
-from actors.trajectory import LengthLimits, Prompt
+from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from services.control import create_app
 from services.data import load_problems, open_prompts
 from services.distill import Distillation, base_limits
@@ -36,6 +36,7 @@ from services.keeper import GovernorKeeper
 from services.models import context_tokens, resolve_model, stop_event_ids, tokenizer_of, weights_identity
 from services.monitor import RunMonitor
 from services.prune import resolve_student
+from services.record import Source, nonfinite_record
 from services.report import write_report
 from services.rundir import ADDRESS, Record, RunDirectory
 from services.server import ControlServer, bind, load_or_create_token
@@ -45,6 +46,8 @@ from services.tunables import ConfigStore
 
 Say = Callable[[str], None]
 
+MAX_NONFINITE = 200
+"""Samples kept per process of a run: enough to find the cause, and no full disk where every sample is spoiled."""
 SERVING_S = 1.0
 """How often the run looks whether its HTTP thread lives."""
 
@@ -77,6 +80,7 @@ class Run:
         self.monitor.update(links={"page": self.server.url, "metrics": f"{self.server.url}/metrics"})
         self._loop: Distillation | None = None
         self._ending = False
+        self._num_nonfinite = 0
 
     async def execute(self) -> None:
         """The whole run, and the end of every process of it, however it ends."""
@@ -142,6 +146,7 @@ class Run:
             on_step=self._record_step,
             on_warning=self._note,
             on_restart=self._count_restart,
+            on_nonfinite=self._keep_nonfinite,
             finish=lambda: fleet.save_student(str(self.directory.final), model_card(self.job, self.directory)),
         )
         await self._loop.run(self._resume)
@@ -156,6 +161,14 @@ class Run:
     def _count_restart(self, role: str, reason: str) -> None:
         self.telemetry.inc("opd_actor_restarts_total", role=role)
         self._note(f"restarted: {role} ({reason})")
+
+    def _keep_nonfinite(self, source: Source, trajectory: Trajectory, scores: TokenScores | None) -> None:
+        self.telemetry.inc("opd_nonfinite_samples_total", source=source)
+        if self._num_nonfinite < MAX_NONFINITE:
+            self._num_nonfinite += 1
+            self.directory.append(self.directory.nonfinite, nonfinite_record(source, trajectory, scores))
+        if self._num_nonfinite == 1:
+            self._note(f"step {trajectory.step}: a sample with a number that is none ({source}); see {self.directory.nonfinite}")
 
     async def _keep_serving(self) -> None:
         """HTTP is a thread of this process; should it end, another one takes over its socket."""
@@ -227,6 +240,7 @@ class Run:
             domains={prompt.domain for prompt in self.stream.prompts()},
             on_request=self._count_request,
             on_restart=lambda teacher, reason: self._count_restart("teacher", reason),
+            on_nonfinite=lambda trajectory, scores: self._keep_nonfinite("teacher", trajectory, scores),
             floor_s=self.job.cluster.deadline_floor_s,
             say=self._note,
             alone=self.job.repeatable,

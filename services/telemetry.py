@@ -31,6 +31,7 @@ LABEL_VALUES = {
     "position": POSITION_BUCKETS,
     "form": ("raw", "class"),
     "phase": ("rollout", "score", "learn", "sync", "total"),
+    "source": ("engine", "teacher", "learner"),
     "role": ("rollout", "teacher", "learner", "governor", "service"),
 }
 """Labels whose values are known beforehand."""
@@ -89,6 +90,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("opd_eval_accuracy_ratio", "gauge", "Held-out accuracy.", ("decoding",)),
     Metric("opd_eval_length_tokens", "gauge", "Mean held-out response length, tokens.", ("decoding",)),
     Metric("opd_eval_truncation_ratio", "gauge", "Share of held-out responses cut by the cap.", ("decoding",)),
+    Metric("opd_nonfinite_samples_total", "counter", "Samples kept out because a number of theirs was NaN or infinite.", ("source",)),
     Metric("opd_stop_mass_student_total", "counter", "Sum over tokens of the student's probability to stop."),
     Metric("opd_stop_mass_teacher_total", "counter", "Sum over the same tokens of the teacher's probability to stop."),
     Metric("opd_stop_mass_tokens_total", "counter", "Tokens in the two stop-mass sums."),
@@ -96,6 +98,7 @@ METRICS: tuple[Metric, ...] = (
 ADDITIONS = frozenset(
     {
         "opd_governor_lr_scale",
+        "opd_nonfinite_samples_total",
         "opd_governor_cut_rollouts_total",
         "opd_stop_mass_student_total",
         "opd_stop_mass_teacher_total",

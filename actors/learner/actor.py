@@ -53,6 +53,8 @@ class StepReport:
     """Loss or gradient was not finite: the weights stayed as they were."""
     weight_version: int
     metrics: BatchMetrics
+    suspects: tuple[int, ...] = ()
+    """Of a skipped step: the rollouts (their places in the batch) that give no finite loss or gradient on their own."""
 
 
 class Learner:
@@ -123,7 +125,8 @@ class Learner:
         first: list[TokenLosses] | None = None
         loss, grad_norm, skipped = 0.0, 0.0, False
         for _ in range(self._settings.epochs_per_batch):
-            loss, grad_norm, skipped, losses = self._epoch(micro_batches, limits, rate)
+            loss, grad_norm, failed, losses = self._epoch(micro_batches, limits, rate)
+            skipped |= failed
             if first is None:
                 first = losses
                 fields = [micro.fields.with_proximal(part) for micro, part in zip(micro_batches, losses, strict=True)]
@@ -131,10 +134,40 @@ class Learner:
         assert first is not None
         self.weight_version += 1
         parts = [summarise(part, micro.fields, self._stop_ids_E) for micro, part in zip(micro_batches, first, strict=True)]
-        return StepReport(loss, grad_norm, rate, skipped, self.weight_version, reduce(add, parts))
+        suspects = self._suspects(rollouts, limits, reference_tokens) if skipped else ()
+        return StepReport(loss, grad_norm, rate, skipped, self.weight_version, reduce(add, parts), suspects)
+
+    def _suspects(self, rollouts: Sequence[ScoredRollout], limits: LengthLimits, reference_tokens: float) -> tuple[int, ...]:
+        """Each rollout on its own, once: only where a step was skipped, so the cost is rare."""
+        found = []
+        for index, rollout in enumerate(rollouts):
+            (micro,) = build_micro_batches(
+                [rollout],
+                [],
+                self._objective,
+                limits,
+                micro_batch_tokens=self._settings.micro_batch_tokens,
+                max_new_tokens=self._max_new_tokens,
+                reference_length_tokens=reference_tokens,
+            )
+            loss, grad_norm, _ = self._gradient([micro.to(self._student.device)], limits)
+            if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+                found.append(index)
+        self._optimizer.zero_grad(set_to_none=True)
+        return tuple(found)
 
     def _epoch(self, micro_batches: list[MicroBatch], limits: LengthLimits, rate: float) -> tuple[float, float, bool, list[TokenLosses]]:
         """One forward and backward over the batch and one optimiser step; a non-finite one changes nothing."""
+        total, grad_norm, parts = self._gradient(micro_batches, limits)
+        skipped = not (np.isfinite(total) and np.isfinite(grad_norm))
+        if not skipped:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+        return total, grad_norm, skipped, parts
+
+    def _gradient(self, micro_batches: list[MicroBatch], limits: LengthLimits) -> tuple[float, float, list[TokenLosses]]:
+        """Loss, gradient norm before clipping, and each token's part; the gradient itself is left clipped on the parameters."""
         self._optimizer.zero_grad(set_to_none=True)
         total, parts = 0.0, []
         for micro in micro_batches:
@@ -144,12 +177,7 @@ class Learner:
             parts.append(losses)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm))
-        skipped = not (np.isfinite(total) and np.isfinite(grad_norm))
-        if not skipped:
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            self._optimizer.step()
-        return total, grad_norm, skipped, parts
+        return total, grad_norm, parts
 
     def _loss(
         self, inputs: ModelInputs, teacher_inputs: ModelInputs, fields: TokenFields, limits: LengthLimits

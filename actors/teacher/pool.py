@@ -69,6 +69,7 @@ class TeacherPool:
         domains: Iterable[str] = (),
         on_request: OnRequest = lambda teacher, result, seconds: None,
         on_restart: OnRestart = lambda teacher, reason: None,
+        on_nonfinite: Callable[[Trajectory, TokenScores], None] = lambda trajectory, scores: None,
         cooldown_s: float = COOLDOWN_S,
         floor_s: float = FLOOR_S,
         say: Say = lambda line: None,
@@ -82,7 +83,7 @@ class TeacherPool:
         self.members = tuple(members.values())
         self.teachers = tuple(Teacher(settings, tuple(members[id(handle)] for handle in handles)) for settings, handles in teachers)
         self.support = support
-        self._on_request = on_request
+        self._on_request, self._on_nonfinite = on_request, on_nonfinite
         for domain in sorted(set(domains)):
             self.teachers_of(domain)
 
@@ -177,7 +178,10 @@ class TeacherPool:
         )
         scores = await asyncio.gather(*(self._score_request(teacher, request) for teacher in teachers))
         arrived = [score for score in scores if score is not None]
-        if len(arrived) < len(scores):
+        for score in arrived:
+            if not is_finite(score):
+                self._on_nonfinite(trajectory, score)
+        if len(arrived) < len(scores) or not all(is_finite(score) for score in arrived):
             return None
         return blend_scores(arrived, [teacher.settings.weight for teacher in teachers])
 
@@ -195,7 +199,7 @@ class TeacherPool:
                 continue
             if scores is None:
                 break
-            return replace(scores, teacher=teacher.settings.name) if is_finite(scores) else None
+            return replace(scores, teacher=teacher.settings.name)
         self._on_request(teacher.settings.name, "unscored", time.monotonic() - started)
         return None
 

@@ -112,6 +112,7 @@ def test_a_score_that_is_not_finite_never_reaches_the_weights(folders: tuple[Pat
     before = weights_of(actor)
     report = actor.step(rollouts, [], LIMITS, 10.0)
     assert report.skipped
+    assert report.suspects == (0,)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(actor).items())
     assert not actor.step(batch(*folders), [], LIMITS, 10.0).skipped
 

@@ -178,12 +178,14 @@ class Loop:
         self.fleet, self.stream, self.warnings = FakeFleet(), FakeStream(), []
         self.on_step: Any = lambda record: None
         self.pool, self.governor = FakePool(), FakeGovernor(base_limits(self.job), commands or {}, sick_from)
-        self.restarts, self.num_finished = [], 0
+        self.restarts, self.nonfinite, self.num_finished = [], [], 0
         self.distillation = Distillation(
             self.job, stream=self.stream, golden=[], golden_key="g", reference_tokens=4.0, fleet=self.fleet, pool=self.pool,
             governor=self.governor, directory=self.directory, store=self.store,
             telemetry=self.telemetry, monitor=self.monitor, evaluate=None, decode=lambda ids: "", on_step=lambda r: self.on_step(r),
-            on_warning=self.warnings.append, on_restart=lambda role, reason: self.restarts.append((role, reason)), finish=self._finish,
+            on_warning=self.warnings.append, on_restart=lambda role, reason: self.restarts.append((role, reason)),
+            on_nonfinite=lambda source, trajectory, scores: self.nonfinite.append((source, trajectory.prompt.index)),
+            finish=self._finish,
         )  # type: ignore[arg-type]  # fmt: skip
 
     async def _finish(self) -> None:
@@ -428,3 +430,24 @@ def test_a_slow_teacher_slows_the_rollouts(tmp_path: Path, staleness: int) -> No
     loop.on_step = lambda record: ahead.append(len(loop.fleet.prompts) - 3 * record["step"])
     loop.run()
     assert max(ahead) <= 3 * staleness
+
+
+def test_samples_with_numbers_that_are_none_are_handed_on_for_inspection(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    rollout, learn = loop.fleet.rollout, loop.fleet.learn
+
+    async def spoil(*arguments: Any) -> AsyncIterator[list[Trajectory]]:
+        async for group in rollout(*arguments):
+            if group[0].prompt.index == 4:
+                group[0].logprobs_T[0] = np.inf
+            yield group
+
+    async def skip_step_5(*arguments: Any) -> StepReport:
+        report = await learn(*arguments)
+        return replace(report, skipped=True, suspects=(1,)) if arguments[0][0].trajectory.step == 5 else report
+
+    loop.fleet.rollout, loop.fleet.learn = spoil, skip_step_5  # type: ignore[method-assign]
+    records = loop.run()
+    assert loop.nonfinite == [("engine", 4), ("learner", 13)]
+    assert [record["num_unscored"] for record in records] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert [record["step"] for record in records if record["skipped"]] == [5]

@@ -195,11 +195,14 @@ async def test_without_a_live_actor_the_request_waits_then_is_unscored():
     await pool.close()
 
 
-async def test_nonfinite_scores_are_unscored_and_not_retried():
-    log = Log()
+async def test_nonfinite_scores_are_unscored_kept_for_inspection_and_not_retried():
+    log, kept = Log(), []
     actor = FakeTeacher(faults=[np.nan])
-    pool = build([(settings(name="t"), [actor])], log)
-    assert await pool.score([trajectory()]) == [None]
+    pool = build([(settings(name="t"), [actor])], log, on_nonfinite=lambda trajectory, scores: kept.append((trajectory, scores)))
+    sample = trajectory()
+    assert await pool.score([sample]) == [None]
+    assert kept[0][0] is sample
+    assert np.isnan(kept[0][1].sampled_logp_T).all()
     assert log == {("t", "nonfinite"): 1}
 
 
