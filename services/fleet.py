@@ -86,15 +86,21 @@ def connect(address: str | None) -> None:
         ray.init(address="local", include_dashboard=False, **options)
 
 
-def refuse_taken_name(run: str) -> None:
+async def refuse_taken_name(run: str, *, resume: bool) -> None:
     """Raises JobError when a live run on this cluster has the name: its metrics and its job could not be told from this one's.
 
     Every run's learner is an actor of that name and ends with its run; creating it closes the gap that looking first leaves.
+    A run that is resumed waits a while: it may itself be the one that died a moment ago.
     """
-    try:
-        ray.get_actor(_learner_name(run), namespace=NAMESPACE)
-    except ValueError:
-        return
+    deadline = time.monotonic() + (NAME_FREE_S if resume else 0.0)
+    while True:
+        try:
+            ray.get_actor(_learner_name(run), namespace=NAMESPACE)
+        except ValueError:
+            return
+        if time.monotonic() >= deadline:
+            break
+        await asyncio.sleep(0.5)
     raise JobError(f"name: {run!r} is taken by a live run on this cluster; give this run another name, or stop the other one")
 
 

@@ -95,7 +95,7 @@ class Run:
                 connect(self.job.cluster.address)
                 # After Ray's own handlers, so that these hold; they stay until everything is ended.
                 stack.enter_context(self._signals())
-                refuse_taken_name(self.job.name)
+                await refuse_taken_name(self.job.name, resume=self._resume)
                 async with announced(self.job.name, self.server.url, self._token, self.directory.path):
                     pool = self._start_teachers()
                     _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
