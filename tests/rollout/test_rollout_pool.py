@@ -159,7 +159,8 @@ async def test_a_request_that_kills_every_engine_ends_as_an_error_and_the_others
     await run.pool.start()
     found = await run.run()
     assert [t.prompt.index for t in found if t.finish_reason == "error"] == [2, 2]
-    assert len(run.restarts) == MAX_ISSUES + 1  # the first one answered the six others
+    assert len(run.restarts) == MAX_ISSUES  # the first one answered the six others; the last one to die is still being replaced
+    await run.pool.close()
 
 
 async def test_an_engine_that_never_finishes_anything_is_given_up_with_its_error() -> None:
