@@ -52,6 +52,10 @@ SERVING_S = 1.0
 """How often the run looks whether its HTTP thread lives."""
 
 
+class TerminatedError(RuntimeError):
+    """SIGTERM came before the last step: what there is lies in a checkpoint. Exit code 143, so that whoever restarts runs does."""
+
+
 class Run:
     """Everything of one run that outlives a step; `execute` is the run."""
 
@@ -79,7 +83,7 @@ class Run:
         self.server = ControlServer(app, self._listener)
         self.monitor.update(links={"page": self.server.url, "metrics": f"{self.server.url}/metrics"})
         self._loop: Distillation | None = None
-        self._ending = False
+        self._ending = self._terminated = False
         self._num_nonfinite = 0
 
     async def execute(self) -> None:
@@ -101,8 +105,9 @@ class Run:
                     _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
                     await self._train(fleet, pool, golden)
                     self.monitor.enter("finished")
-            except BaseException:
-                self.monitor.enter("failed")
+            except BaseException as error:
+                if not isinstance(error, TerminatedError):
+                    self.monitor.enter("failed")
                 raise
             finally:
                 self._ending = True
@@ -111,7 +116,10 @@ class Run:
                     await pool.close()
                 await fleet.close()
                 await asyncio.to_thread(fleet.stop)
-                write_report(self.directory.path, ended=True)
+                try:
+                    write_report(self.directory.path, ended=True)
+                except OSError as error:
+                    self._say(f"no report: {error}; opd report {self.directory.path} writes it once there is room")
                 self.server.stop()
 
     async def _golden_after(self, pool: TeacherPool) -> GoldenSet:
@@ -147,9 +155,17 @@ class Run:
             on_warning=self._note,
             on_restart=self._count_restart,
             on_nonfinite=self._keep_nonfinite,
-            finish=lambda: fleet.save_student(str(self.directory.final), model_card(self.job, self.directory)),
+            finish=lambda: self._finish(fleet),
         )
         await self._loop.run(self._resume)
+        if self._terminated:
+            raise TerminatedError("terminated: the run goes on from its checkpoint with --resume")
+
+    async def _finish(self, fleet: Fleet) -> None:
+        if self._terminated and self.monitor.status()["step"] == self.job.learner.total_steps:
+            self._terminated = False  # it came too late to matter
+        if not self._terminated:
+            await fleet.save_student(str(self.directory.final), model_card(self.job, self.directory))
 
     def _note(self, text: str) -> None:
         """A line about the run, for whoever watches: terminal, events.jsonl, live page."""
@@ -184,22 +200,23 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the run at the next step border with a checkpoint, the second at once."""
+        """The first SIGINT or SIGTERM ends the run with a checkpoint, the second at once."""
         main, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert main is not None
 
-        def interrupt() -> None:
+        def interrupt(number: signal.Signals) -> None:
             if self._ending:
                 return
             if self._loop is None or self.monitor.status()["phase"] == "stopping":
                 main.cancel()
                 return
-            self._say("interrupted: the run ends after this step, with a checkpoint (again: at once)")
+            self._say(f"{number.name}: the run ends with a checkpoint (again: at once)")
+            self._terminated = number == signal.SIGTERM
             self._loop.stop()
 
         numbers = (signal.SIGINT, signal.SIGTERM)
         for number in numbers:
-            loop.add_signal_handler(number, interrupt)
+            loop.add_signal_handler(number, interrupt, number)
         try:
             yield
         finally:

@@ -3,10 +3,11 @@
 ScoredRollout + golden --build_micro_batches--> forward, chunked_objective, backward --AdamW--> weights v(N+1)
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -55,6 +56,17 @@ class StepReport:
     metrics: BatchMetrics
     suspects: tuple[int, ...] = ()
     """Of a skipped step: the rollouts (their places in the batch) that give no finite loss or gradient on their own."""
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: str) -> Iterator[None]:
+    """OSError whatever the writers raise: on a full disk safetensors and tokenizers have error types of their own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{folder}: {error}") from error
 
 
 class Learner:
@@ -234,11 +246,12 @@ class Learner:
             (Path(folder) / "README.md").write_text(card)
 
     def _write_student(self, folder: str, weights: dict[str, torch.Tensor]) -> None:
-        self._student.model.save_pretrained(folder, state_dict=weights)
-        AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust).save_pretrained(folder)
-        source = Path(self._path) / "generation_config.json"
-        if source.is_file():
-            shutil.copyfile(source, Path(folder) / source.name)
+        with _disk_errors(folder):
+            self._student.model.save_pretrained(folder, state_dict=weights)
+            AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust).save_pretrained(folder)
+            source = Path(self._path) / "generation_config.json"
+            if source.is_file():
+                shutil.copyfile(source, Path(folder) / source.name)
 
     def snapshot(self) -> None:
         """Copy what `save` will write, between two steps: the next one may run while it is written."""
@@ -258,22 +271,15 @@ class Learner:
         )
 
     def save(self, folder: str) -> None:
-        """Write the snapshot for `restore`: student, optimiser, generators, the learner's own counters.
-
-        Raises OSError whatever the writers raise: on a full disk safetensors and tokenizers have error types of their own.
-        """
+        """Write the snapshot for `restore`: student, optimiser, generators, the learner's own counters. Raises OSError."""
         taken, self._snapshot = self._snapshot, None
         assert taken is not None, "save without a snapshot"
         path = Path(folder)
-        try:
-            self._write_student(str(path / STUDENT), taken.weights)
+        self._write_student(str(path / STUDENT), taken.weights)
+        with _disk_errors(folder):
             save_file(taken.moments, path / OPTIMIZER)
             save_file(taken.random, path / RANDOM)
             (path / COUNTERS).write_text(json.dumps({"weight_version": taken.weight_version}))
-        except OSError:
-            raise
-        except Exception as error:
-            raise OSError(f"{path}: {error}") from error
 
     def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Take a checkpoint's weights; returns the weight version in force.

@@ -150,16 +150,15 @@ def check(
     used = [tuple(key) for record in records for key in record["prompts"]]
     due = prompts_due(tuple(settings), steps)
     states = sorted((live.out / "checkpoints").glob("step-*/state.json"), key=lambda path: int(path.parent.name[5:]))
-    totals = json.loads(states[-1].read_text())["totals"] if states else {}
+    series = json.loads(states[-1].read_text())["telemetry"] if states else []
+    restarts = {labels["role"]: int(value) for name, labels, value in series if name == "opd_actor_restarts_total"}
     outcome = Outcome(
         seed=seed,
         staleness=staleness,
         steps=steps,
         exit_code=exit_code,
         kills=kills,
-        restarts={
-            role: int(totals.get(f'opd_actor_restarts_total{{role="{role}"}}', 0)) for role in ("rollout", "teacher", "learner", "governor")
-        },
+        restarts={role: restarts.get(role, 0) for role in ("rollout", "teacher", "learner", "governor")},
         steps_recorded_once=[record["step"] for record in records] == list(range(1, steps + 1)),
         prompts_lost=len(set(due) - set(used)),
         prompts_twice=len(used) - len(set(used)),
