@@ -1,10 +1,7 @@
 """The learner as the loop uses it: a step, its report, what it leaves alone, and how it comes back from a checkpoint."""
 
-import contextlib
 import json
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from actors.learner.settings import LearnerSettings, ObjectiveSettings
 from actors.teacher.scorers import ScoreRequest, TorchScorer
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
+from tests.disks import small_disk
 
 STOP_IDS = (1, 3)
 LIMITS = LengthLimits(cap_tokens=32)
@@ -188,17 +186,6 @@ def test_dropout_goes_on_where_it_was(folders: tuple[Path, Path], tmp_path: Path
     resumed.restore(str(tmp_path / "saved"))
     torch.manual_seed(1)
     assert losses(resumed, 1) != expected[:1]
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, kib: int) -> Iterator[Path]:
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_is_an_os_error_at_whatever_file_it_fills_up(folders: tuple[Path, Path], tmp_path: Path) -> None:
