@@ -10,7 +10,7 @@ from actors.governor.policy import Policy
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
 from actors.remote import FLOOR_S
 from actors.rollout.settings import RolloutSettings
-from actors.settings import Settings
+from actors.settings import Settings, Url
 from actors.teacher.settings import TeacherSettings
 
 
@@ -118,7 +118,7 @@ class ServiceSettings(Settings):
     """0 picks a free one; the address is printed and stands in GET /v1/run."""
     protect_metrics: bool = False
     """Ask for the token on /metrics too."""
-    prometheus_url: str | None = None
+    prometheus_url: Url | None = None
     """A Prometheus server the governor reads through; None: the run's own /metrics."""
     file_sd_dir: str | None = None
     """Folder in which the run announces its /metrics address for Prometheus file discovery."""
@@ -229,6 +229,8 @@ def describe_errors(error: ValidationError) -> list[str]:
             lines.append(f"{where}: unknown key; remove it or see the README for the key that was meant")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing; add it")
+        elif item["type"] == "secret":
+            lines.append(f"{where}: {item['msg']}")
         else:
             lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
     return lines
