@@ -17,10 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.rundir import read_records
 from services.telemetry import METRICS
+from tests.chaos.harness import prompts_due
 from tests.live_run import JOB, ROOT, LiveRun
 
 pytestmark = pytest.mark.integration
 
+GRACE_S = 30
+"""Kubernetes' own default."""
 SMALL = (
     "learner.total_steps=24",
     "data.eval.limit=32",
@@ -116,19 +119,32 @@ def test_health_and_governor_answer_while_the_run_goes(finished: tuple[LiveRun, 
     assert 0 <= seen["governor"]["pressure"] <= 1
 
 
-def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on(tmp_path: Path) -> None:
-    live = LiveRun(tmp_path / "sums", *SMALL, "data.eval.path=null")
+def test_sigterm_leaves_a_checkpoint_within_its_grace_and_resume_loses_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "hunter2")
+    stale = (*SMALL, "data.eval.path=null", "rollout.max_staleness=2", "rollout.prompts_per_step=24", "data.prompts.limit=200")
+    live = LiveRun(tmp_path / "sums", *stale)
     with live.client() as client:
         live.wait_for(lambda: client.get("/v1/run").json()["step"] >= 3)
-    live.process.send_signal(signal.SIGINT)
-    assert live.finish(60) == 0, live.log.read_text()[-3000:]
+    live.process.send_signal(signal.SIGTERM)
+    assert live.finish(GRACE_S) == 143, live.log.read_text()[-3000:]
     assert live.left_over() == []
     stopped_at = read_records(live.out / "metrics.jsonl")[-1]["step"]
     assert stopped_at < 24
+    assert (live.out / f"checkpoints/step-{stopped_at}/manifest.json").exists()
+    assert not (live.out / "final").exists()
 
-    resumed = LiveRun(live.out, *SMALL, "data.eval.path=null", resume=True)
+    resumed = LiveRun(live.out, *stale, resume=True)
     assert resumed.finish() == 0, resumed.log.read_text()[-3000:]
-    assert [r["step"] for r in read_records(live.out / "metrics.jsonl")] == list(range(1, 25))
+    records = read_records(live.out / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 25))
+    assert max(r["staleness_mean"] for r in records) > 1
+    used = [tuple(key) for record in records for key in record["prompts"]]
+    assert used == prompts_due(stale, 24)
+    assert len(set(used)) == len(used) == 24 * 24
+
+    files = list(live.out.rglob("*"))
+    assert [path for path in files if path.stat().st_mode & 0o077] == []
+    assert [path for path in (*files, live.log) if path.is_file() and b"hunter2" in path.read_bytes()] == []
 
 
 @pytest.mark.parametrize("delay_s", [1.0, 12.0])
