@@ -113,17 +113,19 @@ class Distillation:
         on_restart: Callable[[str, str], None],
         on_nonfinite: OnNonfinite,
         finish: Callable[[], Awaitable[None]],
+        mirror: Callable[[Path], None] = lambda checkpoint: None,
     ) -> None:
         """`finish` is awaited after the last checkpoint. `on_restart`: (role, reason) of what died and is back.
 
-        `golden_key`: of the golden answers in the stream; those of a resumed run should be the same.
+        `golden_key`: of the golden answers in the stream; those of a resumed run should be the same. `mirror` copies a checkpoint
+        to a second place.
         """
         self._original_job = self._job = job
         self._stream, self._golden, self._golden_key, self._reference_tokens = stream, golden, golden_key, reference_tokens
         self._fleet, self._pool, self._governor = fleet, pool, governor
         self._directory, self._store, self._telemetry, self._monitor = directory, store, telemetry, monitor
         self._evaluate, self._decode, self._on_step, self._warn = evaluate, decode, on_step, on_warning
-        self._on_restart, self._on_nonfinite, self._finish = on_restart, on_nonfinite, finish
+        self._on_restart, self._on_nonfinite, self._finish, self._mirror = on_restart, on_nonfinite, finish, mirror
         self._outage_s = max(teacher.timeout_s for teacher in job.teacher)
         self._furthest_step = self._learner_losses = 0
         self._limits = base_limits(job)
@@ -445,6 +447,10 @@ class Distillation:
             self._last_healthy = written
         always = [self._last_healthy] if self._last_healthy else []
         await asyncio.to_thread(prune_checkpoints, root, self._job.checkpoint.keep, always)
+        try:
+            await asyncio.to_thread(self._mirror, written)
+        except Exception as error:  # the back ends have errors of their own, and the checkpoint itself is there
+            self._warn(f"checkpoint of step {step} not copied: {error}")
 
     async def _written(self) -> None:
         """Wait for the checkpoint being written, if there is one."""

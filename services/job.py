@@ -108,6 +108,9 @@ class CheckpointSettings(Settings):
     every_steps: Annotated[int, Field(ge=1)] = 50
     keep: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept beside the last healthy one."""
+    copy_to: Url | None = None
+    """Second place for checkpoints and records, any address that an installed fsspec back end serves (s3://bucket/runs/x): copied
+    after each checkpoint, fetched by --resume where the run directory lacks it."""
 
 
 class ServiceSettings(Settings):

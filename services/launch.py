@@ -33,6 +33,7 @@ from services.golden import GoldenSet, choose_prompts, collect_golden, golden_ke
 from services.job import Job
 from services.jobs import announced
 from services.keeper import GovernorKeeper
+from services.mirror import Mirror
 from services.models import context_tokens, resolve_model, stop_event_ids, tokenizer_of, weights_identity
 from services.monitor import RunMonitor
 from services.prune import resolve_student
@@ -72,6 +73,10 @@ class Run:
             self.problems = load_problems(job.data.eval, job.data.prompts, self.tokenizer)
             self.verify = load_verifier(job.data.eval.verifier)
         self.directory = RunDirectory(out, resume=resume)
+        self._mirror = Mirror(job.checkpoint.copy_to, self.directory) if job.checkpoint.copy_to else None
+        if self._mirror and resume:
+            for line in self._mirror.fetch():
+                say(line)
         self._trackers = Trackers(job, out, say)
         self._token = load_or_create_token(out)
         self._listener = bind(job.service.host, job.service.port, self._token)
@@ -156,6 +161,7 @@ class Run:
             on_restart=self._count_restart,
             on_nonfinite=self._keep_nonfinite,
             finish=lambda: self._finish(fleet),
+            **({"mirror": self._mirror.push} if self._mirror else {}),
         )
         await self._loop.run(self._resume)
         if self._terminated:

@@ -93,7 +93,7 @@ class RunDirectory:
         for path in self._waiting:
             self._flush(path)
         sizes = {}
-        for path in self._of_steps():
+        for path in self.of_steps():
             if path.exists():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
@@ -103,11 +103,12 @@ class RunDirectory:
     def cut_to(self, sizes: Mapping[str, int]) -> None:
         """Forget what was recorded since: the steps are taken again, and written again."""
         self._waiting.clear()
-        for path in self._of_steps():
+        for path in self.of_steps():
             if path.exists():
                 os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))
 
-    def _of_steps(self) -> tuple[Path, ...]:
+    def of_steps(self) -> tuple[Path, ...]:
+        """The records files that a resume cuts back."""
         return self.metrics, self.decisions, self.samples, self.nonfinite
 
     def _flush(self, path: Path) -> None:
