@@ -36,6 +36,7 @@ def run(
     checks = check(job, directory)
     if code := exit_code(checks):
         fail(failures(checks), code)
+    from actors.remote import ActorLostError
     from services.distill import GuardRailError, LearnerError, SyncError
     from services.launch import Run, TerminatedError
     from services.progress import Progress
@@ -48,7 +49,7 @@ def run(
         fail([str(error)], 2)
     except GuardRailError as error:
         fail([f"stopped by the guard rail: {error}; see {directory / 'report.html'}"], 4)
-    except (SyncError, LearnerError) as error:
+    except (SyncError, LearnerError, ActorLostError) as error:
         fail([str(error)], 1)
     except OSError as error:
         fail([f"{error}; --resume goes on from the newest checkpoint"], 1)

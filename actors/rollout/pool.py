@@ -295,7 +295,7 @@ class RolloutPool:
     def _give_up(self, slot: Slot, error: Exception) -> None:
         self._say(f"{slot.name} is given up: it failed {slot.failures} times without a finished rollout in between")
         if all(one.failures >= MAX_FAILURES for one in self._slots):
-            self._error = error
+            self._error = ActorLostError("rollout", error)
             self._wake()
 
     def _wake(self) -> None:

@@ -6,6 +6,7 @@ Outcome <-- exit code, steps, prompts, restarts, processes left <----------- the
 """
 
 import contextlib
+import hashlib
 import json
 import random
 import signal
@@ -21,8 +22,10 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.data import open_prompts
+from services.fleet import end_processes
 from services.job import load_job
 from services.launch import resolve_models
+from services.record import CLOCK_FIELDS
 from services.rundir import read_records
 from tests.live_run import JOB, LiveRun
 
@@ -73,6 +76,9 @@ class Outcome:
     unscored: int
     processes_left: list[str]
     wall_s: float
+    weights_sha256: str
+    records_sha256: str
+    """Of metrics.jsonl without the fields that tell time: strict runs (staleness 0) of one job have the same."""
     problems: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,6 +89,8 @@ class ChaosRun(LiveRun):
     """A live run whose processes can be found by role, and its service read."""
 
     def victims(self, role: str) -> list[psutil.Process]:
+        if role == "driver":
+            return [psutil.Process(self.process.pid)]
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -129,21 +137,50 @@ def run_with_kills(
     ]
     live = ChaosRun(out, *settings)
     kills: list[Kill] = []
+    left: list[str] = []
     try:
-        with live.client() as client:
-            live.wait_for(lambda: live.step(client) >= 2)
-            for role, number in plan:
-                time.sleep(rng.uniform(0, MAX_WAIT_S))
+        client = live.client()
+        live.wait_for(lambda: live.step(client) >= 2)
+        for role, number in plan:
+            time.sleep(rng.uniform(0, MAX_WAIT_S))
+            if role == "driver":
+                live, client, kill, orphans = _kill_driver(live, client, settings)
+                left += orphans
+                kills.append(kill)
+            else:
                 kills.append(live.kill(client, role, number))
         exit_code = live.finish(RECOVERY_S)
     finally:
+        end_processes(live.processes.items())
         if live.process.poll() is None:
             live.process.kill()
-    return check(live, kills, exit_code, settings, seed, steps, staleness, time.monotonic() - started)
+    return check(live, kills, exit_code, settings, seed, steps, staleness, time.monotonic() - started, left)
+
+
+def _kill_driver(live: ChaosRun, client: httpx.Client, settings: Sequence[str]) -> tuple[ChaosRun, httpx.Client, Kill, list[str]]:
+    """Kill the whole run's driver, see that nothing is left of the run, and resume it."""
+    live.remember()
+    step, started = live.step(client), time.monotonic()
+    live.process.kill()
+    live.process.wait(10)
+    orphans = live.left_over()
+    end_processes(live.processes.items())
+    resumed = ChaosRun(live.out, *settings, resume=True)
+    client = resumed.client()
+    resumed.wait_for(lambda: resumed.step(client) > step, RECOVERY_S)
+    return resumed, client, Kill("driver", "SIGKILL", step, "opd run", round(time.monotonic() - started, 1)), orphans
 
 
 def check(
-    live: LiveRun, kills: list[Kill], exit_code: int, settings: Sequence[str], seed: int, steps: int, staleness: int, wall_s: float
+    live: LiveRun,
+    kills: list[Kill],
+    exit_code: int,
+    settings: Sequence[str],
+    seed: int,
+    steps: int,
+    staleness: int,
+    wall_s: float,
+    left: Sequence[str] = (),
 ) -> Outcome:
     """The books of a run that has ended, against the stream of prompts that its job prescribes."""
     records = [record for record in read_records(live.out / "metrics.jsonl") if record["num_rollouts"]]
@@ -163,8 +200,10 @@ def check(
         prompts_lost=len(set(due) - set(used)),
         prompts_twice=len(used) - len(set(used)),
         unscored=sum(record["num_unscored"] for record in records),
-        processes_left=live.left_over(),
+        processes_left=[*left, *live.left_over()],
         wall_s=round(wall_s, 1),
+        weights_sha256=_sha256((live.out / "final/model.safetensors").read_bytes()) if exit_code == 0 else "",
+        records_sha256=_sha256(json.dumps([{k: v for k, v in r.items() if k not in CLOCK_FIELDS} for r in records]).encode()),
     )
     wanted = Counter(COUNTED_AS.get(kill.role, kill.role) for kill in kills)
     found = {
@@ -178,6 +217,10 @@ def check(
     }
     outcome.problems = [text for text, wrong in found.items() if wrong]
     return outcome
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def prompts_due(settings: tuple[str, ...], steps: int) -> list[tuple[int, int]]:
