@@ -43,8 +43,8 @@ COUNTED_AS = {"engine": "rollout", "worker": "rollout"}
 MAX_WAIT_S = 3.0
 """A kill falls this long, at most, after the run went on from the one before: up to three steps."""
 RECOVERY_S = 150.0
-FLOOR_S = 8.0
-"""Deadline floor of these runs: a tiny model's calls take less than a second."""
+FLOOR_S = 20.0
+"""Deadline floor of these runs: a tiny model's calls take less than a second, a busy machine stalls for several."""
 
 
 @dataclass(frozen=True, slots=True)
