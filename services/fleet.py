@@ -153,12 +153,12 @@ class Fleet:
 
     def _create_learner(self) -> Any:
         job, models = self._job, self._models
-        learner_type = ray.remote(Learner).options(
+        # A checkpoint is written while the next step runs. Ray takes the groups here only, not as an option.
+        learner_type = ray.remote(concurrency_groups={"disk": 1})(Learner).options(
             name=_learner_name(job.name),
             namespace=NAMESPACE,
             num_cpus=job.cluster.cpus_per_actor,
             num_gpus=self._gpus(job.cluster.gpus_per_learner),
-            concurrency_groups={"disk": 1},  # a checkpoint is written while the next step runs
         )
         return learner_type.remote(
             models.student,
