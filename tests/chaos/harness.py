@@ -186,16 +186,15 @@ def check(
     records = [record for record in read_records(live.out / "metrics.jsonl") if record["num_rollouts"]]
     used = [tuple(key) for record in records for key in record["prompts"]]
     due = prompts_due(tuple(settings), steps)
-    states = sorted((live.out / "checkpoints").glob("step-*/state.json"), key=lambda path: int(path.parent.name[5:]))
-    series = json.loads(states[-1].read_text())["telemetry"] if states else []
-    restarts = {labels["role"]: int(value) for name, labels, value in series if name == "opd_actor_restarts_total"}
+    events = [event["text"] for event in read_records(live.out / "events.jsonl")]
+    restarts = Counter(text.split()[1] for text in events if text.startswith("restarted: "))
     outcome = Outcome(
         seed=seed,
         staleness=staleness,
         steps=steps,
         exit_code=exit_code,
         kills=kills,
-        restarts={role: restarts.get(role, 0) for role in ("rollout", "teacher", "learner", "governor")},
+        restarts={role: restarts[role] for role in ("rollout", "teacher", "learner", "governor")},
         steps_recorded_once=[record["step"] for record in records] == list(range(1, steps + 1)),
         prompts_lost=len(set(due) - set(used)),
         prompts_twice=len(used) - len(set(used)),
