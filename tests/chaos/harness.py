@@ -41,7 +41,7 @@ TITLES = {
 COUNTED_AS = {"engine": "rollout", "worker": "rollout"}
 """An engine's own processes: the rollout actor is replaced with them."""
 MAX_WAIT_S = 3.0
-"""A kill falls this long, at most, after the run went on from the one before: up to three steps."""
+"""A kill falls this long, at most, after the run went on from the one before."""
 RECOVERY_S = 200.0
 FLOOR_S = 20.0
 """Deadline floor of these runs: a tiny model's calls take less than a second, a busy machine stalls for several."""

@@ -25,8 +25,8 @@ from tests.chaos.harness import run_with_kills  # after the environment that tor
 
 KEPT = Path(__file__).parents[1] / "bench/chaos.json"
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
-STEPS_PER_KILL = 9
-"""A kill waits up to three steps' time, costs one or two, and a learner's takes up to five again that were counted already."""
+STEPS_PER_KILL = 12
+"""A kill waits up to three seconds, some nine steps of an idle machine, and the run must outlast the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Piece:
         return run_with_kills(out, plan, seed=self.seed, steps=steps, staleness=self.staleness).to_json()
 
 
-STRICT_STEPS = 40
+STRICT_STEPS = 48
 PIECES = {
     "governor-0": Piece(("governor",) * 10, 1),
     "learner-0": Piece(("learner",) * 5, 2),
