@@ -230,3 +230,29 @@ async def test_work_that_nobody_waits_for_any_more_is_cancelled_in_the_engine() 
     assert run.engines[0].cancelled
     assert run.pool._slots[0].load_tokens == 0
     assert run.restarts == []
+
+
+@pytest.mark.parametrize("answered", [0, 3, 7])
+async def test_a_repeatable_batch_lost_with_its_engine_is_asked_again_whole_and_still_answered_once(answered: int) -> None:
+    pool = Pool(FakeEngine(dies_after=answered), repeatable=True)
+    await pool.pool.start()
+    found = await pool.run()
+    assert pool.engines[1].asked == REQUESTS
+    assert [t.weight_version for t in found] == [0] * answered + [5] * (len(REQUESTS) - answered)
+
+
+async def test_repeatable_shares_do_not_depend_on_who_lives_or_is_busy() -> None:
+    pool = Pool(num=2, repeatable=True)
+    await pool.pool.start()
+    await pool.run()
+    shares = [list(engine.asked) for engine in pool.engines]
+    assert [len(share) for share in shares] == [4, 4]
+    first = pool.pool._slots[0]
+    first.load_tokens = 10_000
+    await pool.run()
+    assert [engine.asked for engine in pool.engines] == [share * 2 for share in shares]
+    first.live = False
+    await pool.run()
+    assert pool.engines[0].asked == shares[0] * 2
+    # Two calls to the one that lives, each what its own engine would have been asked.
+    assert sorted(pool.engines[1].asked[8:], key=lambda request: request[0].index) == sorted(REQUESTS, key=lambda r: r[0].index)

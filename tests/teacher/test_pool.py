@@ -308,3 +308,11 @@ async def test_golden_answers_do_not_depend_on_the_number_of_actors():
 async def test_golden_prompts_that_no_actor_answers_are_none():
     pool = build([(settings(max_attempts=1), [FakeTeacher(faults=[RuntimeError("gone")])])])
     assert await pool.golden([trajectory().prompt], max_new_tokens=8, temperature=1.0, seed=0) == [None]
+
+
+async def test_alone_no_request_shares_a_call_with_another():
+    teacher = FakeTeacher(pace_s=0.005)
+    pool = TeacherPool([(TeacherSettings(model="m"), [teacher])], alone=True)
+    scores = await pool.score([trajectory(index=index) for index in range(5)])
+    assert teacher.calls == [1] * 5
+    assert all(score is not None for score in scores)
