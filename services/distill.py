@@ -113,7 +113,7 @@ class Distillation:
         on_restart: Callable[[str, str], None],
         on_nonfinite: OnNonfinite,
         finish: Callable[[], Awaitable[None]],
-        mirror: Callable[[Path], None] = lambda checkpoint: None,
+        mirror: Callable[[Path], None] | None = None,
     ) -> None:
         """`finish` is awaited after the last checkpoint. `on_restart`: (role, reason) of what died and is back.
 
@@ -166,6 +166,9 @@ class Distillation:
                     if error.role != "learner":
                         raise
                     await self._replace_learner(error)
+        except Exception:
+            await self._written()  # whoever goes on will want it
+            raise
         finally:
             await self._drop_launched()
             if self._writing is not None:
@@ -235,7 +238,6 @@ class Distillation:
             await self._roll_back(reason)
         elif command == "stop":
             await self._checkpoint()
-            await self._written()
             raise GuardRailError(reason)
         elif self._step % self._job.checkpoint.every_steps == 0 or self._want_checkpoint:
             await self._checkpoint()
@@ -448,7 +450,8 @@ class Distillation:
         always = [self._last_healthy] if self._last_healthy else []
         await asyncio.to_thread(prune_checkpoints, root, self._job.checkpoint.keep, always)
         try:
-            await asyncio.to_thread(self._mirror, written)
+            if self._mirror is not None:
+                await asyncio.to_thread(self._mirror, written)
         except Exception as error:  # the back ends have errors of their own, and the checkpoint itself is there
             self._warn(f"checkpoint of step {step} not copied: {error}")
 

@@ -161,7 +161,7 @@ class Run:
             on_restart=self._count_restart,
             on_nonfinite=self._keep_nonfinite,
             finish=lambda: self._finish(fleet),
-            **({"mirror": self._mirror.push} if self._mirror else {}),
+            mirror=self._mirror.push if self._mirror else None,
         )
         await self._loop.run(self._resume)
         if self._terminated:
