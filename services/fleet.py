@@ -363,7 +363,7 @@ class Fleet:
         actors = [engine.actor for engine in self._engines.handles]
         with contextlib.suppress(Exception):  # an engine that is already gone has nothing to shut down
             ray.get([actor.shutdown.remote() for actor in actors], timeout=10)
-        for actor in (*actors, self._learner):
+        for actor in (*(engine.actor for engine in self._engines.every_handle), self._learner):
             if actor is not None:
                 ray.kill(actor)
 

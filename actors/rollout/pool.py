@@ -107,6 +107,11 @@ class RolloutPool:
         """Of the live engines."""
         return [slot.handle for slot in self._slots if slot.live]
 
+    @property
+    def every_handle(self) -> list[Any]:
+        """Also of those that are coming up."""
+        return [slot.handle for slot in self._slots]
+
     async def close(self) -> None:
         """Start no more replacements."""
         tasks = [slot.replacing for slot in self._slots if slot.replacing is not None]
@@ -270,9 +275,9 @@ class RolloutPool:
     async def _replace(self, slot: Slot, reason: Reason) -> None:
         started = time.monotonic()
         while True:
-            await slot.handle.end()
-            slot.handle = self._create(slot.index)
             try:
+                await slot.handle.end()
+                slot.handle = self._create(slot.index)
                 await self._started(slot)
                 await self._equip(slot.handle)
             except ActorLostError as error:  # another's fault: `retry` once it is back
