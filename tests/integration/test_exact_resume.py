@@ -21,11 +21,13 @@ pytestmark = pytest.mark.integration
 SEED = int(os.environ.get("OPD_KILL_SEED", "1"))
 NUM_KILLS = int(os.environ.get("OPD_KILLS", "1"))
 """The kept series of kills was made with more."""
+NUM_RANKS = int(os.environ.get("OPD_RANKS", "1"))
 STEPS, EVERY_STEPS = 14, 4
 STRICT = (
     "rollout.max_staleness=0",
     "rollout.prompts_per_step=16",
     f"learner.total_steps={STEPS}",
+    f"learner.num_ranks={NUM_RANKS}",
     "data.golden.num_prompts=64",
     "data.eval.every_steps=7",
     "data.eval.limit=16",
