@@ -137,6 +137,7 @@ def run_with_kills(
     live = ChaosRun(out, *settings)
     kills: list[Kill] = []
     left: list[str] = []
+    client: httpx.Client | None = None
     try:
         client = live.client()
         live.wait_for(lambda: live.step(client) >= 2)
@@ -150,6 +151,8 @@ def run_with_kills(
                 kills.append(live.kill(client, role, number))
         exit_code = live.finish(RECOVERY_S)
     finally:
+        if client is not None:
+            client.close()
         end_processes(live.processes.items())
         if live.process.poll() is None:
             live.process.kill()
@@ -160,6 +163,7 @@ def _kill_driver(live: ChaosRun, client: httpx.Client, settings: Sequence[str]) 
     """Kill the whole run's driver, see that nothing is left of the run, and resume it."""
     live.remember()
     step, started = live.step(client), time.monotonic()
+    client.close()
     live.process.kill()
     live.process.wait(10)
     orphans = live.left_over()
