@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help run test check bench bench-collapse chaos soak setup packages
+.PHONY: help run test check bench bench-collapse bench-trl chaos soak setup packages
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -54,3 +54,12 @@ soak: $(STAMP) ## 2000 steps with a kill every 50, memory and files of every pro
 
 bench-collapse: $(STAMP) ## what collapses and what holds it: every arm and seed not yet kept (hours), then table and plot
 	$(BIN)/python -m tests.bench.collapse.bench run
+
+# TRL lives in an environment of its own: its versions are not ours.
+.venv-trl/.installed: tests/bench/trl/requirements.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --no-deps --progress-bar on -r tests/bench/trl/requirements.txt
+	@touch $@
+
+bench-trl: $(STAMP) .venv-trl/.installed ## beside TRL's DistillationTrainer: both sides in one go, then the table (half an hour on 2 idle cores)
+	$(BIN)/python tests/bench/trl/bench.py run

@@ -154,6 +154,11 @@ class Policy(Settings):
     rollback_cooldown_steps: Annotated[int, Field(ge=0, le=10_000)] = 12
     """Steps after a rollback in which no other is decided."""
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _unquoted_off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML 1.1 reads a bare `off` as false
+
     @model_validator(mode="after")
     def _consistent(self) -> "Policy":
         if len(set(self.actuators)) < len(self.actuators):

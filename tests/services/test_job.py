@@ -58,6 +58,11 @@ def test_a_malformed_override_is_one_line(tmp_path: Path, override: str) -> None
         load_job(write(tmp_path, MINIMAL), (override,))
 
 
+def test_the_governor_is_turned_off_by_a_bare_off_which_yaml_reads_as_false(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_job(path, ["governor.mode=off"]).governor.mode == "off"
+
+
 def test_a_preset_fills_what_the_file_leaves_open(tmp_path: Path) -> None:
     job = load_job(write(tmp_path, MINIMAL + "preset: stable-opd\nobjective: {golden_weight: 0.3}\n"))
     assert job.objective.golden_weight == 0.3

@@ -38,6 +38,8 @@ ROLLOUTS = 32
 KEPT = ("metrics.jsonl", "decisions.jsonl", "job.yaml")
 TRUNCATION_COLLAPSE = 0.5
 LEAD_TRUNCATION = 0.3
+ACTED_PRESSURE = 0.05
+"""Less moves no limit that anybody would notice: it does not count as the first action."""
 
 ENFORCE = "governor.mode=enforce"
 GOVERNED = (ENFORCE, "data.unfinished_by_teacher=quota")
@@ -106,7 +108,8 @@ def scene_overrides(arm: str, folder: Path) -> tuple[str, ...]:
         rows = [json.loads(line) for line in (SUMS / "prompts_3_9.jsonl").read_text().splitlines()]
         first = SWAP_STEP * ROLLOUTS
         rows = [row | {"domain": "before" if index < first else "after"} for index, row in enumerate(rows)]
-        teachers = [{"model": str(SUMS / "teacher"), "domains": ["before"]}, {"model": str(folder / "loopier"), "domains": ["after"]}]
+        models = {"before": SUMS / "teacher", "after": folder / "loopier"}
+        teachers = [{"name": name, "model": str(model), "domains": [name]} for name, model in models.items()]
         train_loopier_teacher(folder / "loopier")
         return (
             f"data.prompts.path={write_rows(folder / 'swap.jsonl', rows)}",
@@ -195,7 +198,7 @@ def summarise(records: list[dict[str, Any]], decisions: list[dict[str, Any]]) ->
     before = [value for step, value in accuracy.items() if passed is None or step <= passed]
     peak_step = max(accuracy, key=accuracy.__getitem__)
     after_peak = [value for step, value in accuracy.items() if step >= peak_step]
-    acted = next((d["step"] for d in decisions if d["pressure"] > 0), None)
+    acted = next((d["step"] for d in decisions if d["pressure"] >= ACTED_PRESSURE), None)
     return {
         "peak_truncation": max(share for step, share in truncation.items() if step > 20)
         if len(truncation) > 20

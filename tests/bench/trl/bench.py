@@ -14,11 +14,9 @@ samples step n + 1 while it learns step n (`max_staleness: 1`, its default).
 """
 
 import argparse
-import itertools
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +128,8 @@ def our_overrides(work: Workload) -> list[str]:
         "governor.actuators=[lr_scale]",
         "data.golden.num_prompts=8",
         "data.eval.path=null",
+        # In bfloat16 one unlikely token of the probe is off by a nat from rounding alone: torch in bfloat16 is off by the same.
+        *(["cluster.probe_tolerance_nats=3"] if work.dtype == "bfloat16" else []),
         f"checkpoint.every_steps={work.save_steps[0]}",
         "checkpoint.keep=9",
     ]
@@ -154,7 +155,8 @@ class Watch:
     PERIOD_S = 1.0
 
     def __init__(self, pid: int) -> None:
-        self._root, self._cpu_s, self._started = psutil.Process(pid), {}, time.monotonic()
+        self._root, self._started = psutil.Process(pid), time.monotonic()
+        self._cpu_s: dict[tuple[int, float], float] = {}
         self._busy_at_start = _busy_s()
         self._peak_bytes = 0
         self._stop = threading.Event()
@@ -340,30 +342,51 @@ def quartiles(values: list[float]) -> list[float]:
 def time_to_kl(target: float, kls: dict[int, float], step_s: float) -> float | None:
     """Seconds of stepping until the held-out KL is down to `target`, linear between the steps it was measured at; None: not reached."""
     points = sorted(kls.items())
-    for (step, kl), (next_step, next_kl) in itertools.pairwise(points):
-        if next_kl <= target < kl:
+    for (step, kl), (next_step, next_kl) in pairwise(points):
+        if next_kl <= target <= kl and next_kl < kl:
             return (step + (kl - target) / (kl - next_kl) * (next_step - step)) * step_s
     return None
 
 
-def run(work: Workload, sides: Sequence[str], rounds: int, results: Path, runners: dict[str, Callable[[Workload, Path], dict]]) -> None:
-    """Alternate the sides; keep one JSON a side and round, the students' KL with it."""
+def run(
+    work: Workload,
+    sides: Sequence[str],
+    rounds: int,
+    results: Path,
+    runners: dict[str, Callable[[Workload, Path], dict[str, Any]]],
+    measure: Callable[[str, Workload], dict[str, float]],
+) -> None:
+    """Alternate the sides, then measure the students; one JSON a side and round in `results`."""
     results.mkdir(parents=True, exist_ok=True)
-    for number in range(rounds):
-        for side in sides:
-            scratch = Path(tempfile.mkdtemp(prefix="opd-bench-"))
-            try:
+    with tempfile.TemporaryDirectory(prefix="opd-bench-") as folder:
+        finished = []
+        for number in range(rounds):
+            for side in sides:
+                scratch = Path(folder) / f"{side}-{number}"
+                scratch.mkdir()
                 prepared = prepare(work, scratch)
-                start = results / f"{work.pair}-start.json"
-                if not start.exists():  # the student as it came, the same for every precision and side
-                    start.write_text(json.dumps(heldout_kl(prepared.student, prepared), indent=1) + "\n")
-                result = runners[side](prepared, scratch)
-                result["heldout"] = {step: heldout_kl(folder, prepared) for step, folder in result.pop("students").items()}
-                result |= {"side": side, "workload": asdict(work), "machine": machine(), "summary": summarise(result["steps"])}
-                (results / f"{work.pair}-{work.dtype}-{side}-{number}.json").write_text(json.dumps(result, indent=1) + "\n")
-                print(side, json.dumps(result["summary"]), json.dumps(result["usage"]), json.dumps(result["heldout"]), flush=True)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+                finished.append((side, number, prepared, runners[side](prepared, scratch)))
+        for side, number, prepared, result in finished:
+            keep(results, side, number, work, prepared, result, measure)
+
+
+def keep(
+    results: Path,
+    side: str,
+    number: int,
+    work: Workload,
+    prepared: Workload,
+    result: dict[str, Any],
+    measure: Callable[[str, Workload], dict[str, float]],
+) -> None:
+    """Hold the students to the held-out measure and write the result down."""
+    start = results / f"{work.pair}-start.json"
+    if not start.exists():  # the student as it came, the same for every precision and side
+        start.write_text(json.dumps(measure(prepared.student, prepared), indent=1) + "\n")
+    heldout = {step: measure(folder, prepared) for step, folder in result["students"].items()}
+    kept = {name: value for name, value in result.items() if name != "students"}
+    kept |= {"heldout": heldout, "side": side, "workload": asdict(work), "machine": machine(), "summary": summarise(result["steps"])}
+    (results / f"{work.pair}-{work.dtype}-{side}-{number}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:
@@ -381,15 +404,15 @@ def machine() -> dict[str, Any]:
 
 
 def table(results: Path) -> str:
-    """Markdown: one line per pair, precision and side, medians over rounds and steps, and ratios to TRL's float32 and own line."""
+    """Markdown: a line for each pair, precision and side: medians (quartiles) over rounds and steps, ratios to TRL in that precision."""
     kept: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    {path.name.removesuffix("-start.json"): json.loads(path.read_text()) for path in results.glob("*-start.json")}
+    starts = {path.name.removesuffix("-start.json"): json.loads(path.read_text()) for path in results.glob("*-start.json")}
     for path in sorted(set(results.glob("*.json")) - set(results.glob("*-start.json"))):
         result = json.loads(path.read_text())
         kept.setdefault((result["workload"]["pair"], result["workload"]["dtype"], result["side"]), []).append(result)
     header = (
         "| pair | precision | side | step, s | completion tokens/s | x TRL | CPU s a step | peak memory, GiB | held-out KL, nats (step) |"
-        " others' cores |\n|---|---|---|---|---|---|---|---|---|---|"
+        " s of steps to the same KL | others' cores |\n|---|---|---|---|---|---|---|---|---|---|---|"
     )
     lines = [header]
     for (pair, dtype, side), rounds in kept.items():
@@ -403,15 +426,28 @@ def table(results: Path) -> str:
             f"{statistics.mean(r['heldout'][step]['standard_error'] for r in rounds):.3f} ({step})"
             for step in rounds[0]["heldout"]
         )
+        start_kl = starts.get(pair, {}).get("kl_nats", float("inf"))
+        ours_and_theirs = [r for other in SIDES for r in kept.get((pair, dtype, other), [])]
+        target = max(_last_kl(r) for r in ours_and_theirs)  # what both sides reached
+        reached = [time_to_kl(target, {0: start_kl} | _kls(r), seconds[1]) for r in rounds]
+        to_kl = "-" if None in reached else f"{statistics.median(reached):.0f} (to {target:.3f})"
         cpu = statistics.median(r["usage"]["cpu_s"] / len(r["steps"]) for r in rounds)
         memory = max(r["usage"]["peak_pss_gib"] for r in rounds)
         others = max(r["usage"]["others_cores"] for r in rounds)
-        lines.append(
-            f"| {pair} | {dtype} | {side} | {seconds[1]:.2f} ({seconds[0]:.2f}-{seconds[2]:.2f}) "
-            f"| {rate[1]:.0f} ({rate[0]:.0f}-{rate[2]:.0f}) "
-            f"| {ratio} | {cpu:.1f} | {memory:.1f} | {kls} | {others:.2f} |"
-        )
+        step = f"{seconds[1]:.2f} ({seconds[0]:.2f}-{seconds[2]:.2f})"
+        tokens = f"{rate[1]:.0f} ({rate[0]:.0f}-{rate[2]:.0f})"
+        cells = (pair, dtype, side, step, tokens, ratio, f"{cpu:.1f}", f"{memory:.1f}", kls, to_kl, f"{others:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _kls(result: dict[str, Any]) -> dict[int, float]:
+    return {int(step): measured["kl_nats"] for step, measured in result["heldout"].items()}
+
+
+def _last_kl(result: dict[str, Any]) -> float:
+    kls = _kls(result)
+    return kls[max(kls)]
 
 
 def _rates(rounds: list[dict[str, Any]]) -> list[float]:
@@ -436,7 +472,7 @@ def main() -> None:
                 work = replace(WORKLOADS[pair], dtype=dtype)
                 if options.steps:
                     work = replace(work, steps=options.steps, save_steps=(options.steps,))
-                run(work, options.side, options.rounds, options.results, {"trl": run_trl, "ours": run_ours})
+                run(work, options.side, options.rounds, options.results, {"trl": run_trl, "ours": run_ours}, heldout_kl)
     text = table(options.results)
     (options.results / "table.md").write_text(text)
     print(text)
