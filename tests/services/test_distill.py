@@ -67,6 +67,8 @@ class FakeFleet:
             ]
 
     async def learn(self, rollouts: Any, golden: Any, limits: LengthLimits, reference: float, rate: float) -> StepReport:
+        while ("learn", self.calls["learn"] + 1) in self.deaths and self.calls["save"] < self.calls["snapshot"]:
+            await asyncio.sleep(0.001)  # it dies amid the step: a checkpoint's writing has begun, however busy the machine
         await self._ask("learn")
         await asyncio.sleep(0.005)  # as a real one: what was launched begins meanwhile, on the weights before
         self.learned.append([rollout.trajectory.prompt.index for rollout in rollouts])
