@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help run test check bench bench-collapse bench-trl setup packages
+.PHONY: help run test check bench bench-collapse bench-trl chaos soak setup packages
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -45,6 +45,12 @@ test: $(STAMP) packages check ## everything: check, then real Ray, vLLM and Prom
 
 bench: $(STAMP) ## memory of the losses, cost of governing
 	$(BIN)/python tests/bench/loss_memory.py
+
+chaos: $(STAMP) ## 10 kills of every role of real runs, their books checked (about 25 minutes); table in tests/bench/chaos.json
+	$(BIN)/python -m tests.chaos.kills
+
+soak: $(STAMP) ## 2000 steps with a kill every 50, memory and files of every process watched (about two hours)
+	$(BIN)/python -m tests.chaos.soak
 
 bench-collapse: $(STAMP) ## what collapses and what holds it: every arm and seed not yet kept (hours), then table and plot
 	$(BIN)/python -m tests.bench.collapse.bench run

@@ -27,7 +27,12 @@ class CausalLM:
         self, path: str, *, dtype: str = "float32", device: torch.device | str | None = None, trust_remote_code: bool = False
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # never a pickle
+        )
         self.model: Any = model.to(self.device).eval()
         self.context_tokens: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]

@@ -27,6 +27,7 @@ def run(
 
     Example: `opd run deploy/jobs/sums.yaml --set learner.total_steps=40 --out /tmp/sums`
     """
+    os.umask(0o077)  # whatever a run writes is its owner's alone
     job = load(job_file, sets)
     _quiet_environment()
     from services.preflight import check, exit_code, failures
@@ -35,8 +36,9 @@ def run(
     checks = check(job, directory)
     if code := exit_code(checks):
         fail(failures(checks), code)
+    from actors.remote import ActorLostError
     from services.distill import GuardRailError, LearnerError, SyncError
-    from services.launch import Run
+    from services.launch import Run, TerminatedError
     from services.progress import Progress
 
     progress = Progress(job.learner.total_steps)
@@ -47,8 +49,12 @@ def run(
         fail([str(error)], 2)
     except GuardRailError as error:
         fail([f"stopped by the guard rail: {error}; see {directory / 'report.html'}"], 4)
-    except (SyncError, LearnerError) as error:
+    except (SyncError, LearnerError, ActorLostError) as error:
         fail([str(error)], 1)
+    except OSError as error:
+        fail([f"{error}; --resume goes on from the newest checkpoint"], 1)
+    except TerminatedError as error:
+        fail([str(error)], 143)
     except (asyncio.CancelledError, KeyboardInterrupt):
         fail(["interrupted at once; --resume goes on from the newest checkpoint"], 130)
     progress.finish(directory)

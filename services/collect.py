@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from actors.learner.batching import admit
 from actors.rollout.settings import RolloutSettings
 from actors.teacher.pool import TeacherPool
@@ -26,6 +28,8 @@ class Batch:
     """Every rollout, before any filter."""
     scored: list[ScoredRollout]
     """Those admitted and scored, in the order of their prompts."""
+    nonfinite: list[Trajectory]
+    """Rollouts whose engine gave log-probs that are no numbers: not scored, not learned from, counted as unscored."""
     num_over_quota: int
     num_unscored: int
     limits: LengthLimits
@@ -50,8 +54,12 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
     """Sample and score one step's batch. Rollouts that ended in an error are dropped from the batch and counted as unscored."""
     started = time.monotonic()
     requests = [(prompt, sample) for prompt in launch.prompts for sample in range(launch.settings.samples_per_prompt)]
+    has_quota = launch.limits.admission_quota < 1
     trajectories: list[Trajectory] = []
-    held: list[Trajectory] = []
+    usable: list[Trajectory] = []
+    nonfinite: list[Trajectory] = []
+    held: set[int] = set()
+    """Identities: comparing trajectories compares their arrays."""
     scoring: list[asyncio.Task[list[tuple[Trajectory, TokenScores | None]]]] = []
 
     async def score(group: list[Trajectory]) -> list[tuple[Trajectory, TokenScores | None]]:
@@ -59,17 +67,22 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
 
     try:
         async for group in fleet.rollout(requests, launch.limits, launch.step, launch.settings):
+            ready = []
+            for trajectory in group:
+                if not np.isfinite(trajectory.logprobs_T).all():
+                    nonfinite.append(trajectory)
+                elif trajectory.finish_reason != "error" and trajectory.token_ids:
+                    usable.append(trajectory)
+                    if has_quota and trajectory.truncated:
+                        held.add(id(trajectory))
+                    else:
+                        ready.append(trajectory)
             trajectories += group
-            whole = [t for t in group if t.finish_reason != "error" and t.token_ids]
-            ready = [t for t in whole if not (t.truncated and launch.limits.admission_quota < 1)]
-            held += [t for t in whole if t.truncated and launch.limits.admission_quota < 1]
             if ready:
                 scoring.append(asyncio.create_task(score(ready)))
         rollout_s = time.monotonic() - started
-        usable = [t for t in trajectories if t.finish_reason != "error" and t.token_ids]
         admitted, refused = admit(usable, launch.limits.admission_quota)
-        waited = {id(t) for t in held}
-        if late := [t for t in admitted if id(t) in waited]:
+        if late := [t for t in admitted if id(t) in held]:
             scoring.append(asyncio.create_task(score(late)))
         pairs = [pair for result in await asyncio.gather(*scoring) for pair in result]
     finally:
@@ -85,6 +98,7 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
         step=launch.step,
         trajectories=sorted(trajectories, key=order),
         scored=scored,
+        nonfinite=nonfinite,
         num_over_quota=len(refused),
         num_unscored=len(trajectories) - len(refused) - len(scored),
         limits=launch.limits,

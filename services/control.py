@@ -48,7 +48,7 @@ class RunView(Protocol):
     """What the service needs of a run. Called from the HTTP threads; values are JSON's (NaN is shown as null)."""
 
     def status(self) -> Document:
-        """name, phase, step, total_steps, weight_version, limits (in force), links; more keys are passed on."""
+        """name, phase, step, total_steps, weight_version, limits (in force), links, waiting_for, events; more keys are passed on."""
 
     def steps(self, after: int) -> list[Document]:
         """The step records (lines of metrics.jsonl) whose step is above `after`, ascending."""
@@ -81,6 +81,10 @@ class RunStatus(_Open):
     weight_version: int
     limits: Document
     links: Document
+    waiting_for: str | None = None
+    """What keeps the run from going on, where something does."""
+    events: list[Document] = []
+    """Newest lines of events.jsonl: time, step, text."""
     instance: str
     """Differs after every start of the service: a page that sees it change reads everything again."""
     restarts: dict[str, int]

@@ -15,35 +15,52 @@ One step of the loop
     overlaps  the rollouts of the next steps with the learner's work on this one
 
 Every change (limits, tunable settings, pause, rollback) takes effect at the border between two steps.
+
+What dies is started again: rollout actors by the fleet, teachers by their pool, the governor by its keeper, none of which costs a
+step. The learner's state is the run's, so with it the loop goes back to the newest checkpoint and takes the steps since again.
 """
 
 import asyncio
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.learner.checkpoint import newest_checkpoint, partial_folder, prune_checkpoints, seal_checkpoint, step_of
+from actors.learner.checkpoint import (
+    newest_checkpoint,
+    partial_folder,
+    prune_checkpoints,
+    remove_partials,
+    seal_checkpoint,
+    step_of,
+)
+from actors.remote import ActorLostError
 from actors.teacher.pool import TeacherPool
-from actors.trajectory import LengthLimits, Prompt
+from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from services.collect import Batch, Launch, collect
 from services.data import PromptStream
 from services.evaluate import Evaluation
 from services.fleet import Fleet, Sync
 from services.job import Job
 from services.monitor import RunMonitor
-from services.record import StepTimes, evaluation_fields, record_batch, sample_records, step_record
+from services.record import Source, StepTimes, evaluation_fields, record_batch, sample_records, step_record
 from services.rundir import Record, RunDirectory, read_records
 from services.telemetry import Telemetry
 from services.tunables import ConfigStore
 
 PAUSE_POLL_S = 0.1
 """How often a paused run looks for a verb."""
+STATUS_S = 1.0
+"""How often a run that waits for a batch looks for what keeps it."""
+MAX_LEARNER_LOSSES = 3
+"""A learner that dies this often on its way to the same next step will not get there."""
 
 Evaluate = Callable[[LengthLimits, int], Any]
 """(limits, step) -> awaitable dict of decoding -> Evaluation."""
+OnNonfinite = Callable[[Source, Trajectory, TokenScores | None], None]
+"""A sample to be kept for inspection: who found it, and what the teacher said on it."""
 
 
 class GuardRailError(RuntimeError):
@@ -81,6 +98,7 @@ class Distillation:
         *,
         stream: PromptStream,
         golden: list[Prompt],
+        golden_key: str,
         reference_tokens: float,
         fleet: Fleet,
         pool: TeacherPool,
@@ -93,12 +111,24 @@ class Distillation:
         decode: Callable[[Sequence[int]], str],
         on_step: Callable[[Record], None],
         on_warning: Callable[[str], None],
+        on_restart: Callable[[str, str], None],
+        on_nonfinite: OnNonfinite,
+        finish: Callable[[], Awaitable[None]],
+        mirror: Callable[[Path], None] | None = None,
     ) -> None:
+        """`finish` is awaited after the last checkpoint. `on_restart`: (role, reason) of what died and is back.
+
+        `golden_key`: of the golden answers in the stream; those of a resumed run should be the same. `mirror` copies a checkpoint
+        to a second place.
+        """
         self._original_job = self._job = job
-        self._stream, self._golden, self._reference_tokens = stream, golden, reference_tokens
+        self._stream, self._golden, self._golden_key, self._reference_tokens = stream, golden, golden_key, reference_tokens
         self._fleet, self._pool, self._governor = fleet, pool, governor
         self._directory, self._store, self._telemetry, self._monitor = directory, store, telemetry, monitor
         self._evaluate, self._decode, self._on_step, self._warn = evaluate, decode, on_step, on_warning
+        self._on_restart, self._on_nonfinite, self._finish, self._mirror = on_restart, on_nonfinite, finish, mirror
+        self._outage_s = max(teacher.timeout_s for teacher in job.teacher)
+        self._furthest_step = self._learner_losses = 0
         self._limits = base_limits(job)
         self._pressure = 0.0
         self._healthy = True
@@ -108,7 +138,13 @@ class Distillation:
         self._next_launch = 1
         self._skipped_in_a_row = 0
         self._last_healthy: Path | None = None
+        self._begun = False
+        self._writing: asyncio.Task[None] | None = None
+        self._taken_step: int | None = None
+        """Step whose state was taken for a checkpoint as it still is; None: none was, or it has changed."""
+        self._trouble: str | None = None
         self._stopping = False
+        self._stop_asked = asyncio.Event()
         self._paused = False
         self._want_checkpoint = False
 
@@ -118,22 +154,43 @@ class Distillation:
         """From the first step (or the newest checkpoint) to the last. Raises GuardRailError, SyncError, LearnerError."""
         self._generation, tunables = self._store.in_force()
         self._job = tunables.apply(self._original_job)
-        self._limits = await self._governor.limits.remote()
-        version = await self._restore_newest() if resume else 0
-        await self._sync(version)
-        if not self._step:
+        self._limits = await self._governor.limits()
+        self._first_state = await self._state({})
+        if resume:
+            await self._restore_newest()
+        self._pause(False)
+        try:
+            while True:
+                try:
+                    await self._run_to_the_end()
+                    return
+                except ActorLostError as error:
+                    if error.role != "learner":
+                        raise
+                    await self._replace_learner(error)
+        except Exception:
+            await self._written()  # whoever goes on will want it
+            raise
+        finally:
+            await self._drop_launched()
+            if self._writing is not None:
+                self._writing.cancel()
+
+    async def _run_to_the_end(self) -> None:
+        """From the border that the learner stands at."""
+        await self._sync()
+        if not self._begun:
             self._publish_start(await self._evaluate_now())
             await self._checkpoint()  # the student as it came is the first place to roll back to
+            self._begun = True
         self._monitor.enter("running")
         gc.collect()
         gc.freeze()  # a million objects of imported libraries, which every full collection would walk: half of the driver's time
-        self._pause(False)
-        try:
-            while self._step < self._job.learner.total_steps and not self._stopping:
-                await self._one_step()
-            await self._checkpoint()
-        finally:
-            await self._drop_launched()
+        while self._step < self._job.learner.total_steps and not self._stopping:
+            await self._one_step()
+        await self._checkpoint()
+        await self._written()
+        await self._finish()
 
     async def _one_step(self) -> None:
         started = time.monotonic()
@@ -143,7 +200,9 @@ class Distillation:
         if self._store.generation != self._generation:  # changed while the run was paused
             await self._decide()
         self._launch(1)
-        batch = await self._launched[0][1]
+        batch = await self._wait_for(self._launched[0][1])
+        if batch is None:
+            return
         waited_s = time.monotonic() - started
         launch, _, _ = self._launched.popleft()
         self._launch(self._job.rollout.max_staleness)
@@ -155,25 +214,35 @@ class Distillation:
             golden = self._golden_for(launch.step, len(batch.scored))
             report = await self._fleet.learn(batch.scored, golden, limits, self._reference_tokens, self._job.learner.learning_rate)
         learn_s = time.monotonic() - learn_started
-        self._count_skipped(report is None or report.skipped)
+        if batch.scored or not self._teachers_missing():  # an outage is waited out, not held against the run
+            self._count_skipped(report is None or report.skipped)
+
+        for trajectory in batch.nonfinite:
+            self._on_nonfinite("engine", trajectory, None)
+        for index in report.suspects if report else ():
+            self._on_nonfinite("learner", batch.scored[index].trajectory, batch.scored[index].scores)
 
         self._step = launch.step
+        if self._step > self._furthest_step:
+            self._furthest_step, self._learner_losses = self._step, 0
         record_batch(self._telemetry, batch, report, limits, self._job.rollout.max_new_tokens)
         self._telemetry.beat()
         pressure = self._pressure
         deciding = asyncio.create_task(self._decide())  # beside the sync: reading metrics costs the loop nothing
-        sync = await self._sync(report.weight_version) if report else Sync()
-        decision = await deciding
+        try:
+            sync = await self._sync() if report else Sync()
+        finally:
+            command, reason = await deciding
         evaluations = await self._evaluate_now() if self._is_eval_step() else {}
 
         times = StepTimes(batch.rollout_s, batch.score_s, learn_s, sync.seconds, time.monotonic() - started, waited_s)
         record = step_record(batch, report, limits, pressure, times, evaluations)
         self._publish(record, batch, times)
-        if decision.command == "rollback":
-            await self._roll_back(decision.reason)
-        elif decision.command == "stop":
+        if command == "rollback":
+            await self._roll_back(reason)
+        elif command == "stop":
             await self._checkpoint()
-            raise GuardRailError(decision.reason)
+            raise GuardRailError(reason)
         elif self._step % self._job.checkpoint.every_steps == 0 or self._want_checkpoint:
             await self._checkpoint()
 
@@ -190,27 +259,35 @@ class Distillation:
 
     # ---- borders
 
-    async def _decide(self) -> Any:
-        """Bring a person's changes into force, have the governor decide, obey. Returns its Decision."""
+    async def _decide(self) -> tuple[str | None, str]:
+        """Bring a person's changes into force, have the governor decide, obey. Returns its command and the reason."""
+        self._taken_step = None
         generation, tunables = self._store.in_force()
         self._telemetry.set("opd_config_generation", generation)
         if generation != self._generation:
             self._generation = generation
             self._job = tunables.apply(self._original_job)
-            await self._governor.set_policy.remote(self._job.governor, base_limits(self._job), generation)
-        decision, record = await self._governor.tick.remote(self._step)
+            await self._governor.set_policy(self._job.governor, base_limits(self._job), generation)
+        try:
+            decision, record = await self._governor.tick(self._step)
+        except ActorLostError as error:
+            self._warn(f"step {self._step}: no decision, the last limits hold: {error}")
+            return None, ""
         self._limits, self._pressure, self._healthy = decision.limits, decision.after.pressure, decision.healthy
         self._telemetry.record_limits(self._limits, self._pressure)
         self._telemetry.set("opd_governor_metrics_age_seconds", decision.signals.data_age_s)
         self._telemetry.inc("opd_governor_decisions_total", action=decision.action, signal=decision.signal)
         self._directory.append(self._directory.decisions, record)
-        view = {"mode": decision.mode, "pressure": self._pressure, "signals": record["signals"], "limits": record["limits"]}
-        self._monitor.add_decision(record, view)
+        self._monitor.add_decision(record)
         self._monitor.update(limits=self._limits)
-        return decision
+        return decision.command, decision.reason
 
     async def _obey_verbs(self) -> None:
-        """Verbs that came over HTTP; returns when the run may go on."""
+        """Verbs that came over HTTP; returns when the run may go on.
+
+        With a teacher gone it waits, and is paused after the time a request may take; it goes on by itself when one is back.
+        """
+        missing_since: float | None = None
         while True:
             for verb in self._monitor.take_verbs():
                 if verb in ("pause", "resume"):
@@ -221,13 +298,17 @@ class Distillation:
                     self._want_checkpoint = True
                 else:
                     await self._roll_back("asked for over HTTP")
-            if self._want_checkpoint and self._paused:
+            missing = self._teachers_missing()
+            missing_since = (missing_since or time.monotonic()) if missing else None
+            waited_out = missing_since is not None and time.monotonic() - missing_since > self._outage_s
+            if self._want_checkpoint and (self._paused or missing):
                 await self._checkpoint()
             if self._stopping:
                 self._monitor.enter("stopping")
                 return
-            self._monitor.enter("paused" if self._paused else "running")
-            if not self._paused:
+            self._monitor.enter("paused" if self._paused or waited_out else "running")
+            self._monitor.update(waiting_for=missing)
+            if not self._paused and not missing:
                 return
             await asyncio.sleep(PAUSE_POLL_S)
 
@@ -237,21 +318,36 @@ class Distillation:
         self._paused = paused
         self._telemetry.set("opd_run_paused", float(paused))
 
+    async def _wait_for(self, batch: asyncio.Task[Batch]) -> Batch | None:
+        """The batch, or None once the run is to stop; meanwhile the status names a teacher that is gone."""
+        stop = asyncio.create_task(self._stop_asked.wait())
+        while not (await asyncio.wait([batch, stop], timeout=STATUS_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+            self._monitor.update(waiting_for=self._teachers_missing())
+        stop.cancel()
+        self._monitor.update(waiting_for=None)
+        return None if self._stopping else batch.result()
+
+    def _teachers_missing(self) -> str | None:
+        """Teachers none of whose actors takes work now, in words; None: all of them have one that does."""
+        names = [name for name, num_live in self._pool.num_live().items() if not num_live]
+        return f"teacher {', '.join(names)}: no actor answers" if names else None
+
     def stop(self) -> None:
-        """End the run at the next border, with a checkpoint."""
+        """End the run with a checkpoint: at once where it waits for rollouts, which are drawn again, else after the learner's step."""
         self._stopping = True
+        self._stop_asked.set()
         self._monitor.enter("stopping")
 
-    async def _sync(self, version: int) -> Sync:
-        sync = await self._fleet.sync_weights(version)
+    async def _sync(self) -> Sync:
+        sync = await self._fleet.sync_weights()
         self._telemetry.observe("opd_weight_sync_seconds", sync.seconds)
         self._telemetry.set("opd_weight_sync_gap_nats", sync.gap_nats)
         for role in ("learner", "rollout"):
-            self._telemetry.set("opd_weight_version", version, role=role)
-        self._monitor.update(weight_version=version)
-        if not sync.gap_nats <= sync.tolerance_nats:
+            self._telemetry.set("opd_weight_version", sync.weight_version, role=role)
+        self._monitor.update(weight_version=sync.weight_version)
+        if not sync.sound:
             raise SyncError(
-                f"weight sync {version}: engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance "
+                f"weight sync {sync.weight_version}: engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance "
                 f"{sync.tolerance_nats:g}; the engine does not hold the student's weights "
                 "(raise cluster.probe_tolerance_nats only if bfloat16 explains it)"
             )
@@ -290,6 +386,10 @@ class Distillation:
         self._monitor.add_samples(samples)
         self._monitor.add_step(record)
         self._on_step(record)
+        if self._directory.trouble != self._trouble:
+            self._trouble = self._directory.trouble
+            if self._trouble:
+                self._warn(f"step {self._step}: records wait in memory: {self._trouble}; free the disk, the run goes on")
 
     # ---- held-out evaluation
 
@@ -309,57 +409,133 @@ class Distillation:
     # ---- checkpoints
 
     async def _checkpoint(self) -> None:
-        """Write the state of this border; rollouts under way are not part of it, their prompts will be drawn again."""
+        """Take the state of this border, and write it while the run goes on.
+
+        Rollouts under way are not part of it, their prompts will be drawn again. A second one waits for the first to be written.
+        """
         self._want_checkpoint = False
-        root = self._directory.checkpoints
-        cursor = self._launched[0][2] if self._launched else self._stream.state()
-        state = {
-            "step": self._step,
-            "cursor": cursor,
-            "governor": await self._governor.state.remote(),
-            "config_generation": self._generation,
-            "totals": self._telemetry.totals(),
-            "healthy": self._healthy,
-        }
+        await self._written()
+        if self._taken_step == self._step:
+            return
         try:
-            await self._fleet.save(str(partial_folder(root, self._step)))
-            written = await asyncio.to_thread(seal_checkpoint, root, self._step, state)
-        except OSError as error:  # disk full or gone read-only: what was written before is whole, and the run is worth more
+            sizes = await asyncio.to_thread(self._directory.record_sizes)
+        except OSError as error:
             self._warn(f"checkpoint of step {self._step} not written: {error}; free the disk, the run goes on")
             return
-        if self._healthy:
-            self._last_healthy = written
-        prune_checkpoints(root, self._job.checkpoint.keep, [self._last_healthy] if self._last_healthy else [])
+        state = await self._state(sizes)
+        await self._fleet.snapshot()
+        self._taken_step = self._step
+        self._writing = asyncio.create_task(self._write(state))
 
-    async def _restore_newest(self) -> int:
-        """Go on from the newest checkpoint that verifies; from the start where there is none."""
-        folder, state, refused = newest_checkpoint(self._directory.checkpoints)
+    async def _state(self, sizes: dict[str, int]) -> Record:
+        """Everything at this border that later steps depend on, the learner's own apart. `sizes`: of the records files."""
+        return {
+            "step": self._step,
+            "cursor": self._launched[0][2] if self._launched else self._stream.state(),
+            "governor": await self._governor.state(),
+            "pressure": self._pressure,
+            "healthy": self._healthy,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "config_generation": self._generation,
+            "golden_key": self._golden_key,
+            "telemetry": self._telemetry.state(),
+            "records": sizes,
+        }
+
+    async def _write(self, state: Record) -> None:
+        root, step = self._directory.checkpoints, state["step"]
+        try:
+            partial = await asyncio.to_thread(partial_folder, root, step)
+            await self._fleet.save(str(partial))
+            written = await asyncio.to_thread(seal_checkpoint, root, step, state)
+        except (OSError, ActorLostError) as error:  # what was written before is whole, and the run is worth more
+            self._warn(f"checkpoint of step {step} not written: {error}; the run goes on, with the one before")
+            await asyncio.to_thread(remove_partials, root)
+            self._taken_step = None
+            return
+        if state["healthy"]:
+            self._last_healthy = written
+        always = [self._last_healthy] if self._last_healthy else []
+        await asyncio.to_thread(prune_checkpoints, root, self._job.checkpoint.keep, always)
+        try:
+            if self._mirror is not None:
+                await asyncio.to_thread(self._mirror, written)
+        except Exception as error:  # the back ends have errors of their own, and the checkpoint itself is there
+            self._warn(f"checkpoint of step {step} not copied: {error}")
+
+    async def _written(self) -> None:
+        """Wait for the checkpoint being written, if there is one."""
+        if self._writing is not None:
+            await self._writing
+
+    async def _replace_learner(self, error: ActorLostError) -> None:
+        """A new learner at the newest checkpoint, and the loop back at its border; steps since are taken again."""
+        await self._drop_launched()
+        await self._written()
+        while True:
+            self._learner_losses += 1
+            if self._learner_losses > MAX_LEARNER_LOSSES:
+                raise LearnerError(f"the learner died {MAX_LEARNER_LOSSES} times before step {self._furthest_step + 1}: {error}") from error
+            self._warn(f"step {self._step}: {error}")
+            self._monitor.update(waiting_for="a new learner")
+            try:
+                await self._fleet.restart_learner()
+                await self._restore_newest()
+                break
+            except ActorLostError as again:
+                error = again
+        self._fleet.learner_is_back()
+        self._monitor.update(waiting_for=None)
+        self._warn(f"learner is back at the checkpoint of step {self._step}")
+        self._on_restart("learner", error.reason)
+
+    async def _restore_newest(self) -> None:
+        """Go on from the newest checkpoint that verifies; from the start where there is none. Also within a run that has gone beyond."""
+        root = self._directory.checkpoints
+        await asyncio.to_thread(remove_partials, root)
+        folder, state, refused = await asyncio.to_thread(newest_checkpoint, root)
         for line in refused:
             self._warn(line)
         if folder is None:
-            self._directory.cut_after(-1)
-            return 0
-        self._step = state["step"]
+            state = self._first_state
+        self._step = self._taken_step = state["step"]
         self._next_launch = self._step + 1
+        self._generation = state["config_generation"]  # a later one is a change that comes with the first step
+        self._skipped_in_a_row, self._pressure, self._healthy = state["skipped_in_a_row"], state["pressure"], state["healthy"]
         self._stream.restore(state["cursor"])
-        self._telemetry.restore(state["totals"])
-        await self._governor.restore.remote(state["governor"])
-        self._limits = await self._governor.limits.remote()
-        self._directory.cut_after(self._step)
+        self._telemetry.restore(state["telemetry"])
+        await self._governor.restore(state["governor"])
+        self._limits = await self._governor.limits()
+        if state["golden_key"] != self._golden_key:
+            self._warn("the golden answers are not those that the checkpoint's run had: teacher, prompts or their settings differ")
+        self._directory.cut_to(state["records"])
+        self._monitor.forget()
         for record in read_records(self._directory.metrics):
             self._monitor.add_step(record)
-        self._last_healthy, _, _ = newest_checkpoint(self._directory.checkpoints, healthy=True)
-        return await self._fleet.restore(str(folder))
+        for record in read_records(self._directory.decisions):
+            self._monitor.add_decision(record)
+        self._monitor.add_samples(read_records(self._directory.samples))
+        self._begun = folder is not None
+        if folder is None:
+            self._taken_step = None
+            return
+        self._last_healthy = folder if self._healthy else (await asyncio.to_thread(newest_checkpoint, root, healthy=True))[0]
+        await self._fleet.restore(str(folder))
 
     async def _roll_back(self, reason: str) -> None:
         """Weights of the last healthy checkpoint, moments dropped; steps, prompts and pressure go on."""
         await self._drop_launched()
-        if self._last_healthy is None:
+        await self._written()
+        folder, _, refused = await asyncio.to_thread(newest_checkpoint, self._directory.checkpoints, healthy=True)
+        for line in refused:
+            self._warn(line)
+        if folder is None:
             self._warn(f"no healthy checkpoint to roll back to ({reason}); the run goes on")
             return
-        version = await self._fleet.restore(str(self._last_healthy), rollback=True)
-        await self._sync(version)
-        self._warn(f"step {self._step}: rolled back to step {step_of(self._last_healthy)}: {reason}")
+        self._taken_step = None
+        await self._fleet.restore(str(folder), rollback=True)
+        await self._sync()
+        self._warn(f"step {self._step}: rolled back to step {step_of(folder)}: {reason}")
 
     async def _drop_launched(self) -> None:
         """Abandon rollouts under way; their prompts are drawn again."""

@@ -6,26 +6,40 @@ learner.weights --one object--> every rollout actor --> probe held against the l
 
 import asyncio
 import contextlib
-import heapq
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import psutil
 import ray
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 
 from actors.learner.actor import Learner, StepReport
 from actors.learner.group import LearnerGroup
-from actors.rollout.actor import RolloutActor
+from actors.remote import ActorLostError, HungError, Pace, Say
+from actors.rollout.actor import RayEngine, RolloutActor
+from actors.rollout.pool import Request, RolloutPool
 from actors.rollout.settings import RolloutSettings
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
-from services.job import Job, JobError
+from services.job import Job, JobError, Placement
 from services.placement import place
 
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+OnRestart = Callable[[str, str], None]
+"""Called with (role, reason) when an actor is back."""
+OnEach = Callable[[str, Callable[[RayEngine], Awaitable[Any]]], Awaitable[list[Any]]]
+"""(what is asked, the call) -> answers of the engines that gave one."""
+
+LOST = (RayActorError, NodeDiedError, WorkerCrashedError, ObjectLostError, HungError)
+"""What a call to an actor raises when the actor, or the node it ran on, is gone or silent."""
+NAME_FREE_S = 30.0
+"""A dead actor's name is free within seconds."""
 PROBE_TOKENS = 48
 """Length of the probe sequence: long enough to touch every weight, short enough to cost nothing."""
 FLOAT32_TOLERANCE_NATS = 1e-2
@@ -54,6 +68,12 @@ class Sync:
     gap_nats: float = 0.0
     """Largest engine-learner difference on the probe."""
     tolerance_nats: float = 0.0
+    weight_version: int = 0
+
+    @property
+    def sound(self) -> bool:
+        """False for a gap that is not a number, too."""
+        return self.gap_nats <= self.tolerance_nats
 
 
 def connect(address: str | None) -> None:
@@ -85,15 +105,21 @@ def require_roles(job: Job, offered: Collection[str]) -> None:
         )
 
 
-def refuse_taken_name(run: str) -> None:
+async def refuse_taken_name(run: str, *, resume: bool) -> None:
     """Raises JobError when a live run on this cluster has the name: its metrics and its job could not be told from this one's.
 
     Every run's learner is an actor of that name and ends with its run; creating it closes the gap that looking first leaves.
+    A run that is resumed waits a while: it may itself be the one that died a moment ago.
     """
-    try:
-        ray.get_actor(_learner_name(run), namespace=NAMESPACE)
-    except ValueError:
-        return
+    deadline = time.monotonic() + (NAME_FREE_S if resume else 0.0)
+    while True:
+        try:
+            ray.get_actor(_learner_name(run), namespace=NAMESPACE)
+        except ValueError:
+            return
+        if time.monotonic() >= deadline:
+            break
+        await asyncio.sleep(0.5)
     raise JobError(f"name: {run!r} is taken by a live run on this cluster; give this run another name, or stop the other one")
 
 
@@ -102,39 +128,71 @@ def _learner_name(run: str) -> str:
 
 
 class Fleet:
-    """Rollout actors and learner of a run (teacher pool and governor have handles of their own)."""
+    """Rollout actors and learner of a run (teacher pool and governor have handles of their own).
 
-    def __init__(self, job: Job, models: Models, probe: Sequence[int]) -> None:
+    Engines that die are replaced here. The learner's state is the run's: its calls raise ActorLostError when it dies, and whoever
+    keeps the checkpoints calls `restart_learner` and goes back to one.
+    """
+
+    def __init__(
+        self, job: Job, models: Models, probe: Sequence[int], *, on_restart: OnRestart = lambda role, reason: None, say: Say = logger.info
+    ) -> None:
         """`probe`: ids of ordinary text, PROBE_TOKENS or so, on which engine and learner are compared after each sync."""
-        self._job, self._models, self._probe = job, models, list(probe)
-        self._rollouts: list[Any] = []
+        self._job, self._models, self._probe, self._say = job, models, list(probe), say
+        floor_s = job.cluster.deadline_floor_s
+        self._engines = RolloutPool(
+            job.rollout.num_actors,
+            self._create_engine,
+            self._equip,
+            repeatable=job.repeatable,
+            floor_s=floor_s,
+            on_restart=lambda reason: on_restart("rollout", reason),
+            say=say,
+        )
+        self._places: dict[Role, list[dict[str, Any]]] = {}
+        """Ray options of each actor, in order; its replacement takes them over, with the room they hold."""
         self._learner = LearnerGroup(())
-        self._load_tokens: list[int] = []
+        self._learner_turn = asyncio.Lock()
+        """One call at a time: a call's deadline must not run while another one is served."""
+        self._paces: defaultdict[str, Pace] = defaultdict(lambda: Pace(floor_s))
+        self._exchange = asyncio.Lock()
+        """One transfer of weights at a time: an engine that comes back waits for a sync, and the other way round."""
+        self._sync = Sync()
+        self._reference_tokens: float | None = None
         self._descendants: dict[int, float] = {}
 
     async def start(self) -> None:
         """Bring learner and engines up side by side; returns when all of them answer."""
-        job, models = self._job, self._models
-        gpu = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-        cpus = job.cluster.cpus_per_actor
+        has_gpus = bool(ray.cluster_resources().get("GPU", 0))
+        self._transfer = self._choose_transfer(has_gpus)
+        await self._reserve(1.0 if has_gpus else 0.0)
+        self._learner = self._create_learner()
+        await asyncio.gather(self._ask_learner("start"), self._engines.start())
+        self._remember_processes()
 
-        def gpus(value: float | None) -> float:
-            return gpu if value is None else value
-
-        self._transfer = self._choose_transfer(bool(gpu))
-        places = await place(
-            "learner",
-            job.learner.num_ranks,
-            job.cluster.placement_learner,
-            num_cpus=cpus,
-            num_gpus=gpus(job.cluster.gpus_per_learner),
-            resources=role_resources(job, "learner"),
+    async def _reserve(self, gpu: float) -> None:
+        """Room for learner and engines, once: what is started again later stands where the one before it stood."""
+        job, cluster = self._job, self._job.cluster
+        learner_gpus = gpu if cluster.gpus_per_learner is None else cluster.gpus_per_learner
+        rollout_gpus = gpu if cluster.gpus_per_rollout is None else cluster.gpus_per_rollout
+        roles: tuple[tuple[Role, int, Placement | None, float], ...] = (
+            ("learner", job.learner.num_ranks, cluster.placement_learner, learner_gpus),
+            ("rollout", job.rollout.num_actors, cluster.placement_rollout, rollout_gpus * job.rollout.tensor_parallel_size),
         )
-        places[0] = places[0] | {"name": _learner_name(job.name), "namespace": NAMESPACE}
-        learner_type = ray.remote(Learner)
-        self._learner = LearnerGroup(
+        for role, num_actors, strategy, num_gpus in roles:
+            resources = role_resources(job, role)
+            self._places[role] = await place(
+                role, num_actors, strategy, num_cpus=cluster.cpus_per_actor, num_gpus=num_gpus, resources=resources
+            )
+        self._places["learner"][0] = self._places["learner"][0] | {"name": _learner_name(job.name), "namespace": NAMESPACE}
+
+    def _create_learner(self) -> LearnerGroup:
+        job, models = self._job, self._models
+        # A checkpoint is written while the next step runs. Ray takes the groups here only, not as an option.
+        learner_type = ray.remote(concurrency_groups={"disk": 1})(Learner)
+        return LearnerGroup(
             [
-                learner_type.options(**options).remote(
+                learner_type.options(**place).remote(
                     models.student,
                     job.learner,
                     job.objective,
@@ -145,34 +203,25 @@ class Fleet:
                     teacher=models.teachers[0] if job.objective.support == "full" else None,
                     trust_remote_code=job.student.trust_remote_code,
                 )
-                for options in places
+                for place in self._places["learner"]
             ]
         )
-        num_gpus = gpus(job.cluster.gpus_per_rollout) * job.rollout.tensor_parallel_size
-        places = await place(
-            "rollout",
-            job.rollout.num_actors,
-            job.cluster.placement_rollout,
-            num_cpus=cpus,
-            num_gpus=num_gpus,
-            resources=role_resources(job, "rollout"),
-        )
-        rollout_type = ray.remote(RolloutActor)
-        self._rollouts = [
-            rollout_type.options(max_concurrency=10_000, **options).remote(
-                models.student,
+
+    def _create_engine(self, index: int) -> RayEngine:
+        job = self._job
+        rollout_type = ray.remote(RolloutActor).options(max_concurrency=10_000, **self._places["rollout"][index])
+        return RayEngine(
+            rollout_type.remote(
+                self._models.student,
                 job.rollout,
-                stop_ids=models.stop_ids,
-                reference_tokens=None,
+                stop_ids=self._models.stop_ids,
+                reference_tokens=self._reference_tokens,
                 weight_transfer=self._transfer,
                 seed=job.seed,
                 top_k=job.objective.top_k if job.objective.support in ("student", "union") else 0,
+                repeatable=job.repeatable,
             )
-            for options in places
-        ]
-        self._load_tokens = [0] * len(self._rollouts)
-        await asyncio.gather(self._learner.start(), *(actor.start.remote() for actor in self._rollouts))
-        self._remember_processes()
+        )
 
     def _choose_transfer(self, has_gpus: bool) -> str:
         choice = self._job.cluster.weight_transfer
@@ -183,80 +232,69 @@ class Fleet:
         share = self._job.cluster.gpus_per_rollout
         return "ipc" if share is not None and 0 < share < 1 else "nccl"
 
-    async def sync_weights(self, version: int) -> Sync:
+    # ---- weights
+
+    async def sync_weights(self) -> Sync:
         """Bring the learner's weights into every engine, requests kept in flight, and measure on the probe what arrived."""
+        async with self._exchange:
+            syncs = await self._bring_weights(self._engines.on_each)
+        if syncs:
+            self._sync = max(syncs, key=lambda sync: (not sync.sound, sync.gap_nats))
+        else:  # every engine died over it: their replacements bring the weights themselves
+            await self._engines.any_live()
+        return self._sync
+
+    async def _equip(self, engine: RayEngine) -> None:
+        """A replacement gets what the learner has now; sound or not at all."""
+
+        async def only(what: str, call: Callable[[RayEngine], Awaitable[T]]) -> list[T]:
+            return [await self._paces[what].watch(call(engine), f"{what} by a new rollout actor", self._say)]
+
+        async with self._exchange:
+            (sync,) = await self._bring_weights(only, [engine])
+        if not sync.sound:
+            raise RuntimeError(f"engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance {sync.tolerance_nats:g}")
+        self._sync = sync
+        self._remember_processes()
+
+    async def _bring_weights(self, on_each: OnEach, newcomers: Sequence[RayEngine] = ()) -> list[Sync]:
+        """One Sync per engine that `on_each` reaches. Seconds are the transfer's, without the probe."""
         started = time.monotonic()
+        rollout = self._job.rollout
         if self._transfer == "file":
-            weights = self._learner.weights(self._job.rollout.dtype)
             # The object store moves the weights once per node; each actor on it reads the same copy.
-            await asyncio.gather(*(actor.load_weights.remote(weights, version) for actor in self._rollouts))
+            version, weights = await self._ask_learner("weights", rollout.dtype)
+            await on_each("loading weights", lambda engine: engine.actor.load_weights.remote(weights, version))
         else:
-            await asyncio.gather(*(actor.announce_version.remote(version) for actor in self._rollouts))
-            rollout = self._job.rollout
-            await self._learner.send_weights(self._transfer, rollout.dtype, self._rollouts, rollout.tensor_parallel_size)
+            # A group of GPUs is formed of all engines: beside a newcomer the others get the same weights again.
+            version = await self._ask_learner("version")
+            await self._engines.on_each("a version to come", lambda engine: engine.actor.announce_version.remote(version))
+            await asyncio.gather(*(engine.actor.announce_version.remote(version) for engine in newcomers))
+            actors = [engine.actor for engine in (*self._engines.handles, *newcomers)]
+            await self._ask_learner("send_weights", self._transfer, rollout.dtype, actors, rollout.tensor_parallel_size)
         seconds = time.monotonic() - started
-        expected, *probes = await asyncio.gather(self.learner_probe(), *(actor.probe.remote(self._probe) for actor in self._rollouts))
-        gap = max(float(np.abs(probe - expected).max()) for probe in probes)
+        expected = await self.learner_probe()
+        probes = await on_each("the weight probe", lambda engine: engine.actor.probe.remote(self._probe))
         tolerance = self._job.cluster.probe_tolerance_nats or (FLOAT32_TOLERANCE_NATS if self._all_float32() else BFLOAT16_TOLERANCE_NATS)
-        return Sync(seconds, gap, tolerance)
+        return [Sync(seconds, float(np.abs(probe - expected).max()), tolerance, version) for probe in probes]
 
     def _all_float32(self) -> bool:
         return self._job.rollout.dtype == self._job.learner.dtype == "float32"
 
-    async def rollout(
-        self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: RolloutSettings, *, greedy: bool = False
+    # ---- engines
+
+    def rollout(
+        self, requests: Sequence[Request], limits: LengthLimits, step: int, settings: RolloutSettings, *, greedy: bool = False
     ) -> AsyncIterator[list[Trajectory]]:
         """Sample a response for each (prompt, sample number), handed on in groups as they finish."""
-        shares = self._share(requests, limits.cap_tokens)
-        queue: asyncio.Queue[list[Trajectory] | BaseException | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._stream(index, share, limits, step, settings, greedy, queue)) for index, share in shares.items()]
-        try:
-            running = len(tasks)
-            while running:
-                item = await queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    running -= 1
-                else:
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def _stream(
-        self, index: int, share: list, limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool, queue: asyncio.Queue
-    ) -> None:
-        """One actor's share into the common queue; None at its end, an exception as it is."""
-        budget = len(share) * limits.cap_tokens
-        self._load_tokens[index] += budget
-        try:
-            method = self._rollouts[index].rollout.options(num_returns="streaming")
-            async for reference in method.remote(share, limits, step, settings, greedy=greedy):
-                await queue.put(await reference)
-            await queue.put(None)
-        except Exception as error:  # handed to the consumer, which raises it
-            await queue.put(error)
-        finally:
-            self._load_tokens[index] -= budget
-
-    def _share(self, requests: Sequence[tuple[Prompt, int]], cap_tokens: int) -> dict[int, list[tuple[Prompt, int]]]:
-        """Requests to the least loaded actors; samples of one prompt stay together for the prefix cache."""
-        groups: dict[tuple[int, int], list[tuple[Prompt, int]]] = {}
-        for prompt, sample in requests:
-            groups.setdefault((prompt.epoch, prompt.index), []).append((prompt, sample))
-        loads = [(load, index) for index, load in enumerate(self._load_tokens)]
-        heapq.heapify(loads)
-        shares: dict[int, list[tuple[Prompt, int]]] = {}
-        for group in groups.values():
-            load, index = loads[0]
-            heapq.heapreplace(loads, (load + len(group) * cap_tokens, index))
-            shares.setdefault(index, []).extend(group)
-        return shares
+        return self._engines.rollout(requests, limits, step, settings, greedy=greedy)
 
     async def set_reference(self, reference_tokens: float) -> None:
         """Tell the engines the reference length, which a stop ramp may start from."""
-        await asyncio.gather(*(actor.set_reference.remote(reference_tokens) for actor in self._rollouts))
+        self._reference_tokens = reference_tokens
+        await self._engines.on_each("the reference length", lambda engine: engine.actor.set_reference.remote(reference_tokens))
+
+    # ---- the learner
 
     async def learn(
         self,
@@ -267,29 +305,71 @@ class Fleet:
         learning_rate: float,
     ) -> StepReport:
         """One optimiser step."""
-        return await self._learner.step(rollouts, golden, limits, reference_tokens, learning_rate)
+        tokens = sum(len(r.trajectory.prompt.token_ids) + len(r.trajectory.token_ids) for r in rollouts)
+        tokens += sum(len(prompt.token_ids) + len(prompt.golden_ids or ()) for prompt in golden)
+        return await self._ask_learner("step", rollouts, golden, limits, reference_tokens, learning_rate, tokens=tokens)
 
     async def learner_probe(self) -> np.ndarray:
         """The learner's log-probs on the probe sequence."""
-        return await self._learner.probe(self._probe)
+        return await self._ask_learner("probe", self._probe)
+
+    async def snapshot(self) -> None:
+        """Have the learner copy its state as it is between these two steps, for `save`."""
+        await self._ask_learner("snapshot")
 
     async def save(self, folder: str) -> None:
-        """Student and optimiser into a checkpoint's folder, which learner and driver share."""
-        await self._learner.save(folder)
+        """The snapshot into a checkpoint's folder, which learner and driver share; steps go on meanwhile. Raises OSError."""
+        try:
+            await self._paces["save"].watch(self._learner.save(folder), "save of the learner", self._say)
+        except LOST as error:
+            raise ActorLostError("learner", error) from error
 
     async def save_student(self, folder: str, card: str) -> None:
         """The student alone, in Hugging Face layout."""
-        await self._learner.save_student(folder, card)
+        await self._ask_learner("save_student", folder, card)
 
     async def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Bring the learner back to a checkpoint; returns the weight version in force."""
-        return await self._learner.restore(folder, rollback=rollback)
+        return await self._ask_learner("restore", folder, rollback=rollback)
+
+    async def restart_learner(self) -> None:
+        """A new learner, all ranks of it, with the initial student: `restore` follows. Raises ActorLostError where it does not come up."""
+        await asyncio.to_thread(lambda: [ray.kill(rank) for rank in self._learner.ranks])
+        deadline = time.monotonic() + NAME_FREE_S
+        while True:
+            try:
+                self._learner = self._create_learner()
+                break
+            except ValueError:  # the cluster has not yet noted that the one before is dead
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
+        await self._ask_learner("start")
+        self._remember_processes()
+
+    def learner_is_back(self) -> None:
+        """Its weights are a checkpoint's again: engines that could not be replaced without it can be now."""
+        self._engines.retry()
+
+    async def _ask_learner(self, method: str, *args: Any, tokens: int = 1, **kwargs: Any) -> Any:
+        async with self._learner_turn:
+            try:
+                reply = getattr(self._learner, method)(*args, **kwargs)
+                return await self._paces[method].watch(reply, f"{method} of the learner", self._say, tokens=tokens)
+            except LOST as error:
+                raise ActorLostError("learner", error) from error
+
+    # ---- the end
 
     def _remember_processes(self) -> None:
         """Engines start processes of their own: what descends from this one is ours to end."""
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._descendants[process.pid] = process.create_time()
+
+    async def close(self) -> None:
+        """Replace nothing any more."""
+        await self._engines.close()
 
     def stop(self) -> None:
         """End every actor and, where it is private, the cluster; afterwards no process of the run is left."""
@@ -301,9 +381,10 @@ class Fleet:
 
     def end_actors(self) -> None:
         """Engines first, so that they end their own processes."""
+        actors = [engine.actor for engine in self._engines.handles]
         with contextlib.suppress(Exception):  # an engine that is already gone has nothing to shut down
-            ray.get([actor.shutdown.remote() for actor in self._rollouts], timeout=10)
-        for actor in (*self._rollouts, *self._learner.ranks):
+            ray.get([actor.shutdown.remote() for actor in actors], timeout=10)
+        for actor in (*(engine.actor for engine in self._engines.every_handle), *self._learner.ranks):
             ray.kill(actor)
 
 

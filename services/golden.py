@@ -53,6 +53,8 @@ class GoldenSet:
     reference: LengthReference
     cached: bool
     """Read from the cache."""
+    key: str
+    """Name of the cache's file: equal for equal answers."""
 
 
 def golden_key(prompts: Sequence[Prompt], settings: GoldenSettings, terms: Mapping[str, Any], seed: int) -> str:
@@ -116,6 +118,7 @@ async def collect_golden(
         finished={row["index"]: row["kept"] for row in table if row["by_teacher"]},
         reference=measure_lengths(list(kept.values()), num_seen=len(table)),
         cached=cached,
+        key=cache_file.stem,
     )
 
 

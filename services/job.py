@@ -8,8 +8,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from actors.governor.policy import Policy
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
+from actors.remote import FLOOR_S
 from actors.rollout.settings import RolloutSettings
-from actors.settings import Settings
+from actors.settings import Settings, Url
 from actors.teacher.settings import TeacherSettings
 
 
@@ -107,6 +108,9 @@ class ClusterSettings(Settings):
     """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node)."""
     probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None
     """Largest engine-learner gap on the probe after a sync. None: 0.01 when both are float32, else 0.25."""
+    deadline_floor_s: Annotated[float, Field(gt=0)] = FLOOR_S
+    """An actor that is silent gets at least this long before it counts as hung and is replaced; more where its work was seen to
+    take more (ten times the slowest lately)."""
 
 
 class CheckpointSettings(Settings):
@@ -115,6 +119,9 @@ class CheckpointSettings(Settings):
     every_steps: Annotated[int, Field(ge=1)] = 50
     keep: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept beside the last healthy one."""
+    copy_to: Url | None = None
+    """Second place for checkpoints and records, any address that an installed fsspec back end serves (s3://bucket/runs/x): copied
+    after each checkpoint, fetched by --resume where the run directory lacks it."""
 
 
 class ServiceSettings(Settings):
@@ -125,7 +132,7 @@ class ServiceSettings(Settings):
     """0 picks a free one; the address is printed and stands in GET /v1/run."""
     protect_metrics: bool = False
     """Ask for the token on /metrics too."""
-    prometheus_url: str | None = None
+    prometheus_url: Url | None = None
     """A Prometheus server the governor reads through; None: the run's own /metrics."""
     file_sd_dir: str | None = None
     """Folder in which the run announces its /metrics address for Prometheus file discovery."""
@@ -168,6 +175,11 @@ class Job(Settings):
     cluster: ClusterSettings = ClusterSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     service: ServiceSettings = ServiceSettings()
+
+    @property
+    def repeatable(self) -> bool:
+        """The strict loop: the same job gives the same weights bit for bit, resumed or not (see the README for its terms)."""
+        return self.rollout.max_staleness == 0
 
     @model_validator(mode="before")
     @classmethod
@@ -231,6 +243,8 @@ def describe_errors(error: ValidationError) -> list[str]:
             lines.append(f"{where}: unknown key; remove it or see the README for the key that was meant")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing; add it")
+        elif item["type"] == "secret":
+            lines.append(f"{where}: {item['msg']}")
         else:
             lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
     return lines

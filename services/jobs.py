@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -32,6 +33,8 @@ RUN_KEY, URL_KEY, TOKEN_KEY, OUT_KEY, ENDING_KEY = "opd_run", "opd_url", "opd_to
 """Keys of a job's metadata."""
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the driver of a submitted job; its metadata names the submission."""
+MAX_DRIVER_STARTS = 10
+"""A driver that was killed this often will be killed again."""
 STATUS_POLL_S = 0.5
 """Ray notes the end of a job a moment after its log has ended."""
 
@@ -137,7 +140,7 @@ def submit(client: JobClient, job: Job, out: Path) -> tuple[Submission, bool]:
         (Path(folder) / "job.yaml").write_text(yaml.safe_dump(_for_cluster(job).model_dump(mode="json"), sort_keys=False))
         try:
             client.submit_job(
-                entrypoint=f"opd run job.yaml --out {shlex.quote(str(out))} --resume",
+                entrypoint=entrypoint(out),
                 submission_id=submission_id,
                 runtime_env={"working_dir": folder},
                 metadata={RUN_KEY: job.name, OUT_KEY: str(out)},
@@ -147,6 +150,17 @@ def submit(client: JobClient, job: Job, out: Path) -> tuple[Submission, bool]:
                 raise RemoteError(f"the cluster refused the job: {_first_line(error)}") from None
             return find(client, job.name), False  # somebody submitted it in the same moment
     return _submission(client.get_job_info(submission_id)), True
+
+
+def entrypoint(out: Path) -> str:
+    """What the cluster's shell runs: a driver that a signal ended (a crash, memory) is started again and goes on from its checkpoint.
+
+    Ray Jobs starts an entrypoint once. A stop reaches shell and driver alike; the shell outlives it to hand on the driver's exit code.
+    """
+    run = f"opd run job.yaml --out {shlex.quote(str(out))} --resume"
+    again = "|".join(str(128 + number) for number in (signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV))
+    starts = " ".join(str(n) for n in range(1, MAX_DRIVER_STARTS + 1))
+    return f"trap : TERM INT; for start in {starts}; do {run}; code=$?; case $code in {again}) ;; *) break;; esac; done; exit $code"
 
 
 async def follow(client: JobClient, submission: Submission, write: Callable[[str], None]) -> Submission:

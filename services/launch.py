@@ -23,7 +23,7 @@ from actors.rollout.loops import find_loop
 from actors.rollout.settings import RolloutSettings
 from actors.teacher.actor import start_teacher
 from actors.teacher.pool import Support, TeacherPool
-from actors.trajectory import LengthLimits, Prompt
+from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from services.control import create_app
 from services.data import load_problems, open_prompts
 from services.distill import Distillation, base_limits
@@ -32,10 +32,13 @@ from services.fleet import PROBE_TOKENS, Fleet, Models, connect, refuse_taken_na
 from services.golden import GoldenSet, choose_prompts, collect_golden, golden_key
 from services.job import Job
 from services.jobs import announced
+from services.keeper import GovernorKeeper
+from services.mirror import Mirror
 from services.models import context_tokens, resolve_model, stop_event_ids, tokenizer_of, weights_identity
 from services.monitor import RunMonitor
 from services.placement import place
 from services.prune import resolve_student
+from services.record import Source, nonfinite_record
 from services.report import write_report
 from services.rundir import ADDRESS, Record, RunDirectory
 from services.server import ControlServer, bind, load_or_create_token
@@ -44,6 +47,15 @@ from services.trackers import Trackers
 from services.tunables import ConfigStore
 
 Say = Callable[[str], None]
+
+MAX_NONFINITE = 200
+"""Samples kept per process of a run: enough to find the cause, and no full disk where every sample is spoiled."""
+SERVING_S = 1.0
+"""How often the run looks whether its HTTP thread lives."""
+
+
+class TerminatedError(RuntimeError):
+    """SIGTERM came before the last step: what there is lies in a checkpoint. Exit code 143, so that whoever restarts runs does."""
 
 
 class Run:
@@ -62,6 +74,10 @@ class Run:
             self.problems = load_problems(job.data.eval, job.data.prompts, self.tokenizer)
             self.verify = load_verifier(job.data.eval.verifier)
         self.directory = RunDirectory(out, resume=resume)
+        self._mirror = Mirror(job.checkpoint.copy_to, self.directory) if job.checkpoint.copy_to else None
+        if self._mirror and resume:
+            for line in self._mirror.fetch():
+                say(line)
         self._trackers = Trackers(job, out, say)
         self._token = load_or_create_token(out)
         self._listener = bind(job.service.host, job.service.port, self._token)
@@ -73,13 +89,15 @@ class Run:
         self.server = ControlServer(app, self._listener)
         self.monitor.update(links={"page": self.server.url, "metrics": f"{self.server.url}/metrics"})
         self._loop: Distillation | None = None
-        self._ending = False
+        self._ending = self._terminated = False
+        self._num_nonfinite = 0
 
     async def execute(self) -> None:
         """The whole run, and the end of every process of it, however it ends."""
         self.server.start()
         self._say(f"run {self.job.name}: {self.server.url} (token in {self.directory.path / 'token'})")
-        fleet, pool = Fleet(self.job, self.models, self._probe()), None
+        fleet = Fleet(self.job, self.models, self._probe(), on_restart=self._count_restart, say=self._note)
+        pool, serving = None, asyncio.create_task(self._keep_serving())
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self._address_files())
@@ -87,22 +105,28 @@ class Run:
                 connect(self.job.cluster.address)
                 # After Ray's own handlers, so that these hold; they stay until everything is ended.
                 stack.enter_context(self._signals())
-                refuse_taken_name(self.job.name)
+                await refuse_taken_name(self.job.name, resume=self._resume)
                 require_roles(self.job, ray.cluster_resources())
                 async with announced(self.job.name, self.server.url, self._token, self.directory.path):
                     pool = await self._start_teachers()
                     _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
                     await self._train(fleet, pool, golden)
                     self.monitor.enter("finished")
-            except BaseException:
-                self.monitor.enter("failed")
+            except BaseException as error:
+                if not isinstance(error, TerminatedError):
+                    self.monitor.enter("failed")
                 raise
             finally:
                 self._ending = True
+                serving.cancel()
                 if pool is not None:
                     await pool.close()
+                await fleet.close()
                 await asyncio.to_thread(fleet.stop)
-                write_report(self.directory.path, ended=True)
+                try:
+                    write_report(self.directory.path, ended=True)
+                except OSError as error:
+                    self._say(f"no report: {error}; opd report {self.directory.path} writes it once there is room")
                 self.server.stop()
 
     async def _golden_after(self, pool: TeacherPool) -> GoldenSet:
@@ -123,6 +147,7 @@ class Run:
             self.job,
             stream=self.stream,
             golden=[prompt for prompt in self.stream.prompts() if prompt.golden_ids],
+            golden_key=golden.key,
             reference_tokens=reference.mean_tokens,
             fleet=fleet,
             pool=pool,
@@ -134,10 +159,48 @@ class Run:
             evaluate=self._evaluator(fleet) if self.problems else None,
             decode=self._decode,
             on_step=self._record_step,
-            on_warning=self._say,
+            on_warning=self._note,
+            on_restart=self._count_restart,
+            on_nonfinite=self._keep_nonfinite,
+            finish=lambda: self._finish(fleet),
+            mirror=self._mirror.push if self._mirror else None,
         )
         await self._loop.run(self._resume)
-        await fleet.save_student(str(self.directory.final), model_card(self.job, self.directory))
+        if self._terminated:
+            raise TerminatedError("terminated: the run goes on from its checkpoint with --resume")
+
+    async def _finish(self, fleet: Fleet) -> None:
+        if self._terminated and self.monitor.status()["step"] == self.job.learner.total_steps:
+            self._terminated = False  # it came too late to matter
+        if not self._terminated:
+            await fleet.save_student(str(self.directory.final), model_card(self.job, self.directory))
+
+    def _note(self, text: str) -> None:
+        """A line about the run, for whoever watches: terminal, events.jsonl, live page."""
+        self._say(text)
+        event = {"time": time.time(), "step": self.monitor.status()["step"], "text": text}
+        self.directory.append(self.directory.events, event)
+        self.monitor.add_event(event)
+
+    def _count_restart(self, role: str, reason: str) -> None:
+        self.telemetry.inc("opd_actor_restarts_total", role=role)
+        self._note(f"restarted: {role} ({reason})")
+
+    def _keep_nonfinite(self, source: Source, trajectory: Trajectory, scores: TokenScores | None) -> None:
+        self.telemetry.inc("opd_nonfinite_samples_total", source=source)
+        if self._num_nonfinite < MAX_NONFINITE:
+            self._num_nonfinite += 1
+            self.directory.append(self.directory.nonfinite, nonfinite_record(source, trajectory, scores))
+        if self._num_nonfinite == 1:
+            self._note(f"step {trajectory.step}: a sample with a number that is none ({source}); see {self.directory.nonfinite}")
+
+    async def _keep_serving(self) -> None:
+        """HTTP is a thread of this process; should it end, another one takes over its socket."""
+        while True:
+            await asyncio.sleep(SERVING_S)
+            if not self.server.alive:
+                self.server.start()
+                self._count_restart("service", "crash")
 
     def _record_step(self, record: Record) -> None:
         self._trackers.log(record)
@@ -145,22 +208,23 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM ends the run at the next step border with a checkpoint, the second at once."""
+        """The first SIGINT or SIGTERM ends the run with a checkpoint, the second at once."""
         main, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert main is not None
 
-        def interrupt() -> None:
+        def interrupt(number: signal.Signals) -> None:
             if self._ending:
                 return
             if self._loop is None or self.monitor.status()["phase"] == "stopping":
                 main.cancel()
                 return
-            self._say("interrupted: the run ends after this step, with a checkpoint (again: at once)")
+            self._say(f"{number.name}: the run ends with a checkpoint (again: at once)")
+            self._terminated = number == signal.SIGTERM
             self._loop.stop()
 
         numbers = (signal.SIGINT, signal.SIGTERM)
         for number in numbers:
-            loop.add_signal_handler(number, interrupt)
+            loop.add_signal_handler(number, interrupt, number)
         try:
             yield
         finally:
@@ -201,14 +265,18 @@ class Run:
             ),
             domains={prompt.domain for prompt in self.stream.prompts()},
             on_request=self._count_request,
-            on_restart=lambda teacher, reason: self.telemetry.inc("opd_actor_restarts_total", role="teacher"),
+            on_restart=lambda teacher, reason: self._count_restart("teacher", reason),
+            on_nonfinite=lambda trajectory, scores: self._keep_nonfinite("teacher", trajectory, scores),
+            floor_s=self.job.cluster.deadline_floor_s,
+            say=self._note,
+            alone=self.job.repeatable,
         )
 
     def _count_request(self, teacher: str, result: str, seconds: float) -> None:
         self.telemetry.inc("opd_teacher_requests_total", teacher=teacher, result=result)
         self.telemetry.observe("opd_teacher_request_seconds", seconds, teacher=teacher)
 
-    def _start_governor(self) -> Any:
+    def _start_governor(self) -> GovernorKeeper:
         """On the driver's own node: it reads the run's /metrics over loopback."""
         source: MetricsSource
         if self.job.service.prometheus_url:
@@ -220,7 +288,15 @@ class Run:
         actor = ray.remote(Governor).options(num_cpus=0, scheduling_strategy=here)
         generation, tunables = self.store.in_force()
         job = tunables.apply(self.job)
-        return actor.remote(source, job.governor, base_limits(job), generation)
+        return GovernorKeeper(
+            lambda policy, base, generation: actor.remote(source, policy, base, generation),
+            job.governor,
+            base_limits(job),
+            generation,
+            floor_s=self.job.cluster.deadline_floor_s,
+            on_restart=lambda reason: self._count_restart("governor", reason),
+            say=self._note,
+        )
 
     async def _write_golden(self, pool: TeacherPool) -> GoldenSet:
         settings = self.job.data.golden

@@ -38,6 +38,10 @@ def resolve_model(name: str) -> str:
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise JobError(f"model {name}: the folder has no config.json; give a Hugging Face model folder")
+        if not any(folder.glob("*.safetensors")):
+            raise JobError(
+                f"model {name}: the folder has no .safetensors file, and pickled weights are not loaded; save_pretrained writes them"
+            )
         return str(folder)
     if looks_local:
         raise JobError(f"model {name}: no such folder; give a Hugging Face model folder or id")

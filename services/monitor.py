@@ -12,6 +12,8 @@ from services.rundir import Record
 MAX_RECORDS = 100_000
 """Step records kept in memory for the live page: about 100 MB; the file has all of them, and the length of every rollout."""
 MAX_SAMPLES = 50
+MAX_EVENTS = 50
+"""Newest ones, in every answer of GET /v1/run."""
 
 
 class RunMonitor:
@@ -27,7 +29,10 @@ class RunMonitor:
             "weight_version": 0,
             "limits": asdict(limits),
             "links": {},
+            "waiting_for": None,
+            "events": [],
         }
+        self._events: deque[Record] = deque(maxlen=MAX_EVENTS)
         self._steps: deque[Record] = deque(maxlen=MAX_RECORDS)
         self._samples: deque[Record] = deque(maxlen=MAX_SAMPLES)
         self._decisions: deque[Record] = deque(maxlen=MAX_RECORDS)
@@ -51,14 +56,28 @@ class RunMonitor:
             self._steps.append({key: value for key, value in record.items() if key != "lengths"})
             self._status["step"] = record["step"]
 
+    def forget(self) -> None:
+        """The steps shown are about to be taken again, from a checkpoint on; what remains of them is added anew."""
+        with self._lock:
+            self._steps.clear()
+            self._samples.clear()
+            self._decisions.clear()
+            self._status["step"] = 0
+
+    def add_event(self, record: Record) -> None:
+        """Something that is no step and no decision: an actor lost, a restart, a wait."""
+        with self._lock:
+            self._events.append(record)
+            self._status["events"] = list(self._events)
+
     def add_samples(self, records: list[Record]) -> None:
         with self._lock:
             self._samples.extend(records)
 
-    def add_decision(self, record: Record, governor: dict[str, Any]) -> None:
+    def add_decision(self, record: Record) -> None:
         with self._lock:
             self._decisions.append(record)
-            self._governor = governor
+            self._governor = {key: record[key] for key in ("mode", "pressure", "signals", "limits")}
 
     def take_verbs(self) -> list[Verb]:
         """Verbs asked for since the last border, in order."""

@@ -58,7 +58,7 @@ class Check:
 
 def check(job: Job, directory: Path) -> list[Check]:
     """Check a job against the world; starts nothing, writes nothing but converted models in the cache."""
-    checks = [*_check_folder(directory), *_check_service(job), *_check_objective(job), *_check_dtypes(job)]
+    checks = [*_check_folder(directory), *_check_service(job), *_check_objective(job), *_check_dtypes(job), *_check_repeatable(job)]
     student, found = _resolve("student model", partial(_stand_in, job.student.model), job.student.trust_remote_code, "student.model")
     checks += found
     teachers: list[str | None] = []
@@ -248,6 +248,20 @@ def _check_dtypes(job: Job) -> Iterator[Check]:
     else:
         detail = rollout
     yield Check("dtype", "warn" if remedy else "pass", detail, remedy)
+
+
+def _check_repeatable(job: Job) -> Iterator[Check]:
+    """A strict job resumes bit for bit; what stands against that is said once, here."""
+    if not job.repeatable:
+        return
+    against = [f"teacher {teacher.name} is a server, whose batches are its own" for teacher in job.teacher if teacher.backend == "http"]
+    if job.service.prometheus_url and job.governor.mode != "off":
+        against.append("the governor reads a Prometheus server, whose scrapes fall when they fall")
+    if against:
+        detail = f"rollout.max_staleness 0, but a resumed run may differ: {'; '.join(against)}"
+        yield Check("exact resume", "warn", detail, "use a local teacher and the run's own /metrics where bits matter")
+    else:
+        yield Check("exact resume", "pass", "strict: the same job gives the same weights, resumed or not")
 
 
 def _check_pad(tokenizer: Any) -> Iterator[Check]:

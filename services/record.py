@@ -3,16 +3,22 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from actors.learner.actor import StepReport
 from actors.learner.metrics import POSITION_BUCKETS
-from actors.trajectory import LengthLimits, Trajectory
+from actors.trajectory import LengthLimits, TokenScores, Trajectory
 from services.collect import Batch
 from services.evaluate import Evaluation
 from services.rundir import Record
 from services.telemetry import Telemetry
+
+CLOCK_FIELDS = frozenset({"time", "step_s", "wait_s", "rollout_s", "score_s", "learn_s", "sync_s", "tokens_per_s"})
+"""Fields of a step's record that tell time: all others are the same in every strict run of the same job."""
+Source = Literal["engine", "teacher", "learner"]
+"""Who found that a sample's numbers are none: its own log-probs, the teacher's, or its loss or gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +84,14 @@ def step_record(
     times: StepTimes,
     evaluations: Mapping[str, Evaluation],
 ) -> Record:
-    """One line of metrics.jsonl. `limits` and `pressure` are those the learner step ran under."""
+    """One line of metrics.jsonl. `limits` and `pressure` are those the learner step ran under; `prompts` are (epoch, index)."""
     lengths = np.array([len(t.token_ids) for t in batch.trajectories])
     num = max(1, len(lengths))
     record: Record = {
         "step": batch.step,
         "time": time.time(),
         "num_rollouts": len(lengths),
+        "prompts": [list(key) for key in dict.fromkeys((t.prompt.epoch, t.prompt.index) for t in batch.trajectories)],
         "lengths": lengths.tolist(),
         "length_mean": float(lengths.mean()) if len(lengths) else 0.0,
         "length_p95": float(np.quantile(lengths, 0.95)) if len(lengths) else 0.0,
@@ -170,6 +177,30 @@ def sample_records(batch: Batch, num: int, decode: Callable[[Sequence[int]], str
         }
         for trajectory in chosen
     ]
+
+
+def nonfinite_record(source: Source, trajectory: Trajectory, scores: TokenScores | None) -> Record:
+    """Everything about one sample that spoiled, or would have spoiled, a step; where a number is none it is null."""
+    prompt = trajectory.prompt
+    record: Record = {
+        "step": trajectory.step,
+        "source": source,
+        "epoch": prompt.epoch,
+        "prompt": prompt.index,
+        "sample": trajectory.sample,
+        "weight_version": trajectory.weight_version,
+        "text": prompt.text,
+        "prompt_ids": list(prompt.token_ids),
+        "token_ids": list(trajectory.token_ids),
+        "logprobs": trajectory.logprobs_T.tolist(),
+    }
+    if scores is not None:
+        record |= {
+            "teacher": scores.teacher,
+            "teacher_logprobs": scores.sampled_logp_T.tolist(),
+            "stop_logprobs": scores.stop_logp_T.tolist(),
+        }
+    return record
 
 
 def _staleness(trajectory: Trajectory, report: StepReport) -> int:

@@ -1,11 +1,13 @@
 """The run directory: what a run leaves behind, appended line by line so that a crash loses nothing before it.
 
-job.yaml  metrics.jsonl  decisions.jsonl  config.jsonl  samples.jsonl  checkpoints/  final/  report.html  length.png
+job.yaml  metrics.jsonl  decisions.jsonl  config.jsonl  samples.jsonl  events.jsonl  nonfinite.jsonl  checkpoints/  final/
+report.html  length.png
 """
 
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,10 @@ class RunDirectory:
             probe.unlink()
         except OSError as error:
             raise JobError(f"--out {path}: not writable ({error.strerror}); choose another folder") from None
-        if self.metrics.exists() and not resume:
+        self._waiting: dict[Path, list[str]] = {}
+        self.trouble: str | None = None
+        """Why records wait in memory; None: they do not."""
+        if not resume and (self.metrics.exists() or any(self.checkpoints.glob("step-*"))):
             raise JobError(f"--out {path}: holds a run already; add --resume to go on with it, or choose another folder")
 
     @property
@@ -51,6 +56,16 @@ class RunDirectory:
         return self.path / "config.jsonl"
 
     @property
+    def events(self) -> Path:
+        """What happened to the run: actors lost and back, waits, rollbacks."""
+        return self.path / "events.jsonl"
+
+    @property
+    def nonfinite(self) -> Path:
+        """Samples whose log-probs, scores, loss or gradient were not finite, to be looked at."""
+        return self.path / "nonfinite.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -63,17 +78,52 @@ class RunDirectory:
         (self.path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))
 
     def append(self, path: Path, record: Record) -> None:
-        """One line, at once on its way to the disk."""
-        with path.open("a") as file:
-            file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        """One line, at once on its way to the disk. Where that has no room the line waits (see `trouble`) and goes with the next one."""
+        self._waiting.setdefault(path, []).append(json.dumps(finite(record), allow_nan=False) + "\n")
+        try:
+            self._flush(path)
+        except OSError as error:
+            self.trouble = str(error)
+        else:
+            if not any(self._waiting.values()):
+                self.trouble = None
 
-    def cut_after(self, step: int) -> None:
-        """Forget records of later steps: a resumed run writes them again."""
-        for path in (self.metrics, self.decisions, self.samples):
-            kept = [record for record in read_records(path) if record["step"] <= step]
-            replacement = path.with_suffix(".tmp")
-            replacement.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(replacement, path)
+    def record_sizes(self) -> dict[str, int]:
+        """Bytes of each records file up to here, all of it on the disk, for `cut_to`. Raises OSError."""
+        for path in self._waiting:
+            self._flush(path)
+        sizes = {}
+        for path in self.of_steps():
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    sizes[path.name] = os.fstat(file.fileno()).st_size
+        return sizes
+
+    def cut_to(self, sizes: Mapping[str, int]) -> None:
+        """Forget what was recorded since: the steps are taken again, and written again."""
+        self._waiting.clear()
+        for path in self.of_steps():
+            if path.exists():
+                os.truncate(path, min(sizes.get(path.name, 0), path.stat().st_size))
+
+    def of_steps(self) -> tuple[Path, ...]:
+        """The records files that a resume cuts back."""
+        return self.metrics, self.decisions, self.samples, self.nonfinite
+
+    def _flush(self, path: Path) -> None:
+        data = "".join(self._waiting[path]).encode()
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        size = os.fstat(descriptor).st_size
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except OSError:
+            os.ftruncate(descriptor, size)  # whole lines or none
+            raise
+        finally:
+            os.close(descriptor)
+        self._waiting[path].clear()
 
 
 def read_records(path: Path) -> list[Record]:

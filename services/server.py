@@ -73,7 +73,7 @@ class ControlServer:
         host, self.port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
         # No access log and no log set-up of its own: requests carry the token, and the run owns the terminal.
-        config = uvicorn.Config(
+        self._config = uvicorn.Config(
             app,
             log_config=None,
             log_level="warning",
@@ -82,12 +82,22 @@ class ControlServer:
             timeout_graceful_shutdown=SHUTDOWN_S,
             server_header=False,
         )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, name="opd-http", daemon=True)
 
     def start(self) -> None:
         """Connections made from here on are answered: the socket listens already."""
+        self._server = uvicorn.Server(self._config)
+        # A socket of its own, for it closes what it is given: the port stays ours when the thread dies.
+        self._thread = threading.Thread(target=self._serve, args=(self._server, self._listener.dup()), name="opd-http", daemon=True)
         self._thread.start()
+
+    @staticmethod
+    def _serve(server: uvicorn.Server, listener: socket.socket) -> None:
+        with listener:
+            server.run(sockets=[listener])
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def stop(self) -> None:
         """Finish the requests under way, close the port, end the thread. Idempotent."""

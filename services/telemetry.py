@@ -20,6 +20,8 @@ from actors.learner.metrics import POSITION_BUCKETS
 from actors.trajectory import FinishReason, LengthLimits, Trajectory
 
 Kind = Literal["counter", "gauge", "histogram"]
+Series = list[Any]
+"""[name, labels, value], JSON."""
 
 LOGPROB_BUCKETS = (-64.0, -32.0, -16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.25, -0.1, 0.0)
 SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -31,7 +33,8 @@ LABEL_VALUES = {
     "position": POSITION_BUCKETS,
     "form": ("raw", "class"),
     "phase": ("rollout", "score", "learn", "sync", "total"),
-    "role": ("rollout", "teacher", "learner", "governor"),
+    "source": ("engine", "teacher", "learner"),
+    "role": ("rollout", "teacher", "learner", "governor", "service"),
 }
 """Labels whose values are known beforehand."""
 
@@ -90,6 +93,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("opd_eval_accuracy_ratio", "gauge", "Held-out accuracy.", ("decoding",)),
     Metric("opd_eval_length_tokens", "gauge", "Mean held-out response length, tokens.", ("decoding",)),
     Metric("opd_eval_truncation_ratio", "gauge", "Share of held-out responses cut by the cap.", ("decoding",)),
+    Metric("opd_nonfinite_samples_total", "counter", "Samples kept out because a number of theirs was NaN or infinite.", ("source",)),
     Metric("opd_stop_mass_student_total", "counter", "Sum over tokens of the student's probability to stop."),
     Metric("opd_stop_mass_teacher_total", "counter", "Sum over the same tokens of the teacher's probability to stop."),
     Metric("opd_stop_mass_tokens_total", "counter", "Tokens in the two stop-mass sums."),
@@ -97,6 +101,7 @@ METRICS: tuple[Metric, ...] = (
 ADDITIONS = frozenset(
     {
         "opd_governor_lr_scale",
+        "opd_nonfinite_samples_total",
         "opd_governor_cut_rollouts_total",
         "opd_run_paused",
         "opd_stop_mass_student_total",
@@ -105,6 +110,10 @@ ADDITIONS = frozenset(
     }
 )
 """Metrics beyond the published contract."""
+
+
+OWN_GAUGES = frozenset({"opd_length_reference_tokens", "opd_run_paused", "opd_heartbeat_timestamp_seconds"})
+"""What a run that goes back to a checkpoint knows better itself: what it has measured anew, and what is so now."""
 
 
 class Telemetry:
@@ -176,29 +185,47 @@ class Telemetry:
         """A step has finished, or a pause has ended: what follows is timed from here."""
         self.set("opd_heartbeat_timestamp_seconds", time.time())
 
-    def totals(self) -> dict[str, float]:
-        """Counter values as `name{label="value",...}`, for a checkpoint."""
-        return {key: value for key, value in self._counter_samples() if value}
+    def state(self) -> list[Series]:
+        """Every series, for a checkpoint: the metric's name, its labels, a number or a histogram's counts by upper edge and its sum."""
+        names = {metric.name: metric.labels for metric in METRICS}
+        return [
+            [
+                name,
+                dict(zip(names[name], values, strict=True)),
+                _read_histogram(child) if hasattr(child, "_buckets") else child._value.get(),
+            ]
+            for name, values, child in self._series()
+        ]
 
-    def restore(self, totals: dict[str, float]) -> None:
-        """Bring counters to a checkpoint's values, so that a resumed run's totals go on. Histograms start anew."""
-        for metric in METRICS:
-            if metric.kind != "counter":
-                continue
-            for key, value in totals.items():
-                name, _, rest = key.partition("{")
-                if name == metric.name:
-                    labels = dict(pair.split("=", 1) for pair in rest.rstrip("}").split(",") if pair)
-                    child = self._child(name, {k: v.strip('"') for k, v in labels.items()})
-                    child.inc(value - child._value.get())
+    def restore(self, state: Iterable[Series]) -> None:
+        """Go on from a checkpoint's values, also in a process that has gone beyond it; restarts of actors are never forgotten.
 
-    def _counter_samples(self) -> Iterable[tuple[str, float]]:
-        names = {metric.name for metric in METRICS if metric.kind == "counter"}
-        for family in self.registry.collect():
-            for sample in family.samples:
-                if sample.name in names:
-                    labels = ",".join(f'{k}="{v}"' for k, v in sorted(sample.labels.items()) if k != "run")
-                    yield f"{sample.name}{{{labels}}}", sample.value
+        A histogram whose edges are no longer the same starts anew.
+        """
+        known = {(name, tuple(labels.values())): value for name, labels, value in state}
+        for name, values in known.keys() | {(name, values) for name, values, _ in self._series()}:
+            metric: Any = self._metrics[name]
+            value, child = known.get((name, values)), metric.labels(self.run, *values)
+            if isinstance(metric, Histogram):
+                edges, *_ = empty = _read_histogram(child)
+                _, counts, total = value if value is not None and value[0] == edges else empty
+                for bucket, count in zip(child._buckets, counts, strict=True):
+                    bucket.set(count)
+                child._sum.set(total)
+            elif name == "opd_actor_restarts_total":
+                child._value.set(max(child._value.get(), value or 0.0))
+            elif isinstance(metric, PrometheusCounter):
+                child._value.set(value or 0.0)
+            elif value is not None and name not in OWN_GAUGES:
+                child._value.set(value)
+
+    def _series(self) -> Iterable[tuple[str, tuple[str, ...], Any]]:
+        return [(m.name, tuple(values[1:]), child) for m in METRICS for values, child in dict(self._metrics[m.name]._metrics).items()]
+
+
+def _read_histogram(child: Any) -> list[Any]:
+    """[edges, counts between them, sum]."""
+    return [[str(edge) for edge in child._upper_bounds], [bucket.get() for bucket in child._buckets], child._sum.get()]
 
 
 def length_buckets(max_new_tokens: int) -> tuple[float, ...]:

@@ -45,7 +45,7 @@ class Governor:
         self._now_s, self._monotonic_s = now_s, monotonic_s
         self._policy, self._base, self._generation = policy, base, generation
         self._state = start(policy, base)
-        self._recorded_generation: int | None = None
+        self._recorded: dict[str, Any] | None = None
         # A new run counts from zero.
         self._previous: Snapshot | None = Snapshot()
         self._taken_s: float | None = None
@@ -62,14 +62,15 @@ class Governor:
         return self._state.limits
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: JSON values."""
-        return self._state.to_json()
+        """For the checkpoint, JSON values: what the law remembers, the reading that the next one is held against, what was recorded."""
+        previous = None if self._previous is None else self._previous.to_json()
+        return {"law": self._state.to_json(), "previous": previous, "recorded": self._recorded}
 
     def restore(self, state: dict[str, Any]) -> None:
         """When a run is resumed or this actor was restarted; not on a rollback, whose pressure must outlive it."""
-        self._state = State.from_json(state)
-        self._previous = None
-        self._recorded_generation = None
+        self._state = State.from_json(state["law"])
+        self._previous = None if state["previous"] is None else Snapshot.from_json(state["previous"])
+        self._recorded = state["recorded"]
 
     def tick(self, step: int) -> tuple[Decision, dict[str, Any]]:
         """Decide at the border after `step`. Returns the decision and its record, one line of decisions.jsonl."""
@@ -77,10 +78,11 @@ class Governor:
         signals = Signals(time_s=self._now_s()) if policy.mode == "off" else self._look(policy)
         self._state, _, decision = decide(self._state, signals, policy, base, step)
         record = decision.to_json() | {"config_generation": generation}
-        if generation != self._recorded_generation:
-            # Once per generation: with it a directory replays alone.
-            record |= {"policy": policy.model_dump(mode="json"), "base": asdict(base)}
-            self._recorded_generation = generation
+        terms = {"policy": policy.model_dump(mode="json"), "base": asdict(base)}
+        if terms != self._recorded:
+            # Once for as long as they hold: with them a directory replays alone.
+            record |= terms
+            self._recorded = terms
         return decision, record
 
     def _look(self, policy: Policy) -> Signals:

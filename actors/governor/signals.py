@@ -39,6 +39,14 @@ class Snapshot:
             series[name, tuple(sorted(kept.items()))] = value
         return cls(series, taken_s)
 
+    def to_json(self) -> list[Any]:
+        """[name, labels, value] of each series."""
+        return [[name, dict(labels), value] for (name, labels), value in self.series.items()]
+
+    @classmethod
+    def from_json(cls, series: Iterable[Any]) -> "Snapshot":
+        return cls.of((name, labels, value) for name, labels, value in series)
+
     @cached_property
     def _families(self) -> dict[str, list[tuple[dict[str, str], float]]]:
         families: dict[str, list[tuple[dict[str, str], float]]] = {}

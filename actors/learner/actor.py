@@ -5,10 +5,11 @@ ScoredRollout + golden --build_micro_batches--> forward, chunked_objective, back
 With several ranks each takes its share of the rows; loss and gradients are summed over ranks, everything else is the same.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -18,23 +19,35 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from torch.distributed import TCPStore
 from transformers import AutoTokenizer
 
 from actors.causal_lm import CausalLM
 from actors.learner.batching import MicroBatch, ModelInputs, build_micro_batches
-from actors.learner.checkpoint import OPTIMIZER, STUDENT, load_optimizer, save_optimizer
+from actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
 from actors.learner.metrics import BatchMetrics, summarise
 from actors.learner.objective import LazyLogits, TokenFields, TokenLosses, chunked_objective
 from actors.learner.optimizer import build_optimizer, learning_rate_at
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
-from actors.learner.sharding import gather, join, open_rendezvous, rank_and_size, scatter, shard, summed, whole
+from actors.learner.sharding import gather, join, of_every_rank, open_rendezvous, rank_and_size, scatter, shard, summed, whole
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout
 
 COUNTERS = "learner.json"
 HEAD = "lm_head.weight"
 """What engines call the output head."""
+RANDOM = "random.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Copies in host memory of all that a step changes."""
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    random: dict[str, torch.Tensor]
+    """Generator state by rank and device, "0/cpu"; dropout draws from it."""
+    weight_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,19 @@ class StepReport:
     """Loss or gradient was not finite: the weights stayed as they were."""
     weight_version: int
     metrics: BatchMetrics
+    suspects: tuple[int, ...] = ()
+    """Of a skipped step: the rollouts (their places in the batch) that give no finite loss or gradient on their own."""
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: str) -> Iterator[None]:
+    """OSError whatever the writers raise: on a full disk safetensors and tokenizers have error types of their own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{folder}: {error}") from error
 
 
 class Learner:
@@ -71,6 +97,7 @@ class Learner:
     ) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         torch.manual_seed(seed)
+        os.umask(0o077)  # what this process writes is its owner's alone
         self._path, self._settings, self._objective = model, settings, objective
         self._stop_ids, self._max_new_tokens, self._trust = stop_ids, max_new_tokens, trust_remote_code
         # Master weights and moments are float32 whatever precision the passes run in.
@@ -87,7 +114,9 @@ class Learner:
         """What every pass over the student runs inside."""
         self._ready()
         self.weight_version = 0
+        self._snapshot: Snapshot | None = None
         self._trainer: Any = None
+        self._trainer_actors: list[Any] = []
 
     def open_rendezvous(self) -> tuple[str, int]:
         """On the first rank: host and port where the ranks of a learner meet."""
@@ -136,7 +165,8 @@ class Learner:
         first: list[TokenLosses] | None = None
         loss, grad_norm, skipped = 0.0, 0.0, False
         for _ in range(self._settings.epochs_per_batch):
-            loss, grad_norm, skipped, losses = self._epoch(micro_batches, limits, rate)
+            loss, grad_norm, failed, losses = self._epoch(micro_batches, limits, rate)
+            skipped |= failed
             if first is None:
                 first = losses
                 fields = [micro.fields.with_proximal(part) for micro, part in zip(micro_batches, losses, strict=True)]
@@ -144,10 +174,41 @@ class Learner:
         assert first is not None
         self.weight_version += 1
         parts = [summarise(part, micro.fields, self._stop_ids_E) for micro, part in zip(micro_batches, first, strict=True)]
-        return StepReport(loss, grad_norm, rate, skipped, self.weight_version, reduce(add, parts))
+        suspects = self._suspects(rollouts, limits, reference_tokens) if skipped else ()
+        return StepReport(loss, grad_norm, rate, skipped, self.weight_version, reduce(add, parts), suspects)
+
+    def _suspects(self, rollouts: Sequence[ScoredRollout], limits: LengthLimits, reference_tokens: float) -> tuple[int, ...]:
+        """Each rollout on its own, once: only where a step was skipped, so the cost is rare."""
+        found = []
+        for index, rollout in enumerate(rollouts):
+            (micro,) = build_micro_batches(
+                [rollout],
+                [],
+                self._objective,
+                limits,
+                micro_batch_tokens=self._settings.micro_batch_tokens,
+                max_new_tokens=self._max_new_tokens,
+                reference_length_tokens=reference_tokens,
+                share=rank_and_size(),
+            )
+            loss, grad_norm, _ = self._gradient([micro.to(self._student.device)], limits)
+            if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+                found.append(index)
+        self._optimizer.zero_grad(set_to_none=True)
+        return tuple(found)
 
     def _epoch(self, micro_batches: list[MicroBatch], limits: LengthLimits, rate: float) -> tuple[float, float, bool, list[TokenLosses]]:
         """One forward and backward over the batch and one optimiser step; a non-finite one changes nothing."""
+        total, grad_norm, parts = self._gradient(micro_batches, limits)
+        skipped = not (np.isfinite(total) and np.isfinite(grad_norm))
+        if not skipped:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+        return total, grad_norm, skipped, parts
+
+    def _gradient(self, micro_batches: list[MicroBatch], limits: LengthLimits) -> tuple[float, float, list[TokenLosses]]:
+        """Loss, gradient norm before clipping, and each token's part; the gradient itself is left clipped on the parameters."""
         self._optimizer.zero_grad(set_to_none=True)
         total, parts = 0.0, []
         for micro in micro_batches:
@@ -157,13 +218,7 @@ class Learner:
             parts.append(losses)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm)))
-        total = summed(total, self._student.device)
-        skipped = not (np.isfinite(total) and np.isfinite(grad_norm))
-        if not skipped:
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-            self._optimizer.step()
-        return total, grad_norm, skipped, parts
+        return summed(total, self._student.device), grad_norm, parts
 
     def _loss(
         self, inputs: ModelInputs, teacher_inputs: ModelInputs, fields: TokenFields, limits: LengthLimits
@@ -197,13 +252,14 @@ class Learner:
         return logits_LV.float().log_softmax(-1).gather(1, ids_BL[0, 1:, None])[:, 0].cpu().numpy()
 
     @torch.no_grad()
-    def weights(self, dtype: str) -> np.ndarray:
-        """All weights as the bytes of a safetensors file (uint8), the tied output head written out on its own; empty but on rank 0."""
+    def weights(self, dtype: str) -> tuple[int, np.ndarray]:
+        """The weight version, and all weights as the bytes of a safetensors file (uint8), the tied output head on its own; no weights
+        but on rank 0."""
         model = self._student.model
         tensors = gather((dict(model.named_parameters()) | {HEAD: model.get_output_embeddings().weight}).items(), getattr(torch, dtype))
         if HEAD in tensors:
             tensors[HEAD] = tensors[HEAD].clone()  # a file holds no memory twice
-        return np.frombuffer(save(tensors), np.uint8)
+        return self.weight_version, np.frombuffer(save(tensors), np.uint8)
 
     def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
         """The same weights to every engine over GPUs: `backend` nccl or ipc. Rank 0 sends, the others help to gather."""
@@ -214,31 +270,62 @@ class Learner:
             for _ in StudentSource(self._student.model, getattr(torch, dtype)):
                 pass
             return
-        if self._trainer is None:
+        if actors != self._trainer_actors:  # the first time, or an engine was replaced: the group is formed anew
             self._trainer = open_trainer(backend, self._student.model, getattr(torch, dtype), actors, workers_per_engine)
+            self._trainer_actors = actors
         self._trainer.send_weights()
 
     def save_student(self, folder: str, card: str | None = None) -> None:
         """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card. Rank 0 writes."""
-        model = self._student.model
-        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
-        tensors = gather((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
-        if not tensors:
+        weights = gather(self._weights_once())
+        if rank_and_size()[0] > 0:
             return
-        model.save_pretrained(folder, state_dict=tensors)
-        AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust).save_pretrained(folder)
-        source = Path(self._path) / "generation_config.json"
-        if source.is_file():
-            shutil.copyfile(source, Path(folder) / source.name)
+        self._write_student(folder, weights)
         if card is not None:
             (Path(folder) / "README.md").write_text(card)
 
-    def save(self, folder: str) -> None:
-        """Student, optimiser and the learner's own counters, for `restore` on any number of ranks."""
-        self.save_student(str(Path(folder) / STUDENT))
-        save_optimizer(self._optimizer, self._optimized_names(), Path(folder) / OPTIMIZER)
+    def _write_student(self, folder: str, weights: dict[str, torch.Tensor]) -> None:
+        with _disk_errors(folder):
+            self._student.model.save_pretrained(folder, state_dict=weights)
+            AutoTokenizer.from_pretrained(self._path, trust_remote_code=self._trust).save_pretrained(folder)
+            source = Path(self._path) / "generation_config.json"
+            if source.is_file():
+                shutil.copyfile(source, Path(folder) / source.name)
+
+    def _weights_once(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the model's file holds: a tied weight has one name there."""
+        model = self._student.model
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+        return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+    def snapshot(self) -> None:
+        """Copy what `save` will write, between two steps: the next one may run while it is written. Every rank gives, rank 0 keeps."""
+        weights = gather(self._weights_once(), copy=True)
+        optimizer = moments(self._optimizer, self._optimized_names())
+        generators = {"cpu": torch.get_rng_state()}
+        if self._student.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self._student.device)
+        random = {
+            f"{rank}/{kind}": part
+            for kind, state in generators.items()
+            for rank, part in enumerate(of_every_rank(state, self._student.device))
+        }
         if rank_and_size()[0] == 0:
-            (Path(folder) / COUNTERS).write_text(json.dumps({"weight_version": self.weight_version}))
+            self._snapshot = Snapshot(weights, optimizer, random, self.weight_version)
+
+    def save(self, folder: str) -> None:
+        """Write the snapshot for `restore` on any number of ranks: student, optimiser, generators, counters. Raises OSError.
+
+        On rank 0 only, which alone has it; it meets no other rank, so that steps go on meanwhile.
+        """
+        taken, self._snapshot = self._snapshot, None
+        assert taken is not None, "save without a snapshot"
+        path = Path(folder)
+        self._write_student(str(path / STUDENT), taken.weights)
+        with _disk_errors(folder):
+            save_file(taken.moments, path / OPTIMIZER)
+            save_file(taken.random, path / RANDOM)
+            (path / COUNTERS).write_text(json.dumps({"weight_version": taken.weight_version}))
 
     @torch.no_grad()
     def restore(self, folder: str, *, rollback: bool = False) -> int:
@@ -254,8 +341,17 @@ class Learner:
         if rollback:
             self._optimizer.state.clear()
         else:
-            load_optimizer(self._optimizer, self._optimized_names(), Path(folder) / OPTIMIZER)
+            load_moments(self._optimizer, self._optimized_names(), load_file(Path(folder) / OPTIMIZER))
+            random = load_file(Path(folder) / RANDOM)
+            rank, _ = rank_and_size()  # one that the checkpoint's run had not keeps its own generators
+            if (state := random.get(f"{rank}/cpu")) is not None:
+                torch.set_rng_state(state)
+            if (state := random.get(f"{rank}/cuda")) is not None and self._student.device.type == "cuda":
+                torch.cuda.set_rng_state(state, self._student.device)
             self.weight_version = json.loads((Path(folder) / COUNTERS).read_text())["weight_version"]
+        return self.weight_version
+
+    def version(self) -> int:
         return self.weight_version
 
     def ping(self) -> int:

@@ -4,21 +4,29 @@ step: one batch in the object store --> every rank takes its share --> summed gr
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
+from ray.exceptions import RayTaskError
 
 from actors.learner.actor import StepReport
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout
 
+T = TypeVar("T")
+
+PEER_DEATH_S = 30.0
+"""A rank whose peer dies raises at once, out of a broken collective; Ray tells of the death itself some seconds later."""
+
 
 class LearnerGroup:
     """Each verb runs on all ranks at once, for they meet in collectives inside it; one rank's answer stands for all.
+
+    A rank that dies takes the others' state with it: the verb raises that death, and the whole group has to be ended.
 
     >>> group = LearnerGroup([learner.remote(...) for _ in range(2)]); await group.start()   # doctest: +SKIP
     """
@@ -28,36 +36,66 @@ class LearnerGroup:
 
     async def start(self) -> None:
         """Wait until every rank has its models, and make them one group where there are several."""
-        await asyncio.gather(*(rank.ping.remote() for rank in self.ranks))
+        await together(rank.ping.remote() for rank in self.ranks)
         if len(self.ranks) > 1:
             host, port = await self.ranks[0].open_rendezvous.remote()
-            await asyncio.gather(*(actor.join.remote(rank, host, port) for rank, actor in enumerate(self.ranks)))
+            await together(actor.join.remote(rank, host, port) for rank, actor in enumerate(self.ranks))
 
     async def step(
         self, rollouts: Sequence[ScoredRollout], golden: Sequence[Prompt], limits: LengthLimits, reference_tokens: float, rate: float
     ) -> StepReport:
         """One optimiser step on all ranks; the metrics are the whole batch's."""
         batch = ray.put(list(rollouts))
-        reports = await asyncio.gather(*(rank.step.remote(batch, golden, limits, reference_tokens, rate) for rank in self.ranks))
+        reports = await together(rank.step.remote(batch, golden, limits, reference_tokens, rate) for rank in self.ranks)
         return replace(reports[0], metrics=reduce(add, (report.metrics for report in reports)))
 
-    def weights(self, dtype: str) -> Any:
-        """Reference to all weights (see `Learner.weights`): they lie in the object store once and are read from there."""
-        first, *_ = [rank.weights.remote(dtype) for rank in self.ranks]
-        return first
+    async def weights(self, dtype: str) -> tuple[int, Any]:
+        """The weight version, and a reference to all weights (see `Learner.weights`): they lie in the object store once and are read
+        from there."""
+        replies = [rank.weights.options(num_returns=2).remote(dtype) for rank in self.ranks]
+        version, *_ = await together(version for version, _ in replies)
+        return version, replies[0][1]
 
     async def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
-        await asyncio.gather(*(rank.send_weights.remote(backend, dtype, actors, workers_per_engine) for rank in self.ranks))
+        await together(rank.send_weights.remote(backend, dtype, actors, workers_per_engine) for rank in self.ranks)
 
     async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
-        return (await asyncio.gather(*(rank.probe.remote(token_ids) for rank in self.ranks)))[0]
+        return (await together(rank.probe.remote(token_ids) for rank in self.ranks))[0]
+
+    async def snapshot(self) -> None:
+        await together(rank.snapshot.remote() for rank in self.ranks)
 
     async def save(self, folder: str) -> None:
-        await asyncio.gather(*(rank.save.remote(folder) for rank in self.ranks))
+        """The first rank writes its snapshot, beside whatever else the ranks do. Raises OSError."""
+        await self.ranks[0].save.options(concurrency_group="disk").remote(folder)
 
     async def save_student(self, folder: str, card: str) -> None:
-        await asyncio.gather(*(rank.save_student.remote(folder, card) for rank in self.ranks))
+        await together(rank.save_student.remote(folder, card) for rank in self.ranks)
 
     async def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Every rank reads the checkpoint's folder: it has to be shared where ranks are on several nodes."""
-        return (await asyncio.gather(*(rank.restore.remote(folder, rollback=rollback) for rank in self.ranks)))[0]
+        return (await together(rank.restore.remote(folder, rollback=rollback) for rank in self.ranks))[0]
+
+    async def version(self) -> int:
+        return await self.ranks[0].version.remote()
+
+
+async def together(replies: Iterable[Awaitable[T]]) -> list[T]:
+    """All ranks' answers. Raises as soon as one rank does, for the others may wait for it for ever; of several errors a death."""
+    tasks = [asyncio.ensure_future(reply) for reply in replies]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        errors = _errors(tasks)
+        if errors and all(isinstance(error, RayTaskError) for error in errors):
+            await asyncio.wait(tasks, timeout=PEER_DEATH_S)
+            errors = _errors(tasks)
+        if errors:
+            raise next((error for error in errors if not isinstance(error, RayTaskError)), errors[0])
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _errors(tasks: Iterable[asyncio.Future[Any]]) -> list[BaseException]:
+    return [error for task in tasks if task.done() and (error := task.exception()) is not None]

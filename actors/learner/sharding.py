@@ -86,14 +86,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gather(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Whole tensors on the first rank's CPU, one at a time; the other ranks take part and get none."""
+def gather(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, *, copy: bool = False) -> dict[str, Tensor]:
+    """Whole tensors on the first rank's CPU, one at a time; the other ranks take part and get none. `copy`: never the tensor itself."""
     rank, _ = rank_and_size()
     tensors = {}
     for name, tensor in named:
         full = whole(tensor.detach())
         if rank == 0:
-            tensors[name] = full.to("cpu", dtype or full.dtype).contiguous()
+            tensors[name] = full.to("cpu", dtype or full.dtype, copy=copy).contiguous()
     return tensors
 
 
@@ -102,6 +102,15 @@ def scatter(full: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, equal on all ranks, cut as `like` is."""
     full = full.to(like.device)
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full
+
+
+def of_every_rank(tensor: Tensor, device: torch.device) -> list[Tensor]:
+    """A tensor of each rank's own, equal in shape, on every rank's CPU."""
+    if not dist.is_initialized():
+        return [tensor]
+    parts = [torch.empty_like(tensor, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.to(device))
+    return [part.cpu() for part in parts]
 
 
 def summed(value: float, device: torch.device) -> float:

@@ -4,16 +4,21 @@ learner --weights--> RolloutActor(Engine) --chunks of Trajectory--> driver
 """
 
 import asyncio
+import contextlib
 import os
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import ray
 
 from actors.rollout.settings import RolloutSettings
 from actors.trajectory import LengthLimits, Prompt, Trajectory
+
+if TYPE_CHECKING:
+    from actors.rollout.engine import Completion
 
 LEAST_HAND_ON_S = 0.02
 MESSAGES_PER_S = 500
@@ -28,7 +33,9 @@ def hand_on_s(num_actors: int) -> float:
 class RolloutActor:
     """Samples the student with one vLLM engine. An async actor: many calls are in flight at once.
 
-    `top_k` > 0 records the student's top-k ids at each position, for a dense loss on the student's support.
+    `top_k` > 0 records the student's top-k ids at each position, for a dense loss on the student's support. `repeatable` starts
+    the requests of a call together, one call at a time: the engine's arithmetic depends, in the last bits, on which requests
+    share a pass, and so the same call gives the same bits in any process.
     """
 
     def __init__(
@@ -41,7 +48,9 @@ class RolloutActor:
         weight_transfer: str,
         seed: int,
         top_k: int = 0,
+        repeatable: bool = False,
     ) -> None:
+        self._repeatable, self._turn = repeatable, asyncio.Lock()
         self._model, self._settings, self._seed = model, settings, seed
         self._stop_ids, self._reference_tokens, self._top_k = stop_ids, reference_tokens, top_k
         self._weight_transfer = weight_transfer
@@ -72,23 +81,30 @@ class RolloutActor:
 
         `settings` are the sampling settings in force: they may change while the run goes on.
         """
-        pending = {asyncio.create_task(self._sample(prompt, sample, limits, step, settings, greedy)) for prompt, sample in requests}
-        try:
-            while pending:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                if pending:
-                    more, pending = await asyncio.wait(pending, timeout=hand_on_s(self._settings.num_actors))
-                    done |= more
-                yield [task.result() for task in done]
-        finally:
-            for task in pending:
-                task.cancel()
+        pending: set[asyncio.Task[Trajectory]] = set()
+        async with self._turn if self._repeatable else contextlib.nullcontext():
+            try:
+                if self._repeatable:
+                    await self._engine.hold()
+                for prompt, sample in requests:
+                    pending.add(asyncio.create_task(await self._submit(prompt, sample, limits, step, settings, greedy)))
+                if self._repeatable:
+                    await self._engine.release()
+                while pending:
+                    done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                    if pending:
+                        more, pending = await asyncio.wait(pending, timeout=hand_on_s(self._settings.num_actors))
+                        done |= more
+                    yield [task.result() for task in done]
+            finally:
+                for task in pending:
+                    task.cancel()
 
-    async def _sample(
+    async def _submit(
         self, prompt: Prompt, sample: int, limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool
-    ) -> Trajectory:
-        from actors.rollout.loops import find_loop
-        from actors.rollout.sampling import budget_tokens, greedy_params, sampling_params
+    ) -> Coroutine[None, None, Trajectory]:
+        """Put one request into the engine's queue; what is returned waits for its trajectory."""
+        from actors.rollout.sampling import greedy_params, sampling_params
 
         terms: dict[str, Any] = {"stop_ids": self._stop_ids, "context_tokens": self._engine.context_tokens}
         if greedy:
@@ -98,7 +114,19 @@ class RolloutActor:
             params = sampling_params(
                 prompt, limits, settings, seed=seed, reference_tokens=self._reference_tokens, top_k_logprobs=self._top_k, **terms
             )
-        completion = await self._engine.generate(list(prompt.token_ids), params)
+        answer = await self._engine.submit(list(prompt.token_ids), params)
+
+        async def trajectory() -> Trajectory:
+            return self._trajectory(await answer, prompt, sample, limits, step, settings)
+
+        return trajectory()
+
+    def _trajectory(
+        self, completion: "Completion", prompt: Prompt, sample: int, limits: LengthLimits, step: int, settings: RolloutSettings
+    ) -> Trajectory:
+        from actors.rollout.loops import find_loop
+        from actors.rollout.sampling import budget_tokens
+
         token_ids = completion.token_ids
         spoken = token_ids[:-1] if token_ids and token_ids[-1] in self._stop_ids else token_ids
         loop = find_loop(spoken, min_repeats=settings.loop_min_repeats, min_tokens=settings.loop_min_tokens)
@@ -158,6 +186,31 @@ class RolloutActor:
         """End the engine's processes; the actor itself is ended by Ray."""
         if hasattr(self, "_engine"):
             self._engine.shutdown()
+
+
+class RayEngine:
+    """A rollout actor as the pool sees it: coroutines instead of object references."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def start(self) -> None:
+        await self.actor.start.remote()
+
+    async def rollout(
+        self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool
+    ) -> AsyncIterator[list[Trajectory]]:
+        stream = self.actor.rollout.options(num_returns="streaming").remote(requests, limits, step, settings, greedy=greedy)
+        try:
+            async for group in stream:
+                yield await group
+        except BaseException:  # nobody waits any more: the engine must not sample on
+            ray.cancel(stream)
+            raise
+
+    async def end(self) -> None:
+        """By force; Ray ends the engine's own processes with the actor's."""
+        await asyncio.to_thread(ray.kill, self.actor)
 
 
 def request_seed(seed: int, prompt: Prompt, sample: int, step: int) -> int:

@@ -4,8 +4,10 @@ Weight updates keep requests in flight: their later tokens come from the newer w
 the trajectory.
 """
 
+import asyncio
 import itertools
 import os
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,20 +81,50 @@ class Engine:
 
     async def generate(self, prompt_token_ids: list[int], params: SamplingParams) -> Completion:
         """Sample one response. Cancelling the task aborts the request in the engine."""
+        return await (await self.submit(prompt_token_ids, params))
+
+    async def submit(self, prompt_token_ids: list[int], params: SamplingParams) -> Coroutine[None, None, Completion]:
+        """Put a request into the engine's queue; what is returned waits for its response."""
         weight_version = self.weight_version
-        output = await self._last_output(prompt_token_ids, params)
-        return _completion(output.outputs[0], weight_version)
+        answer = await self._add(prompt_token_ids, params)
+
+        async def completion() -> Completion:
+            return _completion((await answer).outputs[0], weight_version)
+
+        return completion()
+
+    async def hold(self) -> None:
+        """Drop whatever is under way, cached prefixes too; what is submitted from here on waits for `release`."""
+        await self._llm.pause_generation(mode="abort", clear_cache=True)
+
+    async def release(self) -> None:
+        """All requests submitted since `hold` begin in the same pass, in the order in which they came."""
+        await self._llm.resume_generation()
 
     async def probe(self, token_ids: list[int]) -> np.ndarray:
         """Log-probs [L - 1] of a fixed sequence under the weights in force, nats, float32."""
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-        output = await self._last_output(token_ids, params)
+        output = await (await self._add(token_ids, params))
         assert output.prompt_logprobs is not None
         return np.array([row[token].logprob for row, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)], np.float32)
 
-    async def _last_output(self, prompt_token_ids: list[int], params: SamplingParams) -> RequestOutput:
-        outputs = self._llm.generate({"prompt_token_ids": prompt_token_ids}, params, str(next(self._request_ids)))
-        return [output async for output in outputs][-1]
+    async def _add(self, prompt_token_ids: list[int], params: SamplingParams) -> Coroutine[None, None, RequestOutput]:
+        request_id = str(next(self._request_ids))
+        collector = await self._llm.add_request(request_id, {"prompt_token_ids": prompt_token_ids}, params)
+
+        async def last_output() -> RequestOutput:
+            try:
+                while True:
+                    output = await collector.get()
+                    if output.finished:
+                        return output
+            except asyncio.CancelledError:
+                await self._llm.abort(request_id)
+                raise
+            finally:
+                collector.close()
+
+        return last_output()
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Meet the trainer (a no-op for the file back end)."""

@@ -65,7 +65,8 @@ class RolloutSettings(Settings):
     """Least length of the repeated region, tokens: short repeats in sound text are not loops. A unit of at most three different
     tokens (a ruler, a separator row, zeros) needs twice this."""
     max_staleness: Annotated[int, Field(ge=0, le=8)] = 1
-    """Learner steps a rollout's weights may lie behind; 0 is the strict on-policy loop."""
+    """Learner steps a rollout's weights may lie behind. 0 is the strict loop: on-policy, and the same bit for bit whenever it is run
+    or resumed, for a batch starts together in its engine and the teacher scores one response a call."""
     num_actors: Annotated[int, Field(ge=1)] = 1
     """vLLM engines, one per rollout actor."""
     max_model_len: Annotated[int, Field(ge=8)] | None = None

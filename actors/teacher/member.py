@@ -1,9 +1,11 @@
 """One teacher actor as its pool sees it: a queue, one call at a time, and a breaker. Knows asyncio, not Ray."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
+from actors.remote import FLOOR_S, Pace, Say, first_line, within
 from actors.teacher.scorers import GenerateOptions, ScoreRequest, generate_timeout_s
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import TokenScores
@@ -36,8 +38,20 @@ class TeacherHandle(Protocol):
 class Member:
     """Batches what queues up while its actor is busy; set aside (not `live`) from a failed call until a ping answers again."""
 
-    def __init__(self, handle: TeacherHandle, settings: TeacherSettings, on_restart: OnRestart, cooldown_s: float = COOLDOWN_S) -> None:
+    def __init__(
+        self,
+        handle: TeacherHandle,
+        settings: TeacherSettings,
+        on_restart: OnRestart,
+        cooldown_s: float = COOLDOWN_S,
+        floor_s: float = FLOOR_S,
+        say: Say = lambda line: None,
+        *,
+        alone: bool = False,
+    ) -> None:
+        """`alone`: one request a call, so that a score does not depend on what else waits (it differs in the last bits)."""
         self.handle = handle
+        self._alone = alone
         self.settings = settings
         self.load_tokens = 0
         """Tokens queued and in flight."""
@@ -45,10 +59,12 @@ class Member:
         self.live.set()
         self._on_restart = on_restart
         self._cooldown_s = cooldown_s
+        self._say = say
         self._queue: list[tuple[ScoreRequest, asyncio.Future[TokenScores | None]]] = []
         self._busy = asyncio.Lock()
         self._failures = 0
         self._incarnation: int | None = None
+        self._pace = Pace(floor_s)
         self._worker: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -76,7 +92,7 @@ class Member:
         timeout_s = generate_timeout_s(self.settings, options)
         try:
             async with self._busy:
-                return await self._call(self.handle.generate(prompts, options), timeout_s)
+                return await self._call(self.handle.generate(prompts, options), timeout_s, f"{len(prompts)} golden answers")
         finally:
             self._add_load(-tokens)
 
@@ -92,9 +108,13 @@ class Member:
         while self._queue:
             async with self._busy:
                 batch = self._take_batch()
+                tokens, started = sum(request.num_tokens for request, _ in batch), time.monotonic()
+                timeout_s = min(self.settings.timeout_s, self._pace.deadline_s(tokens))
                 try:
-                    scores = await self._call(self.handle.score([request for request, _ in batch]), self.settings.timeout_s)
+                    reply = self.handle.score([request for request, _ in batch])
+                    scores = await self._call(reply, timeout_s, f"{len(batch)} scores ({tokens} tokens)")
                     assert len(scores) == len(batch), (len(scores), len(batch))
+                    self._pace.observe(tokens, time.monotonic() - started)
                 except Exception as error:  # handed to the waiting requests: they retry elsewhere or raise it
                     if not self.live.is_set():
                         batch += self._queue
@@ -113,23 +133,23 @@ class Member:
         num_taken, widest = 0, 0
         for request, _ in waiting:
             widest = max(widest, request.num_tokens)
-            if num_taken and (num_taken + 1) * widest > self.settings.batch_tokens:
+            if num_taken and (self._alone or (num_taken + 1) * widest > self.settings.batch_tokens):
                 break
             num_taken += 1
         self._queue = waiting[num_taken:]
         return waiting[:num_taken]
 
-    async def _call(self, reply: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    async def _call(self, reply: Coroutine[Any, Any, T], timeout_s: float, what: str) -> T:
         """A ValueError is the caller's mistake; anything else sets the member aside."""
         try:
-            async with asyncio.timeout(timeout_s):
-                result = await reply
+            result = await within(reply, timeout_s, lambda: f"{what} from teacher {self.settings.name}", self._say)
         except ValueError:
             raise
         except Exception as error:
             self._failures += 1
             if self.live.is_set():
                 self.live.clear()
+                self._say(f"an actor of teacher {self.settings.name} is set aside until it answers: {first_line(error)}")
                 self._spawn(self._recover(hangs=isinstance(error, TimeoutError)))
             raise
         self._failures = 0

@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from actors.remote import FLOOR_S, Say
 from actors.teacher.member import COOLDOWN_S, Member, OnRestart, TeacherHandle
 from actors.teacher.scorers import GenerateOptions, ScoreRequest
 from actors.teacher.settings import TeacherSettings
@@ -68,16 +69,21 @@ class TeacherPool:
         domains: Iterable[str] = (),
         on_request: OnRequest = lambda teacher, result, seconds: None,
         on_restart: OnRestart = lambda teacher, reason: None,
+        on_nonfinite: Callable[[Trajectory, TokenScores], None] = lambda trajectory, scores: None,
         cooldown_s: float = COOLDOWN_S,
+        floor_s: float = FLOOR_S,
+        say: Say = lambda line: None,
+        alone: bool = False,
     ) -> None:
+        """`alone`: every response goes through its teacher by itself, so scores are the same whoever else waits, retried or not."""
         members: dict[int, Member] = {}
         for settings, handles in teachers:
             for handle in handles:
-                members.setdefault(id(handle), Member(handle, settings, on_restart, cooldown_s))
+                members.setdefault(id(handle), Member(handle, settings, on_restart, cooldown_s, floor_s, say, alone=alone))
         self.members = tuple(members.values())
         self.teachers = tuple(Teacher(settings, tuple(members[id(handle)] for handle in handles)) for settings, handles in teachers)
         self.support = support
-        self._on_request = on_request
+        self._on_request, self._on_nonfinite = on_request, on_nonfinite
         for domain in sorted(set(domains)):
             self.teachers_of(domain)
 
@@ -171,10 +177,14 @@ class TeacherPool:
             top_k=self.support.top_k,
         )
         if len(teachers) == 1:  # a task less for each of a run's trajectories
-            return await self._score_request(teachers[0], request)
-        scores = await asyncio.gather(*(self._score_request(teacher, request) for teacher in teachers))
+            scores = [await self._score_request(teachers[0], request)]
+        else:
+            scores = await asyncio.gather(*(self._score_request(teacher, request) for teacher in teachers))
         arrived = [score for score in scores if score is not None]
-        if len(arrived) < len(scores):
+        odd = [score for score in arrived if not is_finite(score)]
+        for score in odd:
+            self._on_nonfinite(trajectory, score)
+        if odd or len(arrived) < len(scores):
             return None
         return blend_scores(arrived, [teacher.settings.weight for teacher in teachers])
 
@@ -192,7 +202,7 @@ class TeacherPool:
                 continue
             if scores is None:
                 break
-            return replace(scores, teacher=teacher.settings.name) if is_finite(scores) else None
+            return replace(scores, teacher=teacher.settings.name)
         self._on_request(teacher.settings.name, "unscored", time.monotonic() - started)
         return None
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from actors.settings import Settings
+from actors.settings import Settings, Url
 
 
 class TeacherSettings(Settings):
@@ -20,7 +20,7 @@ class TeacherSettings(Settings):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share in the blend where several teachers serve one domain."""
     backend: Literal["torch", "vllm", "http"] = "torch"
-    url: str | None = None
+    url: Url | None = None
     """Address of an OpenAI-compatible vLLM server (back end `http`). The environment's VLLM_API_KEY is sent where set."""
     num_actors: Annotated[int, Field(ge=1)] = 1
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")] = "float32"

@@ -48,6 +48,7 @@ class VllmScorer:
         self.engine: Any = vllm.LLM(
             model=settings.model,
             dtype=settings.dtype,
+            load_format="safetensors",  # never a pickle
             seed=seed,
             trust_remote_code=settings.trust_remote_code,
             skip_tokenizer_init=True,

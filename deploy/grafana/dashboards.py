@@ -282,6 +282,12 @@ LEARNER = (
         "short",
         ((f"sum by (run, role) ({of('opd_actor_restarts_total')})", "{{role}} {{run}}"),),
     ),
+    Panel(
+        "Samples with NaN or infinity so far",
+        "By who found it; they are kept out and written to nonfinite.jsonl.",
+        "short",
+        ((f"sum by (run, source) ({of('opd_nonfinite_samples_total')})", "{{source}} {{run}}"),),
+    ),
 )  # fmt: skip
 
 

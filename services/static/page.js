@@ -44,20 +44,21 @@ async function readNew(run) {
 }
 
 // Decisions that hold or repeat the one before are in the list only.
-function findEvents() {
+function findEvents(run) {
   const decided = decisions
     .filter(({ action, signal }, i) => action !== "hold" && (action !== decisions[i - 1]?.action || signal !== decisions[i - 1]?.signal))
     .map(({ step, action, reason }) => ({ step, text: `${action ? `${action}: ` : ""}${reason}` }));
   const tuned = records
     .filter(({ config_generation: now }, i) => i && now > records[i - 1].config_generation)
     .map(({ step, config_generation: now }) => ({ step, text: `settings generation ${now}: ${(generations[now - 1]?.changes ?? []).map(describe).join(", ")}` }));
-  return [...decided, ...tuned];
+  const happened = (run.events ?? []).map(({ step, text }) => ({ step, text }));
+  return [...decided, ...tuned, ...happened];
 }
 
 function showRun(run, governor) {
   document.title = `${run.name}: ${run.phase}, step ${run.step}`;
   $("run-name").textContent = run.name;
-  $("phase").textContent = run.phase;
+  $("phase").textContent = run.waiting_for ? `${run.phase}, waiting: ${run.waiting_for}` : run.phase;
   $("progress").max = run.total_steps;
   $("progress").value = run.step;
   $("progress-text").textContent = `step ${run.step} of ${run.total_steps}, weights v${run.weight_version}`;
@@ -65,7 +66,7 @@ function showRun(run, governor) {
   showNow(run, records, governor, policy);
   const over = ["finished", "failed", "stopping"].includes(run.phase);
   for (const button of $("verbs").children) button.disabled = over;
-  charts.setRecords(records, findEvents());
+  charts.setRecords(records, findEvents(run));
 }
 
 // Steps in a row at which nothing moved are one line.

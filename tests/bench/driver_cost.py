@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from actors.learner.actor import StepReport
 from actors.learner.group import LearnerGroup
 from actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
-from actors.rollout.actor import hand_on_s
+from actors.rollout.actor import RayEngine, hand_on_s
 from actors.teacher.pool import TeacherPool
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
@@ -94,6 +94,8 @@ class Engine:
                 yield group
                 group = []
 
+    async def start(self) -> None: ...
+
     async def load_weights(self, weights: Any, version: int) -> None: ...
 
     async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
@@ -128,11 +130,13 @@ class Sink:
         metrics = BatchMetrics(0.1, tokens_P, tokens_P * 0.1, 0, 0, 1.0, 0.0, 1.0, 1.0, 0, 0.0, stops_M, stops_M)
         return StepReport(0.1, 1.0, 1e-5, False, self._version, metrics)
 
-    async def weights(self, dtype: str) -> np.ndarray:
-        return np.zeros(0, np.uint8)
+    async def weights(self, dtype: str) -> tuple[int, np.ndarray]:
+        return self._version, np.zeros(0, np.uint8)
 
     async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
         return ZEROS[: len(token_ids) - 1]
+
+    async def snapshot(self) -> None: ...
 
     async def save(self, folder: str) -> None: ...
 
@@ -148,6 +152,8 @@ class Host:
         async for group in engine.rollout(*arguments, **options):
             yield group
 
+    async def start(self) -> None: ...
+
     async def load_weights(self, weights: Any, version: int) -> None: ...
 
     async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
@@ -159,8 +165,10 @@ class Host:
     async def step(self, *terms: Any) -> StepReport:
         return await self._sink.step(*terms)
 
-    async def weights(self, dtype: str) -> np.ndarray:
-        return np.zeros(0, np.uint8)
+    async def weights(self, dtype: str) -> tuple[int, np.ndarray]:
+        return await self._sink.weights(dtype)
+
+    async def snapshot(self) -> None: ...
 
     async def save(self, folder: str) -> None: ...
 
@@ -172,36 +180,39 @@ class Handle:
         self._target = target
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._target, name)
-        if name != "rollout":
-            return SimpleNamespace(remote=method)
-
-        async def stream(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
-            async for group in method(*arguments, **options):
-                arrived = asyncio.get_running_loop().create_future()
-                arrived.set_result(group)
-                yield arrived
-
-        bound = SimpleNamespace(remote=stream)
+        bound = SimpleNamespace(remote=getattr(self._target, name))
         bound.options = lambda **options: bound
         return bound
 
 
+class LocalEngine(RayEngine):
+    """An engine in this process, as the pool sees it."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(Handle(engine))
+        self._engine = engine
+
+    async def rollout(self, *terms: Any) -> AsyncIterator[list[Trajectory]]:
+        *terms, greedy = terms
+        async for group in self._engine.rollout(*terms, greedy=greedy):
+            yield group
+
+
 class LocalLearner(LearnerGroup):
-    """Without an object store there is no reference to a batch."""
+    """Without an object store there is no reference to a batch or to weights."""
 
     async def step(self, rollouts: Sequence[Any], *terms: Any) -> StepReport:
         return await self.ranks[0].step.remote(rollouts, *terms)
 
-    def weights(self, dtype: str) -> Any:
-        return None
+    async def weights(self, dtype: str) -> tuple[int, Any]:
+        return 0, None
 
 
-class RayEngine:
+class HostedEngine:
     """Engine `index` behind a host."""
 
     def __init__(self, host: Any, index: int) -> None:
-        self.load_weights, self.probe = host.load_weights, host.probe
+        self.start, self.load_weights, self.probe = host.start, host.load_weights, host.probe
         stream = host.rollout.options(num_returns="streaming")
         self.rollout = SimpleNamespace(
             options=lambda num_returns: SimpleNamespace(remote=lambda *arguments, **options: stream.remote(index, *arguments, **options))
@@ -231,7 +242,7 @@ class QuietGovernor:
                 limits=base, after=SimpleNamespace(pressure=0.0), healthy=True, signals=SimpleNamespace(data_age_s=0.0), action="hold",
                 signal="", mode="enforce", command=None, reason="",
             )  # fmt: skip
-            return decision, {"step": step, "signals": {}, "limits": {}}
+            return decision, {"step": step, "mode": "enforce", "pressure": 0.0, "signals": {}, "limits": {}}
 
         async def limits() -> LengthLimits:
             return base
@@ -239,7 +250,7 @@ class QuietGovernor:
         async def state() -> dict[str, Any]:
             return {}
 
-        self.tick, self.limits, self.state = (SimpleNamespace(remote=call) for call in (tick, limits, state))
+        self.tick, self.limits, self.state = tick, limits, state
 
 
 class Prompts:
@@ -300,6 +311,8 @@ def measure(
     )
     process, marks = psutil.Process(), []
 
+    async def nothing() -> None: ...
+
     def mark(record: Record) -> None:
         marks.append((time.monotonic(), time.process_time(), process.memory_info().rss / 2**20, record["num_rollouts"]))
 
@@ -307,7 +320,8 @@ def measure(
         directory = RunDirectory(Path(folder), resume=False)
         telemetry, monitor = Telemetry(job.name, 512), RunMonitor(job.name, num_steps, base_limits(job))
         fleet = Fleet(job, Models("a", ("b",), (1,), 1024), list(range(48)))
-        fleet._rollouts, fleet._learner, fleet._load_tokens, fleet._transfer = list(engines), learner, [0] * num_actors, "file"
+        fleet._engines._create = engines.__getitem__
+        fleet._learner, fleet._transfer = learner, "file"
         pool = TeacherPool(
             [(TeacherSettings(model="b"), list(scorers))],
             on_request=lambda teacher, result, seconds: (
@@ -316,12 +330,18 @@ def measure(
             ),
         )
         loop = Distillation(
-            job, stream=Prompts(), golden=[], reference_tokens=256.0, fleet=fleet, pool=pool,
+            job, stream=Prompts(), golden=[], golden_key="", reference_tokens=256.0, fleet=fleet, pool=pool,
             governor=QuietGovernor(base_limits(job), telemetry), directory=directory, store=ConfigStore(job, directory.config),
             telemetry=telemetry, monitor=monitor, evaluate=None, decode=lambda ids: "x" * len(ids), on_step=mark,
-            on_warning=lambda line: sys.exit(line),
+            on_warning=lambda line: sys.exit(line), on_restart=lambda role, reason: sys.exit(f"{role}: {reason}"),
+            on_nonfinite=lambda source, trajectory, scores: None, finish=nothing,
         )  # type: ignore[arg-type]  # fmt: skip
-        asyncio.run(loop.run(False))
+
+        async def run() -> None:
+            await fleet._engines.start()
+            await loop.run(False)
+
+        asyncio.run(run())
         assert len(read_records(directory.metrics)) == num_steps
     (begun_s, cpu_begun_s, _, _), (ended_s, cpu_ended_s, _, _) = marks[0], marks[-1]
     number, cpu_s, wall_s = sum(mark[3] for mark in marks[1:]), cpu_ended_s - cpu_begun_s, ended_s - begun_s
@@ -337,17 +357,17 @@ def measure(
 
 def local(num_actors: int, num_steps: int, pace: float) -> Point:
     """Fakes in this process."""
-    engines = [Handle(Engine(index, pace, num_actors)) for index in range(num_actors)]
+    engines = [LocalEngine(Engine(index, pace, num_actors)) for index in range(num_actors)]
     scorers = [Scorer(pace) for _ in range(max(1, num_actors // ACTORS_PER_TEACHER))]
     return measure(num_actors, num_steps, pace=pace, engines=engines, scorers=scorers, learner=LocalLearner([Handle(Sink(pace))]))
 
 
 def over_ray(num_actors: int, num_steps: int, pace: float, num_hosts: int = 2) -> Point:
     """Fakes behind Ray actors."""
-    host_type = ray.remote(Host)
+    host_type = ray.remote(concurrency_groups={"disk": 1})(Host)
     hosts = [host_type.options(num_cpus=0, max_concurrency=10_000).remote(pace, num_actors) for _ in range(num_hosts)]
     try:
-        engines = [RayEngine(hosts[index % num_hosts], index) for index in range(num_actors)]
+        engines = [RayEngine(HostedEngine(hosts[index % num_hosts], index)) for index in range(num_actors)]
         scorers = [RayScorer(hosts[index % num_hosts]) for index in range(max(1, num_actors // ACTORS_PER_TEACHER))]
         return measure(num_actors, num_steps, pace=pace, engines=engines, scorers=scorers, learner=LearnerGroup(hosts[:1]))
     finally:

@@ -232,7 +232,7 @@ def test_decisions_are_marks_with_their_sentence_for_pointer_and_keyboard_and_a_
     from selenium.webdriver import ActionChains
 
     sentence = "p95 is 114 tokens: pressure up"
-    mark = wait_until(lambda: page.find("#chart-length .event"))
+    mark = wait_until(lambda: page.find("#chart-length .event[aria-label^='Step 12']"))
     assert mark.get_attribute("aria-label") == f"Step 12: tighten: {sentence}"
     page.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", mark)
     ActionChains(page.browser).move_to_element(mark).perform()
@@ -244,6 +244,17 @@ def test_decisions_are_marks_with_their_sentence_for_pointer_and_keyboard_and_a_
     lines = [line.text for line in page.browser.find_elements("css selector", "#decisions li")]
     assert lines[0] == "Step 60: tighten. p95 is 210 tokens: pressure up"
     assert lines[-1] == "Steps 1 to 10: hold. all signals within their targets: pressure stays 0.00"
+
+
+def test_an_actor_that_died_is_a_mark_and_what_the_run_waits_for_stands_beside_its_phase(page, service):
+    texts = wait_until(
+        lambda: [mark.get_attribute("aria-label") for mark in page.browser.find_elements("css selector", "#chart-length .event")]
+    )
+    assert "Step 5: restarted: learner (crash)" in texts
+    service.run.waiting_for = "teacher t: no actor answers"
+    wait_until(lambda: page.text("#phase") == "running, waiting: teacher t: no actor answers")
+    service.run.waiting_for = None
+    wait_until(lambda: page.text("#phase") == "running")
 
 
 def test_the_arrow_keys_read_single_steps(page):

@@ -79,7 +79,7 @@ class ObservedRun:
         self.steps += 1
         trajectories = [_trajectory(length, self.steps) for length in lengths]
         scored = [ScoredRollout(t, _scores(t)) for t in trajectories]
-        batch = Batch(self.steps, trajectories, scored, 0, 0, limits, 1, rollout_s=1.0, score_s=0.1)
+        batch = Batch(self.steps, trajectories, scored, [], 0, 0, limits, 1, rollout_s=1.0, score_s=0.1)
         report = StepReport(0.3, 1.2, 1e-4, False, self.steps, _metrics(sum(lengths), len(lengths)))
         record_batch(telemetry, batch, report, limits, CAP_TOKENS)
         telemetry.beat()

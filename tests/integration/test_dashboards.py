@@ -7,7 +7,8 @@ import pytest
 
 from tests.deploy.observed_run import Prometheus
 from tests.deploy.test_grafana import unanswered
-from tests.integration.test_run import SMALL, LiveRun
+from tests.integration.test_run import SMALL
+from tests.live_run import LiveRun
 
 pytestmark = [pytest.mark.integration, pytest.mark.prometheus]
 FLEET = frozenset({"fleet.json"})

@@ -1,18 +1,15 @@
 """One real run, watched while it goes: Ray, vLLM, teacher, learner, governor, HTTP, and what is left on disk."""
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,11 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.rundir import read_records
 from services.telemetry import METRICS
+from tests.chaos.harness import prompts_due
+from tests.live_run import JOB, ROOT, LiveRun
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
-JOB = ROOT / "deploy/jobs/sums.yaml"
+GRACE_S = 30
+"""Kubernetes' own default."""
 SMALL = (
     "learner.total_steps=24",
     "data.eval.limit=32",
@@ -32,67 +31,6 @@ SMALL = (
     "data.golden.num_prompts=64",
     "checkpoint.every_steps=8",
 )
-
-
-class LiveRun:
-    """`opd run` in a process of its own, and its HTTP service once it is up."""
-
-    def __init__(self, out: Path, *sets: str, resume: bool = False, job: Path = JOB) -> None:
-        self.out = out
-        command = [sys.executable, "-m", "services.cli", "run", str(job), "--out", str(out)]
-        command += [part for override in sets for part in ("--set", override)] + (["--resume"] if resume else [])
-        self.log = out.parent / f"{out.name}.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        self.processes: dict[int, float] = {}
-
-    def url(self) -> str:
-        self.wait_for(lambda: "http://" in self.log.read_text(), 60)
-        return next(word for word in self.log.read_text().split() if word.startswith("http://"))
-
-    def client(self) -> httpx.Client:
-        url = self.url()
-        token = (self.out / "token").read_text().strip()
-        return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
-
-    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 240) -> Any:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            self.remember()
-            if value := condition():
-                return value
-            if self.process.poll() is not None:
-                raise AssertionError(f"the run ended with {self.process.returncode}:\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.2)
-        raise AssertionError(f"timed out:\n{self.log.read_text()[-3000:]}")
-
-    def remember(self) -> None:
-        """Every process that ever descended from this run."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    self.processes[child.pid] = child.create_time()
-
-    def finish(self, timeout_s: float = 240) -> int:
-        deadline = time.monotonic() + timeout_s
-        while self.process.poll() is None and time.monotonic() < deadline:
-            self.remember()
-            time.sleep(0.2)
-        return self.process.wait(1)
-
-    def left_over(self) -> list[str]:
-        """Descendants still there; a moment is given for the last ones to be reaped."""
-        deadline = time.monotonic() + 10
-        while True:
-            alive = []
-            for pid, created in self.processes.items():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process = psutil.Process(pid)
-                    if process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE:
-                        alive.append(f"{pid} {process.name()}")
-            if not alive or time.monotonic() > deadline:
-                return alive
-            time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -181,19 +119,32 @@ def test_health_and_governor_answer_while_the_run_goes(finished: tuple[LiveRun, 
     assert 0 <= seen["governor"]["pressure"] <= 1
 
 
-def test_ctrl_c_ends_with_a_checkpoint_and_resume_goes_on(tmp_path: Path) -> None:
-    live = LiveRun(tmp_path / "sums", *SMALL, "data.eval.path=null")
+def test_sigterm_leaves_a_checkpoint_within_its_grace_and_resume_loses_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "hunter2")
+    stale = (*SMALL, "data.eval.path=null", "rollout.max_staleness=2", "rollout.prompts_per_step=24", "data.prompts.limit=200")
+    live = LiveRun(tmp_path / "sums", *stale)
     with live.client() as client:
         live.wait_for(lambda: client.get("/v1/run").json()["step"] >= 3)
-    live.process.send_signal(signal.SIGINT)
-    assert live.finish(60) == 0, live.log.read_text()[-3000:]
+    live.process.send_signal(signal.SIGTERM)
+    assert live.finish(GRACE_S) == 143, live.log.read_text()[-3000:]
     assert live.left_over() == []
     stopped_at = read_records(live.out / "metrics.jsonl")[-1]["step"]
     assert stopped_at < 24
+    assert (live.out / f"checkpoints/step-{stopped_at}/manifest.json").exists()
+    assert not (live.out / "final").exists()
 
-    resumed = LiveRun(live.out, *SMALL, "data.eval.path=null", resume=True)
+    resumed = LiveRun(live.out, *stale, resume=True)
     assert resumed.finish() == 0, resumed.log.read_text()[-3000:]
-    assert [r["step"] for r in read_records(live.out / "metrics.jsonl")] == list(range(1, 25))
+    records = read_records(live.out / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 25))
+    assert max(r["staleness_mean"] for r in records) > 1
+    used = [tuple(key) for record in records for key in record["prompts"]]
+    assert used == prompts_due(stale, 24)
+    assert len(set(used)) == len(used) == 24 * 24
+
+    files = list(live.out.rglob("*"))
+    assert [path for path in files if path.stat().st_mode & 0o077] == []
+    assert [path for path in (*files, live.log) if path.is_file() and b"hunter2" in path.read_bytes()] == []
 
 
 @pytest.mark.parametrize("delay_s", [1.0, 12.0])

@@ -79,7 +79,7 @@ def test_engines_stand_on_two_nodes_and_take_the_weights_of_two_ranks(two_nodes:
 
     async def check() -> tuple[Any, list[Any]]:
         await fleet.start()
-        sync = await fleet.sync_weights(1)
+        sync = await fleet.sync_weights()
         requests = [(Prompt(index, (5, 6, 7)), 0) for index in range(4)]
         groups = [group async for group in fleet.rollout(requests, LengthLimits(8), 1, job.rollout)]
         return sync, [trajectory for group in groups for trajectory in group]
@@ -92,7 +92,7 @@ def test_engines_stand_on_two_nodes_and_take_the_weights_of_two_ranks(two_nodes:
         fleet.end_actors()
     assert sync.gap_nats < 1e-3
     assert len(trajectories) == 4
-    assert all(trajectory.weight_version == 1 for trajectory in trajectories)
+    assert all(trajectory.weight_version == 0 for trajectory in trajectories)
 
 
 def test_weights_travel_once_to_each_node_however_many_engines_it_has(two_nodes: Cluster) -> None:

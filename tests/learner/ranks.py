@@ -41,8 +41,7 @@ class Ranks:
 
     def new(self, *arguments: Any, **options: Any) -> None:
         self.call("new", *arguments, **options)
-        self._ours[0].send(("open_rendezvous", (), {}))
-        host, port = self._receive(self._ours[0])
+        host, port = self.first("open_rendezvous")
         for rank, connection in enumerate(self._ours):
             connection.send(("join", (rank, host, port), {}))
         for connection in self._ours:
@@ -58,6 +57,15 @@ class Ranks:
         reports = self.call("step", *arguments)
         assert len({str((report.loss, report.grad_norm, report.skipped)) for report in reports}) == 1, reports
         return reports[0], reduce(add, (report.metrics for report in reports))
+
+    def first(self, verb: str, *arguments: Any) -> Any:
+        """The first rank alone."""
+        self._ours[0].send((verb, arguments, {}))
+        return self._receive(self._ours[0])
+
+    def save(self, folder: str) -> None:
+        self.call("snapshot")
+        self.first("save", folder)
 
     def close(self) -> None:
         for connection in self._ours:

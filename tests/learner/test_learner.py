@@ -1,5 +1,7 @@
 """The learner as the loop uses it: a step, its report, what it leaves alone, and how it comes back from a checkpoint."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from actors.learner.settings import LearnerSettings, ObjectiveSettings
 from actors.teacher.scorers import ScoreRequest, TorchScorer
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
+from tests.disks import small_disk
 
 STOP_IDS = (1, 3)
 LIMITS = LengthLimits(cap_tokens=32)
@@ -46,7 +49,7 @@ def batch(student: Path, teacher: Path, num: int = 6, **teacher_settings: object
 
 
 def weights_of(actor: Learner) -> dict[str, torch.Tensor]:
-    return load(actor.weights("float32").tobytes())
+    return load(actor.weights("float32")[1].tobytes())
 
 
 def test_a_step_reports_and_moves_the_weights(folders: tuple[Path, Path]) -> None:
@@ -121,6 +124,7 @@ def test_a_score_that_is_not_finite_never_reaches_the_weights(folders: tuple[Pat
     before = weights_of(actor)
     report = actor.step(rollouts, [], LIMITS, 10.0)
     assert report.skipped
+    assert report.suspects == (0,)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(actor).items())
     assert not actor.step(batch(*folders), [], LIMITS, 10.0).skipped
 
@@ -135,6 +139,7 @@ def test_micro_batches_do_not_change_a_step(folders: tuple[Path, Path]) -> None:
 def test_a_restored_learner_goes_on_bit_for_bit(folders: tuple[Path, Path], tmp_path: Path) -> None:
     actor, rollouts = learner(folders[0]), batch(*folders)
     actor.step(rollouts, [], LIMITS, 10.0)
+    actor.snapshot()
     actor.save(str(tmp_path))
     resumed = learner(folders[0])
     assert resumed.restore(str(tmp_path)) == 1
@@ -144,9 +149,77 @@ def test_a_restored_learner_goes_on_bit_for_bit(folders: tuple[Path, Path], tmp_
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights_of(actor).items())
 
 
+def test_what_is_saved_is_what_was_there_at_the_snapshot(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    actor, rollouts = learner(folders[0]), batch(*folders)
+    actor.step(rollouts, [], LIMITS, 10.0)
+    before = weights_of(actor)
+    actor.snapshot()
+    actor.step(rollouts, [], LIMITS, 10.0)
+    actor.save(str(tmp_path))
+    after = weights_of(actor)
+    resumed = learner(folders[0])
+    assert resumed.restore(str(tmp_path)) == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(resumed).items())
+    resumed.step(rollouts, [], LIMITS, 10.0)
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights_of(resumed).items())
+
+
+def test_a_snapshot_is_written_as_the_model_itself_would_be(tmp_path: Path) -> None:
+    for tied in (True, False):
+        actor = learner(build_tiny(tmp_path / f"{tied}", "gpt2", seed=1, tied=tied))
+        actor.snapshot()
+        actor.save(str(tmp_path / f"saved-{tied}"))
+        actor.save_student(str(tmp_path / f"student-{tied}"))
+        saved, student = tmp_path / f"saved-{tied}/student", tmp_path / f"student-{tied}"
+        assert (saved / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
+        assert not [path for path in saved.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_dropout_goes_on_where_it_was(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    student = build_tiny(tmp_path / "student", "gpt2", seed=1)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.5}))
+    rollouts = batch(student, folders[1])
+
+    def losses(actor: Learner, num: int) -> list[float]:
+        return [actor.step(rollouts, [], LIMITS, 10.0).loss for _ in range(num)]
+
+    actor = learner(student)
+    losses(actor, 2)
+    actor.snapshot()
+    actor.save(str(tmp_path / "saved"))
+    expected = losses(actor, 2)
+    resumed = learner(student)
+    resumed.restore(str(tmp_path / "saved"))
+    assert losses(resumed, 2) == expected
+    resumed.restore(str(tmp_path / "saved"))
+    torch.manual_seed(1)
+    assert losses(resumed, 1) != expected[:1]
+
+
+def test_a_full_disk_is_an_os_error_at_whatever_file_it_fills_up(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    actor = learner(folders[0])
+    actor.step(batch(*folders), [], LIMITS, 10.0)
+    actor.snapshot()
+    actor.save(str(tmp_path / "whole"))
+    sizes = [path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    with small_disk(tmp_path / "disk", sum(sizes) // 1024 + 4 * len(sizes)) as disk:
+        for index, filled_kib in enumerate(range(0, sum(sizes) // 1024, 48)):
+            (disk / "filler").write_bytes(bytes(filled_kib * 1024))
+            actor.snapshot()
+            if filled_kib:
+                with pytest.raises(OSError, match=r"No space left|os error 28"):
+                    actor.save(str(disk / f"{index}"))
+            shutil.rmtree(disk / f"{index}", ignore_errors=True)
+        (disk / "filler").unlink()
+        actor.snapshot()
+        actor.save(str(disk / "again"))
+
+
 def test_a_rollback_takes_the_weights_and_keeps_counting(folders: tuple[Path, Path], tmp_path: Path) -> None:
     actor, rollouts = learner(folders[0]), batch(*folders)
     saved = weights_of(actor)
+    actor.snapshot()
     actor.save(str(tmp_path))
     for _ in range(3):
         actor.step(rollouts, [], LIMITS, 10.0)

@@ -1,6 +1,7 @@
 """A learner cut over two ranks does what one does: loss, metrics, weights, checkpoints."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from safetensors.torch import load
+from safetensors.torch import load, save
 from test_learner import STOP_IDS, batch, weights_of
 from tiny import build_tiny
 from transformers import AutoModelForCausalLM
@@ -69,7 +70,8 @@ def pair(two: Ranks, folder: Path, teacher: Path, objective: dict[str, Any] | No
 
 def gap(one: Learner, two: Ranks) -> float:
     """Largest difference of any weight."""
-    first, second = two.call("weights", "float32")
+    (version, first), (other, second) = two.call("weights", "float32")
+    assert version == other == one.version()
     mine, theirs = weights_of(one), load(first.tobytes())
     assert mine.keys() == theirs.keys()
     assert len(load(second.tobytes())) == 0
@@ -115,11 +117,15 @@ def test_one_rollout_still_meets_the_other_rank_in_every_pass(two: Ranks, folder
     assert gap(one, two) < TOLERANCE
 
 
-def test_a_score_that_is_not_finite_stops_the_update_on_both_ranks(two: Ranks, folders: tuple[Path, Path]) -> None:
+def test_a_score_that_is_not_finite_stops_the_update_on_both_ranks_and_both_know_which_it_is(
+    two: Ranks, folders: tuple[Path, Path]
+) -> None:
     one, rollouts = pair(two, *folders), batch(*folders, num=7)
-    rollouts[0].scores.sampled_logp_T[1] = np.nan
-    report, _ = two.step(rollouts, [], LIMITS, 4.0)
-    assert report.skipped
+    rollouts[3].scores.sampled_logp_T[1] = np.nan
+    reports = two.call("step", rollouts, [], LIMITS, 4.0)
+    assert [report.skipped for report in reports] == [True, True]
+    assert [report.suspects for report in reports] == [(3,), (3,)]
+    one.step(rollouts, [], LIMITS, 4.0)
     assert gap(one, two) == 0
     assert not two.step(batch(*folders, num=7), [], LIMITS, 4.0)[0].skipped
 
@@ -131,8 +137,9 @@ def test_a_checkpoint_of_either_resumes_with_one_and_with_two(two: Ranks, folder
     for learner in (one, straight):
         learner.step(rollouts, GOLDEN, LIMITS, 4.0)
     two.step(rollouts, GOLDEN, LIMITS, 4.0)
+    one.snapshot()
     one.save(str(tmp_path / "one"))
-    two.call("save", str(tmp_path / "two"))
+    two.save(str(tmp_path / "two"))
     for _ in range(2):
         straight.step(rollouts, GOLDEN, LIMITS, 4.0)
     for saved in ("one", "two"):
@@ -149,6 +156,7 @@ def test_a_checkpoint_of_either_resumes_with_one_and_with_two(two: Ranks, folder
 
 def test_a_rollback_drops_the_moments_of_both_ranks(two: Ranks, folders: tuple[Path, Path], tmp_path: Path) -> None:
     one, rollouts = pair(two, *folders), batch(*folders, num=7)
+    one.snapshot()
     one.save(str(tmp_path))
     for _ in range(2):
         one.step(rollouts, [], LIMITS, 4.0)
@@ -158,6 +166,31 @@ def test_a_rollback_drops_the_moments_of_both_ranks(two: Ranks, folders: tuple[P
     one.step(rollouts, [], LIMITS, 4.0)
     two.step(rollouts, [], LIMITS, 4.0)
     assert gap(one, two) < TOLERANCE
+
+
+def test_two_ranks_with_dropout_go_on_from_a_snapshot_bit_for_bit(two: Ranks, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    student = build_tiny(tmp_path / "student", "gpt2", seed=1)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.5}))
+    rollouts = batch(student, folders[1], num=7)
+    pair(two, student, folders[1])
+
+    def go_on() -> bytes:
+        for _ in range(2):
+            two.step(rollouts, GOLDEN, LIMITS, 4.0)
+        return two.call("weights", "float32")[0][1].tobytes()
+
+    go_on()
+    two.call("snapshot")
+    expected = go_on()
+    two.first("save", str(tmp_path / "saved"))
+    pair(two, student, folders[1])
+    assert two.call("restore", str(tmp_path / "saved")) == [2, 2]
+    assert go_on() == expected
+    pair(two, student, folders[1])
+    (tmp_path / "saved/random.safetensors").write_bytes(save({}))
+    two.call("restore", str(tmp_path / "saved"))
+    assert go_on() != expected, "the ranks' generators do not matter: the test shows nothing"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

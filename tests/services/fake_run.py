@@ -53,6 +53,7 @@ class FakeRun:
     def __init__(self, num_steps: int = 5) -> None:
         self.records = [make_step(step) for step in range(1, num_steps + 1)]
         self.phase = "running"
+        self.waiting_for: str | None = None
         self.requested: list[str] = []
         self.healthy_checkpoint = True
         self.registry = CollectorRegistry()
@@ -73,6 +74,8 @@ class FakeRun:
             "weight_version": len(self.records),
             "limits": {"cap_tokens": 256 - len(self.records), "golden_weight": 0.1, "generation": 0},
             "links": {"metrics": "/metrics"},
+            "waiting_for": self.waiting_for,
+            "events": [{"time": 1.76e9, "step": 5, "text": "restarted: learner (crash)"}],
         }
 
     def steps(self, after: int) -> list[dict[str, Any]]:

@@ -78,6 +78,23 @@ def test_a_rollout_that_failed_is_neither_scored_nor_lost_from_the_count() -> No
     assert (len(batch.trajectories), len(batch.scored), batch.num_unscored) == (6, 5, 1)
 
 
+def test_a_rollout_with_a_log_prob_that_is_no_number_is_kept_from_teacher_and_learner() -> None:
+    class Spoiled(FakeFleet):
+        async def rollout(self, *arguments: Any) -> AsyncIterator[list[Trajectory]]:
+            async for group in super().rollout(*arguments):
+                for trajectory in group:
+                    if trajectory.prompt.index == 2:
+                        trajectory.logprobs_T[1] = np.nan
+                yield group
+
+    pool = FakePool(set())
+    launch = Launch(3, [Prompt(index, (1, 2)) for index in range(6)], LengthLimits(64), RolloutSettings(), 1)
+    batch = asyncio.run(collect(Spoiled({}), pool, launch))  # type: ignore[arg-type]
+    assert 2 not in pool.asked
+    assert [t.prompt.index for t in batch.nonfinite] == [2]
+    assert (len(batch.trajectories), len(batch.scored), batch.num_unscored) == (6, 5, 1)
+
+
 def test_a_failure_of_the_engine_reaches_the_caller() -> None:
     class Broken(FakeFleet):
         async def rollout(self, *arguments: Any) -> AsyncIterator[list[Trajectory]]:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from actors.learner.actor import StepReport
 from actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
+from actors.remote import ActorLostError
 from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from services.distill import Distillation, GuardRailError, LearnerError, SyncError, base_limits
 from services.fleet import Sync
@@ -46,6 +48,12 @@ class FakeFleet:
 
     def __init__(self) -> None:
         self.version, self.restored, self.prompts, self.skips = 0, [], [], False
+        self.deaths: set[tuple[str, int]] = set()
+        """The learner dies during this call, counted from 1."""
+        self.calls: Counter[str] = Counter()
+        self.dead, self.saved, self.num_back, self.learned = False, False, 0, []
+        self.disk_s = 0.0
+        """How long a checkpoint takes to write."""
         self.sync = Sync(0.01, 1e-5, 1e-2)
 
     async def rollout(
@@ -59,55 +67,97 @@ class FakeFleet:
             ]
 
     async def learn(self, rollouts: Any, golden: Any, limits: LengthLimits, reference: float, rate: float) -> StepReport:
+        while ("learn", self.calls["learn"] + 1) in self.deaths and self.calls["save"] < self.calls["snapshot"]:
+            await asyncio.sleep(0.001)  # it dies amid the step: a checkpoint's writing has begun, however busy the machine
+        await self._ask("learn")
         await asyncio.sleep(0.005)  # as a real one: what was launched begins meanwhile, on the weights before
+        self.learned.append([rollout.trajectory.prompt.index for rollout in rollouts])
         self.version += 1
         zeros, none = np.zeros(len(POSITION_BUCKETS)), np.zeros(0, np.float32)
         metrics = BatchMetrics(0.1, zeros.astype(int), zeros, 0, 0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, none, none)
         return StepReport(0.1, 1.0, rate, self.skips, self.version, metrics)
 
-    async def sync_weights(self, version: int) -> Sync:
-        return self.sync
+    async def _ask(self, call: str) -> None:
+        """Every call to the learner: once it has died, only a new one answers."""
+        self.calls[call] += 1
+        self.dead |= (call, self.calls[call]) in self.deaths
+        if self.dead:
+            raise ActorLostError("learner", RuntimeError("gone"))
+
+    async def restart_learner(self) -> None:
+        self.dead, self.version = False, -1 if self.saved else 0  # nothing may come of it before a restore
+        await self._ask("restart")
+
+    def learner_is_back(self) -> None:
+        self.num_back += 1
+
+    async def sync_weights(self) -> Sync:
+        await self._ask("sync")
+        assert self.version >= 0, "the weights of a learner that was not restored"
+        return replace(self.sync, weight_version=self.version)
+
+    async def snapshot(self) -> None:
+        await self._ask("snapshot")
+        self.taken = self.version
 
     async def save(self, folder: str) -> None:
-        (Path(folder) / "weights").write_text(str(self.version))
+        await self._ask("save")
+        self.saved = True
+        await asyncio.sleep(self.disk_s)
+        (Path(folder) / "weights").write_text(str(self.taken))
 
     async def restore(self, folder: str, *, rollback: bool = False) -> int:
+        await self._ask("restore")
         self.restored.append((Path(folder).name, rollback))
+        if not rollback:
+            self.version = int((Path(folder) / "weights").read_text())
         return self.version
 
 
 class FakePool:
+    """Scores at once; with `down` set no actor is live and no score arrives."""
+
+    def __init__(self) -> None:
+        self.down, self.pace_s = False, 0.0
+
+    def num_live(self) -> dict[str, int]:
+        return {"t": 0 if self.down else 1}
+
     async def score(self, trajectories: Sequence[Trajectory]) -> list[TokenScores | None]:
+        await asyncio.sleep(self.pace_s)
+        if self.down:
+            return [None] * len(trajectories)
         zeros = [np.zeros(len(t.token_ids), np.float32) for t in trajectories]
         return [TokenScores("t", zero, zero) for zero in zeros]
 
 
 class FakeGovernor:
-    """Follows a script of step -> command; unhealthy from `sick_from` on. Called as a Ray actor is: method.remote(...)."""
+    """Follows a script of step -> command; unhealthy from `sick_from` on; out of reach at the steps in `lost_at`."""
 
     def __init__(self, base: LengthLimits, commands: dict[int, str], sick_from: int = 10**6) -> None:
         self.base, self.commands, self.sick_from = base, commands, sick_from
-        for name in ("tick", "limits", "state", "restore", "set_policy"):
-            setattr(self, name, SimpleNamespace(remote=getattr(self, f"_{name}")))
+        self.lost_at = ()
 
-    async def _limits(self) -> LengthLimits:
+    async def limits(self) -> LengthLimits:
         return self.base
 
-    async def _state(self) -> dict[str, Any]:
+    async def state(self) -> dict[str, Any]:
         return {}
 
-    async def _restore(self, state: dict[str, Any]) -> None: ...
+    async def restore(self, state: dict[str, Any]) -> None: ...
 
-    async def _set_policy(self, policy: Any, base: LengthLimits, generation: int) -> None:
+    async def set_policy(self, policy: Any, base: LengthLimits, generation: int) -> None:
         self.base = replace(base, generation=self.base.generation + 1)
 
-    async def _tick(self, step: int) -> tuple[Any, Record]:
+    async def tick(self, step: int) -> tuple[Any, Record]:
+        if step in self.lost_at:
+            raise ActorLostError("governor", RuntimeError("gone"))
         command = self.commands.get(step)
         decision = SimpleNamespace(
             limits=self.base, after=SimpleNamespace(pressure=0.0), healthy=step < self.sick_from, signals=SimpleNamespace(data_age_s=0.0),
             action=command or "hold", signal="", mode="enforce", command=command, reason="because",
         )  # fmt: skip
-        return decision, {"step": step, "signals": {}, "limits": {}}
+        return decision, {"step": step, "mode": "enforce", "pressure": 0.0, "signals": {}, "limits": {}}
 
 
 class Loop:
@@ -118,7 +168,7 @@ class Loop:
             {
                 "name": "x",
                 "student": {"model": "a"},
-                "teacher": {"model": "b"},
+                "teacher": {"model": "b", "timeout_s": 0.3},
                 "data": {"prompts": {"path": "p"}},
                 "rollout": {"prompts_per_step": 3, "max_new_tokens": 8, "max_staleness": staleness},
                 "learner": {"total_steps": 10, "max_skipped_steps": 3},
@@ -130,12 +180,20 @@ class Loop:
         self.telemetry, self.monitor = Telemetry("x", 8), RunMonitor("x", 10, base_limits(self.job))
         self.fleet, self.stream, self.warnings = FakeFleet(), FakeStream(), []
         self.on_step: Any = lambda record: None
+        self.pool, self.governor = FakePool(), FakeGovernor(base_limits(self.job), commands or {}, sick_from)
+        self.restarts, self.nonfinite, self.num_finished = [], [], 0
         self.distillation = Distillation(
-            self.job, stream=self.stream, golden=[], reference_tokens=4.0, fleet=self.fleet, pool=FakePool(),
-            governor=FakeGovernor(base_limits(self.job), commands or {}, sick_from), directory=self.directory, store=self.store,
+            self.job, stream=self.stream, golden=[], golden_key="g", reference_tokens=4.0, fleet=self.fleet, pool=self.pool,
+            governor=self.governor, directory=self.directory, store=self.store,
             telemetry=self.telemetry, monitor=self.monitor, evaluate=None, decode=lambda ids: "", on_step=lambda r: self.on_step(r),
-            on_warning=self.warnings.append,
+            on_warning=self.warnings.append, on_restart=lambda role, reason: self.restarts.append((role, reason)),
+            on_nonfinite=lambda source, trajectory, scores: self.nonfinite.append((source, trajectory.prompt.index)),
+            finish=self._finish,
         )  # type: ignore[arg-type]  # fmt: skip
+
+    async def _finish(self) -> None:
+        await self.fleet._ask("finish")
+        self.num_finished += 1
 
     def run(self, resume: bool = False) -> list[Record]:
         asyncio.run(self.distillation.run(resume))
@@ -265,3 +323,157 @@ def test_every_record_is_json_and_every_sample_belongs_to_a_step(tmp_path: Path)
     loop = Loop(tmp_path)
     loop.run()
     assert {json.loads(line)["step"] for line in loop.directory.samples.read_text().splitlines()} == set(range(1, 11))
+
+
+# ---- deaths
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize(
+    "death",
+    [("learn", 1), ("learn", 7), ("sync", 1), ("sync", 5), ("save", 1), ("save", 3), ("save", 6), ("finish", 1)],
+    ids=lambda death: f"{death[0]}-{death[1]}",
+)
+def test_a_learner_that_dies_goes_back_to_a_checkpoint_and_every_prompt_is_learned_from_once(
+    tmp_path: Path, staleness: int, death: tuple[str, int]
+) -> None:
+    loop = Loop(tmp_path, staleness=staleness)
+    loop.fleet.deaths = {death}
+    records = loop.run()
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert [record["weight_version"] for record in records] == list(range(1, 11))
+    # What was learned after the checkpoint went with the learner: the later batch of a step is the one in the weights.
+    final = dict(zip(_steps_learned(loop), loop.fleet.learned, strict=True))
+    assert [prompt for step in sorted(final) for prompt in final[step]] == list(range(30))
+    assert loop.restarts == [("learner", "crash")]
+    assert loop.fleet.num_back == 1
+    assert loop.num_finished == 1
+    assert [record["step"] for record in loop.monitor.steps(-1)] == list(range(1, 11))
+    assert loop.monitor.status()["waiting_for"] is None
+
+
+def _steps_learned(loop: Loop) -> list[int]:
+    """The step of each batch the learner took, by the prompts in it: three a step, from 0."""
+    return [batch[0] // 3 + 1 for batch in loop.fleet.learned]
+
+
+def test_counters_go_back_with_the_learner_so_that_totals_count_each_step_once(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.fleet.deaths = {("learn", 6)}
+    loop.run()
+    value = loop.telemetry.registry.get_sample_value
+    assert value("opd_learner_steps_total", {"run": "x"}) == 10
+    assert value("opd_rollouts_total", {"run": "x", "finish_reason": "stop"}) == 30
+
+
+def test_a_new_learner_that_dies_while_it_is_restored_is_replaced_too(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.fleet.deaths = {("learn", 5), ("restart", 1), ("restore", 1)}
+    assert [record["step"] for record in loop.run()] == list(range(1, 11))
+    assert loop.restarts == [("learner", "crash")]
+
+
+def test_a_learner_that_keeps_dying_at_the_same_step_ends_the_run_with_the_reason(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.fleet.deaths = {("learn", n) for n in range(5, 20)}
+    with pytest.raises(LearnerError, match="died 3 times before step 5"):
+        loop.run()
+
+
+def test_deaths_at_different_steps_do_not_add_up(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.fleet.deaths = {("learn", n) for n in (2, 5, 8, 11, 14)}
+    assert [record["step"] for record in loop.run()] == list(range(1, 11))
+    assert len(loop.restarts) == 5
+
+
+def test_without_a_governor_the_last_limits_hold_and_the_run_goes_on(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.governor.lost_at = (4, 5)
+    records = loop.run()
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert {record["cap_tokens"] for record in records} == {8}
+    assert sum("the last limits hold" in warning for warning in loop.warnings) == 2
+    assert [record["step"] for record in read_records(loop.directory.decisions)] == [1, 2, 3, 6, 7, 8, 9, 10]
+
+
+async def _until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_with_all_teachers_gone_the_run_says_so_then_pauses_and_goes_on_when_one_is_back(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.on_step = lambda record: setattr(loop.pool, "down", record["step"] == 3)
+
+    async def watch() -> list[dict[str, Any]]:
+        run = asyncio.create_task(loop.distillation.run(False))
+        await _until(lambda: loop.monitor.status()["waiting_for"])
+        seen = [loop.monitor.status()]
+        await _until(lambda: loop.monitor.status()["phase"] == "paused")
+        seen.append(loop.monitor.status())
+        loop.pool.down = False
+        await run
+        return seen
+
+    waiting, paused = asyncio.run(watch())
+    assert (waiting["phase"], waiting["waiting_for"]) == ("running", "teacher t: no actor answers")
+    assert (paused["step"], paused["waiting_for"]) == (3, "teacher t: no actor answers")
+    records = read_records(loop.directory.metrics)
+    assert [record["num_unscored"] for record in records] == [0] * 10
+    assert loop.monitor.status()["waiting_for"] is None
+
+
+def test_samples_that_no_teacher_scored_are_counted_and_not_learned_from(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    score = loop.pool.score
+
+    async def fails_at_step_4(trajectories: Sequence[Trajectory]) -> list[TokenScores | None]:
+        loop.pool.down = trajectories[0].step == 4
+        return await score(trajectories)
+
+    loop.pool.score = fails_at_step_4  # type: ignore[method-assign]
+
+    async def come_back() -> None:
+        run = asyncio.create_task(loop.distillation.run(False))
+        await _until(lambda: loop.monitor.status()["step"] == 4)
+        loop.pool.down = False
+        await run
+
+    asyncio.run(come_back())
+    records = read_records(loop.directory.metrics)
+    assert [record["num_unscored"] for record in records] == [0, 0, 0, 3, 0, 0, 0, 0, 0, 0]
+    assert [batch[0] // 3 + 1 for batch in loop.fleet.learned] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert loop.telemetry.registry.get_sample_value("opd_admitted_rollouts_total", {"run": "x", "outcome": "unscored"}) == 3
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_slow_teacher_slows_the_rollouts(tmp_path: Path, staleness: int) -> None:
+    loop = Loop(tmp_path, staleness=staleness)
+    loop.pool.pace_s = 0.02
+    ahead = []
+    loop.on_step = lambda record: ahead.append(len(loop.fleet.prompts) - 3 * record["step"])
+    loop.run()
+    assert max(ahead) <= 3 * staleness
+
+
+def test_samples_with_numbers_that_are_none_are_handed_on_for_inspection(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    rollout, learn = loop.fleet.rollout, loop.fleet.learn
+
+    async def spoil(*arguments: Any) -> AsyncIterator[list[Trajectory]]:
+        async for group in rollout(*arguments):
+            if group[0].prompt.index == 4:
+                group[0].logprobs_T[0] = np.inf
+            yield group
+
+    async def skip_step_5(*arguments: Any) -> StepReport:
+        report = await learn(*arguments)
+        return replace(report, skipped=True, suspects=(1,)) if arguments[0][0].trajectory.step == 5 else report
+
+    loop.fleet.rollout, loop.fleet.learn = spoil, skip_step_5  # type: ignore[method-assign]
+    records = loop.run()
+    assert loop.nonfinite == [("engine", 4), ("learner", 13)]
+    assert [record["num_unscored"] for record in records] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert [record["step"] for record in records if record["skipped"]] == [5]

@@ -2,6 +2,10 @@
 
 import inspect
 import json
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +87,8 @@ def test_the_job_travels_with_absolute_paths_and_leaves_its_own_cluster_behind(o
     assert sent["cluster"]["address"] is None
     assert sent["student"]["model"] == "student"
     out = Path.cwd() / "runs/sums"
-    assert cluster.jobs["sums"].entrypoint == f"opd run job.yaml --out {out} --resume"
+    assert cluster.jobs["sums"].entrypoint == jobs.entrypoint(out)
+    assert f"opd run job.yaml --out {out} --resume" in jobs.entrypoint(out)
     assert str(out) in result.output
 
 
@@ -141,6 +146,43 @@ def test_a_bad_job_file_is_refused_before_anything_travels(opd: Opd, cluster: Fa
     assert result.exit_code == 2
     assert "learner.total_steps" in result.stderr
     assert not cluster.jobs
+
+
+def _run_entrypoint(tmp_path: Path, script: str) -> tuple[subprocess.Popen[str], Path]:
+    """The submitted job's shell, as Ray starts it, with another program in the place of `opd`. It writes a line a start."""
+    program, starts = tmp_path / "bin/opd", tmp_path / "starts"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho start >> {starts}\n{script}\n")
+    program.chmod(0o700)
+    environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    return subprocess.Popen(jobs.entrypoint(tmp_path / "o u t"), shell=True, env=environment, start_new_session=True, text=True), starts
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "num_starts"),
+    [
+        ("test $(wc -l < {starts}) -ge 3 || kill -9 $$", 0, 3),
+        ("exit 4", 4, 1),
+        ("exit 130", 130, 1),
+        ("kill -9 $$", 137, jobs.MAX_DRIVER_STARTS),
+    ],
+)
+def test_a_driver_that_a_signal_ended_is_started_again_and_any_other_end_is_the_jobs(
+    tmp_path: Path, script: str, code: int, num_starts: int
+) -> None:
+    process, starts = _run_entrypoint(tmp_path, script.format(starts=tmp_path / "starts"))
+    assert process.wait(20) == code
+    assert len(starts.read_text().split()) == num_starts
+
+
+def test_a_stopped_job_ends_as_its_driver_ends(tmp_path: Path) -> None:
+    process, starts = _run_entrypoint(tmp_path, "trap 'sleep 0.3; exit 0' TERM; while :; do sleep 0.05; done")
+    while not starts.exists():
+        time.sleep(0.02)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)  # as the cluster does
+    assert process.wait(20) == 0
+    assert len(starts.read_text().split()) == 1
 
 
 # ---- list, status, stop

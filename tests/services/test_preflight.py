@@ -158,3 +158,14 @@ def test_pad_and_eos_of_one_token_are_told(job, models, tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<eos>"}))
     assert "1 '<eos>'" in found(check(job(student=str(folder)), tmp_path), "pad token").detail
+
+
+def test_a_strict_job_is_told_what_stands_against_an_exact_resume(job, tmp_path):
+    strict = {"rollout": {"max_staleness": 0}}
+    assert found(check(job(**strict), tmp_path), "exact resume").status == "pass"
+    assert "exact resume" not in {c.name for c in check(job(), tmp_path)}
+    server = {"backend": "http", "url": "http://127.0.0.1:1", "name": "far"}
+    told = found(check(job(teacher=server, service={"prometheus_url": "http://127.0.0.1:1"}, **strict), tmp_path), "exact resume")
+    assert told.status == "warn"
+    assert "teacher far is a server" in told.detail
+    assert "Prometheus server" in told.detail

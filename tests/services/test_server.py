@@ -44,6 +44,17 @@ def test_a_stopped_server_frees_its_port_at_once(make_server):
     assert httpx.get(f"{again.url}/healthz", trust_env=False).status_code == 200
 
 
+def test_a_service_whose_thread_ended_serves_again_on_the_same_port(make_server):
+    server = make_server()
+    assert httpx.get(f"{server.url}/healthz", trust_env=False).status_code == 200
+    server._server.should_exit = True  # what is left of a thread that died: nothing serves, the port is still ours
+    server._thread.join()
+    assert not server.alive
+    server.start()
+    assert server.alive
+    assert httpx.get(f"{server.url}/healthz", trust_env=False).status_code == 200
+
+
 def test_a_port_in_use_is_one_clear_line(make_server):
     taken = make_server().port
     with pytest.raises(ServiceError, match=rf"^service.port: 127.0.0.1:{taken} is in use; choose another port, or 0 for a free one$"):

@@ -1,5 +1,7 @@
 """Metrics: declared once, counters start at 0 and survive a restart, means are ratios of counters."""
 
+import json
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,8 +63,20 @@ def test_totals_survive_a_restart() -> None:
     before.record_rollouts([trajectory(3), trajectory(64, "length")], 64)
     before.inc("opd_teacher_requests_total", 5, teacher="big", result="ok")
     after = Telemetry("x", 64)
-    after.restore(before.totals())
-    assert after.totals() == before.totals()
+    before.set("opd_eval_accuracy_ratio", 0.3, decoding="greedy")
+    after.restore(json.loads(json.dumps(before.state())))
+    assert after.state() == before.state()
+    assert values(after) == values(before)
+    after.record_rollouts([trajectory(5)], 64)
+    assert values(after)["opd_rollout_length_tokens_count[]"] == 3
+
+
+def test_a_histogram_with_other_edges_starts_anew() -> None:
+    before, after = Telemetry("x", 64), Telemetry("x", 96)
+    before.record_rollouts([trajectory(3)], 64)
+    after.restore(before.state())
+    assert values(after)["opd_rollout_length_tokens_count[]"] == 0
+    assert values(after)["opd_rollout_tokens_total[]"] == 3
 
 
 @given(st.integers(1, 5000))

@@ -195,11 +195,14 @@ async def test_without_a_live_actor_the_request_waits_then_is_unscored():
     await pool.close()
 
 
-async def test_nonfinite_scores_are_unscored_and_not_retried():
-    log = Log()
+async def test_nonfinite_scores_are_unscored_kept_for_inspection_and_not_retried():
+    log, kept = Log(), []
     actor = FakeTeacher(faults=[np.nan])
-    pool = build([(settings(name="t"), [actor])], log)
-    assert await pool.score([trajectory()]) == [None]
+    pool = build([(settings(name="t"), [actor])], log, on_nonfinite=lambda trajectory, scores: kept.append((trajectory, scores)))
+    sample = trajectory()
+    assert await pool.score([sample]) == [None]
+    assert kept[0][0] is sample
+    assert np.isnan(kept[0][1].sampled_logp_T).all()
     assert log == {("t", "nonfinite"): 1}
 
 
@@ -305,3 +308,11 @@ async def test_golden_answers_do_not_depend_on_the_number_of_actors():
 async def test_golden_prompts_that_no_actor_answers_are_none():
     pool = build([(settings(max_attempts=1), [FakeTeacher(faults=[RuntimeError("gone")])])])
     assert await pool.golden([trajectory().prompt], max_new_tokens=8, temperature=1.0, seed=0) == [None]
+
+
+async def test_alone_no_request_shares_a_call_with_another():
+    teacher = FakeTeacher(pace_s=0.005)
+    pool = TeacherPool([(TeacherSettings(model="m"), [teacher])], alone=True)
+    scores = await pool.score([trajectory(index=index) for index in range(5)])
+    assert teacher.calls == [1] * 5
+    assert all(score is not None for score in scores)

@@ -1,0 +1,89 @@
+"""A strict run that is killed and resumed ends as one that was never killed, bit for bit."""
+
+import contextlib
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from services.record import CLOCK_FIELDS
+from services.rundir import read_records
+from tests.live_run import LiveRun
+
+pytestmark = pytest.mark.integration
+
+SEED = int(os.environ.get("OPD_KILL_SEED", "1"))
+NUM_KILLS = int(os.environ.get("OPD_KILLS", "1"))
+"""The kept series of kills was made with more."""
+NUM_RANKS = int(os.environ.get("OPD_RANKS", "1"))
+STEPS, EVERY_STEPS = 14, 4
+STRICT = (
+    "rollout.max_staleness=0",
+    "rollout.prompts_per_step=16",
+    f"learner.total_steps={STEPS}",
+    f"learner.num_ranks={NUM_RANKS}",
+    "data.golden.num_prompts=64",
+    "data.eval.every_steps=7",
+    "data.eval.limit=16",
+    f"checkpoint.every_steps={EVERY_STEPS}",
+)
+
+
+def kill_group(live: LiveRun) -> None:
+    """SIGKILL for the driver and, at the same moment, whatever came from it."""
+    live.remember()
+    live.process.kill()
+    for pid, created in live.processes.items():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.create_time() == created:
+                process.kill()
+    live.process.wait()
+    assert live.left_over() == []
+
+
+def what_remains(out: Path) -> dict[str, Any]:
+    """All that a run leaves and that does not tell time."""
+    decisions = read_records(out / "decisions.jsonl")
+    for record in decisions:
+        del record["time_s"], record["signals"]["time_s"], record["signals"]["data_age_s"]
+    return {
+        "metrics": [{key: value for key, value in r.items() if key not in CLOCK_FIELDS} for r in read_records(out / "metrics.jsonl")],
+        "decisions": decisions,
+        "samples": read_records(out / "samples.jsonl"),
+        "counters": [
+            series
+            for series in json.loads((out / f"checkpoints/step-{STEPS}/state.json").read_text())["telemetry"]
+            if series[0].endswith("_total") and series[0] != "opd_actor_restarts_total"
+        ],
+    }
+
+
+def test_a_strict_run_killed_and_resumed_ends_bit_for_bit_as_one_never_killed(tmp_path: Path) -> None:
+    whole = LiveRun(tmp_path / "whole", *STRICT)
+    assert whole.finish() == 0, whole.log.read_text()[-3000:]
+    rng, out = random.Random(SEED), tmp_path / "killed"
+    for number in range(NUM_KILLS):
+        live = LiveRun(out, *STRICT, resume=number > 0)
+        with live.client() as client:
+            first = max((int(path.name[5:]) for path in (out / "checkpoints").glob("step-*")), default=0)
+            live.wait_for(lambda client=client, first=first: client.get("/v1/run").json()["step"] > min(first, STEPS - EVERY_STEPS))
+        time.sleep(rng.uniform(0, 2))
+        at = read_records(out / "metrics.jsonl")[-1]["step"]
+        kill_group(live)
+        print(f"kill {number + 1}: during step {at + 1}")
+    resumed = LiveRun(out, *STRICT, resume=True)
+    assert resumed.finish() == 0, resumed.log.read_text()[-3000:]
+    expected, found = what_remains(tmp_path / "whole"), what_remains(out)
+    for name in expected:
+        for one, other in zip(expected[name], found[name], strict=True):
+            assert one == other, name
+    weights, others = (load_file(tmp_path / name / "final/model.safetensors") for name in ("whole", "killed"))
+    assert weights.keys() == others.keys()
+    assert all(weights[name].numpy().tobytes() == others[name].numpy().tobytes() for name in weights)
