@@ -1,5 +1,6 @@
 """What may change while a job runs, and the store that changes it: generations, history, an audit line per change."""
 
+import errno
 import json
 import os
 import threading
@@ -249,10 +250,16 @@ class ConfigStore:
     def _append(self, source: str, patch: Document, changes: tuple[FieldChange, ...], document: Document) -> None:
         number = self._history[-1].generation + 1 if self._history else 1
         generation = Generation(number, self._clock(), source, patch, changes, document)
-        with self._path.open("a") as file:
-            file.write(json.dumps(generation.record(), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self._path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                line = json.dumps(generation.record(), allow_nan=False) + "\n"
+                if file.write(line.encode()) < len(line.encode()):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
         self._history.append(generation)
 
 

@@ -61,9 +61,9 @@ class LiveRun:
             time.sleep(0.2)
         return self.process.wait(1)
 
-    def left_over(self) -> list[str]:
+    def left_over(self, grace_s: float = 10) -> list[str]:
         """Descendants still there; a moment is given for the last ones to be reaped."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + grace_s
         while True:
             alive = []
             for pid, created in self.processes.items():

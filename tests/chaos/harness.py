@@ -42,6 +42,8 @@ COUNTED_AS = {"engine": "rollout"}
 MAX_WAIT_S = 3.0
 """A kill falls this long, at most, after the run went on from the one before."""
 RECOVERY_S = 200.0
+ORPHANS_S = 90.0
+"""Ray's two agents outlive a killed driver by 62 s: they try for a minute to tell its GCS, which is dead too."""
 FLOOR_S = 20.0
 """Deadline floor of these runs: a tiny model's calls take less than a second, a busy machine stalls for several."""
 
@@ -136,7 +138,6 @@ def run_with_kills(
     ]
     live = ChaosRun(out, *settings)
     kills: list[Kill] = []
-    left: list[str] = []
     client: httpx.Client | None = None
     try:
         client = live.client()
@@ -144,8 +145,7 @@ def run_with_kills(
         for role, number in plan:
             time.sleep(rng.uniform(0, MAX_WAIT_S))
             if role == "driver":
-                live, client, kill, orphans = _kill_driver(live, client, settings)
-                left += orphans
+                live, client, kill = _kill_driver(live, client, settings)
                 kills.append(kill)
             else:
                 kills.append(live.kill(client, role, number))
@@ -156,22 +156,21 @@ def run_with_kills(
         end_processes(live.processes.items())
         if live.process.poll() is None:
             live.process.kill()
-    return check(live, kills, exit_code, settings, seed, steps, staleness, time.monotonic() - started, left)
+    return check(live, kills, exit_code, settings, seed, steps, staleness, time.monotonic() - started)
 
 
-def _kill_driver(live: ChaosRun, client: httpx.Client, settings: Sequence[str]) -> tuple[ChaosRun, httpx.Client, Kill, list[str]]:
-    """Kill the whole run's driver, see that nothing is left of the run, and resume it."""
+def _kill_driver(live: ChaosRun, client: httpx.Client, settings: Sequence[str]) -> tuple[ChaosRun, httpx.Client, Kill]:
+    """Kill the whole run's driver and resume the run."""
     live.remember()
     step, started = live.step(client), time.monotonic()
     client.close()
     live.process.kill()
     live.process.wait(10)
-    orphans = live.left_over()
-    end_processes(live.processes.items())
     resumed = ChaosRun(live.out, *settings, resume=True)
+    resumed.processes |= live.processes  # looked for at the end
     client = resumed.client()
     resumed.wait_for(lambda: resumed.step(client) > step, RECOVERY_S)
-    return resumed, client, Kill("driver", "SIGKILL", step, "opd run", round(time.monotonic() - started, 1)), orphans
+    return resumed, client, Kill("driver", "SIGKILL", step, "opd run", round(time.monotonic() - started, 1))
 
 
 def check(
@@ -183,7 +182,6 @@ def check(
     steps: int,
     staleness: int,
     wall_s: float,
-    left: Sequence[str] = (),
 ) -> Outcome:
     """The books of a run that has ended, against the stream of prompts that its job prescribes."""
     records = [record for record in read_records(live.out / "metrics.jsonl") if record["num_rollouts"]]
@@ -202,7 +200,7 @@ def check(
         prompts_lost=len(set(due) - set(used)),
         prompts_twice=len(used) - len(set(used)),
         unscored=sum(record["num_unscored"] for record in records),
-        processes_left=[*left, *live.left_over()],
+        processes_left=live.left_over(ORPHANS_S if any(kill.role == "driver" for kill in kills) else 10),
         wall_s=round(wall_s, 1),
         weights_sha256=_sha256((live.out / "final/model.safetensors").read_bytes()) if exit_code == 0 else "",
         records_sha256=_sha256(json.dumps([{k: v for k, v in r.items() if k not in CLOCK_FIELDS} for r in records]).encode()),

