@@ -44,7 +44,8 @@ PROBE_TOKENS = 48
 """Length of the probe sequence: long enough to touch every weight, short enough to cost nothing."""
 FLOAT32_TOLERANCE_NATS = 1e-2
 """Rounding in float32 stays a tenth of this on models of 30 layers; wrong weights differ by whole nats."""
-BFLOAT16_TOLERANCE_NATS = 0.25
+BFLOAT16_TOLERANCE_NATS = 0.5
+"""Rounding in bfloat16 was at .18 to .22 on SmolLM2, both sides computing in it."""
 Role = Literal["rollout", "teacher", "learner"]
 NAMESPACE = "opd"
 """Ray namespace of the runs' named actors; all others are anonymous and a run's own."""
@@ -310,8 +311,8 @@ class Fleet:
         return await self._ask_learner("step", rollouts, golden, limits, reference_tokens, learning_rate, tokens=tokens)
 
     async def learner_probe(self) -> np.ndarray:
-        """The learner's log-probs on the probe sequence."""
-        return await self._ask_learner("probe", self._probe)
+        """The learner's log-probs on the probe sequence, in the engines' precision: what rounding does to both is no gap."""
+        return await self._ask_learner("probe", self._probe, self._job.rollout.dtype)
 
     async def snapshot(self) -> None:
         """Have the learner copy its state as it is between these two steps, for `save`."""

@@ -107,7 +107,7 @@ class ClusterSettings(Settings):
     weight_transfer: Literal["auto", "file", "nccl", "ipc"] = "auto"
     """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node)."""
     probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None
-    """Largest engine-learner gap on the probe after a sync. None: 0.01 when both are float32, else 0.25."""
+    """Largest engine-learner gap on the probe after a sync. None: 0.01 when both are float32, else 0.5."""
     deadline_floor_s: Annotated[float, Field(gt=0)] = FLOOR_S
     """An actor that is silent gets at least this long before it counts as hung and is replaced; more where its work was seen to
     take more (ten times the slowest lately)."""

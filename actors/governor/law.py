@@ -12,6 +12,7 @@ Missing or stale signals hold everything; they never raise a cap and never relea
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 from actors.governor.limits import LIMIT_NAMES, propose, settle
 from actors.governor.policy import Policy
@@ -180,7 +181,7 @@ def _press(state: State, readings: Mapping[str, Reading], missing: list[str], po
         relapse = error > RELAPSE_ERROR
         if relapse or state.pressure <= policy.pressure_floor:
             # Small errors don't change sides while pressure is held for the other one.
-            state = replace(state, side="short" if worst == "short" else "long")
+            state = replace(state, side=_side(state, errors, policy))
         state = replace(state, error=error)
         if not relapse:
             return replace(state, pressure=min(1.0, state.pressure + added)), worst
@@ -202,6 +203,15 @@ def _press(state: State, readings: Mapping[str, Reading], missing: list[str], po
     resting_pressure = min(state.resting_pressure, pressure)
     released_from = state.pressure if state.released_from is None else state.released_from
     return replace(state, pressure=pressure, resting_pressure=resting_pressure, released_from=released_from), ""
+
+
+def _side(state: State, errors: Mapping[str, float], policy: Policy) -> Literal["short", "long"]:
+    """Which way lengths go wrong. KL rises either way: it says that something is wrong, not what."""
+    short = max(0.0, errors.get("short", 0.0))
+    long = max((error for name, error in errors.items() if name not in ("short", "kl")), default=0.0)
+    if short > max(0.0, long):
+        return "short"
+    return "long" if long > 0 or state.pressure <= policy.pressure_floor else state.side
 
 
 def _judge(state: State, readings: Mapping[str, Reading], worst: str, policy: Policy, steps: float) -> tuple[State, Command | None]:

@@ -245,10 +245,12 @@ class Learner:
         return LazyLogits(hidden_BLH.flatten(0, 1)[inputs.predictor_N], lm.head, tuple(lm.model.get_output_embeddings().parameters()))
 
     @torch.no_grad()
-    def probe(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Log-probs [L - 1] of a fixed sequence, float32, to hold against an engine's."""
-        ids_BL = torch.tensor([list(token_ids)], device=self._student.device)
-        logits_LV = self._run(lambda: self._student.head(self._student.hidden(ids_BL, torch.ones_like(ids_BL))[0, :-1]))
+    def probe(self, token_ids: Sequence[int], dtype: str = "float32") -> np.ndarray:
+        """Log-probs [L - 1] of a fixed sequence, float32, to hold against an engine's; `dtype`: what the engine computes in."""
+        device = self._student.device
+        ids_BL = torch.tensor([list(token_ids)], device=device)
+        with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+            logits_LV = self._run(lambda: self._student.head(self._student.hidden(ids_BL, torch.ones_like(ids_BL))[0, :-1]))
         return logits_LV.float().log_softmax(-1).gather(1, ids_BL[0, 1:, None])[:, 0].cpu().numpy()
 
     @torch.no_grad()

@@ -133,7 +133,7 @@ class Sink:
     async def weights(self, dtype: str) -> tuple[int, np.ndarray]:
         return self._version, np.zeros(0, np.uint8)
 
-    async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
+    async def probe(self, token_ids: Sequence[int], dtype: str) -> np.ndarray:
         return ZEROS[: len(token_ids) - 1]
 
     async def snapshot(self) -> None: ...

@@ -246,6 +246,22 @@ def test_answers_of_one_or_two_tokens_raise_pressure_without_shortening_anything
     assert decision.limits.admission_quota == decision.limits.loop_tail_weight == 1
 
 
+def test_answers_that_are_too_short_are_not_shortened_when_kl_cries_louder():
+    terse = replace(HEALTHY, length_mean_tokens=8.0, length_max_tokens=12, kl_nats=10.0)
+    decision = run([HEALTHY] * 3 + [terse] * 3, Policy(), replace(BASE, stop_tilt_nats=16.0))[-1]
+    assert decision.signal == "kl"
+    assert decision.after.side == "short"
+    assert decision.limits.stop_tilt_nats == 0
+
+
+def test_kl_alone_keeps_the_side_that_lengths_had_shown():
+    terse = replace(HEALTHY, length_mean_tokens=1.5, length_max_tokens=2)
+    strange = replace(HEALTHY, kl_nats=10.0)
+    decisions = run([HEALTHY] * 3 + [terse] * 3 + [strange] * 2, Policy())
+    assert decisions[-1].signal == "kl"
+    assert decisions[-1].after.side == "short"
+
+
 def test_the_cap_never_goes_below_the_reference_however_high_the_pressure():
     decision = run([replace(HEALTHY, tail_share=1.0, truncation_rate=0.2)] * 6, Policy(actuators=("cap_tokens",)))[-1]
     assert decision.after.pressure == 1

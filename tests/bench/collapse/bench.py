@@ -82,7 +82,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     # the price of governing: a run that stays healthy by itself
     "healthy-off": ("governor.mode=off",),
     "healthy-governed": (ENFORCE,),
-    # a teacher that gets stuck in half of its answers takes over at step 60
+    # a teacher that often gets stuck takes over at step 60
     "swap-plain": (),
     "swap-governed": (ENFORCE,),
     # a shard scored by a teacher that gets stuck in every answer, steps 80 to 91
@@ -109,8 +109,8 @@ def scene_overrides(arm: str, folder: Path) -> tuple[str, ...]:
         for index, row in enumerate(rows):
             step = index // ROLLOUTS + 1
             row["domain"] = "bad" if (step >= SWAP_STEP if scene == "swap" else step in POISON_STEPS) else "good"
-        # Half of what the new teacher reads gets stuck, all of what the poisoned shard's teacher reads.
-        train_stuck_teacher(folder / "stuck", num_worked=16 if scene == "swap" else 0)
+        # Most of what the new teacher reads gets stuck, all of what the poisoned shard's teacher reads.
+        train_stuck_teacher(folder / "stuck", num_worked=2 if scene == "swap" else 0)
         models = {"good": SUMS / "teacher", "bad": folder / "stuck"}
         teachers = [{"name": name, "model": str(model), "domains": [name]} for name, model in models.items()]
         return (
