@@ -1,6 +1,7 @@
 """A real run as a process of its own, watched from outside."""
 
 import contextlib
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,11 @@ ROOT = Path(__file__).parents[1]
 JOB = ROOT / "deploy/jobs/sums.yaml"
 
 
+def _heed_ctrl_c() -> None:
+    """Tests started in a shell's background inherit that Ctrl-C is ignored; a person's run has not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class LiveRun:
     """`opd run` in a process of its own, and its HTTP service once it is up."""
 
@@ -24,7 +30,7 @@ class LiveRun:
         command += [part for override in sets for part in ("--set", override)] + (["--resume"] if resume else [])
         self.log = out.parent / f"{out.name}.log"
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_heed_ctrl_c)
         self.processes: dict[int, float] = {}
 
     def url(self) -> str:
