@@ -13,7 +13,7 @@ JOB = ROOT / "deploy/jobs/sums-collapse.yaml"
 PROMPTS = ROOT / "deploy/sums/prompts_curriculum.jsonl"
 NUM_EASY, FIRST_HARD = 640, 1600
 """The curriculum with twenty steps of easy prompts instead of fifty."""
-STEPS = 85
+STEPS = 60
 
 
 def truncations(out: Path, *sets: str) -> list[float]:
