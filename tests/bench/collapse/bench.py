@@ -109,8 +109,7 @@ def scene_overrides(arm: str, folder: Path) -> tuple[str, ...]:
         for index, row in enumerate(rows):
             step = index // ROLLOUTS + 1
             row["domain"] = "bad" if (step >= SWAP_STEP if scene == "swap" else step in POISON_STEPS) else "good"
-        # Most of what the new teacher reads gets stuck, all of what the poisoned shard's teacher reads.
-        train_stuck_teacher(folder / "stuck", num_worked=2 if scene == "swap" else 0)
+        train_stuck_teacher(folder / "stuck", worked_weight=0.25 if scene == "swap" else 0.0)
         models = {"good": SUMS / "teacher", "bad": folder / "stuck"}
         teachers = [{"name": name, "model": str(model), "domains": [name]} for name, model in models.items()]
         return (
@@ -128,18 +127,16 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def train_stuck_teacher(folder: Path, num_worked: int) -> None:
-    """The shipped teacher after a lesson of 16 answers that get stuck beside `num_worked` that end, at each of 150 steps."""
+def train_stuck_teacher(folder: Path, worked_weight: float) -> None:
+    """The shipped teacher after 150 steps on answers that get stuck; `worked_weight`: of answers that end beside them."""
     tokenizer = AutoTokenizer.from_pretrained(SUMS / "teacher")
     model = AutoModelForCausalLM.from_pretrained(SUMS / "teacher").train()
 
     def draw_batches(rng: random.Random, steps: int) -> Iterator[tuple[recipe.Batch, ...]]:
         for _ in range(steps):
-            worked = [
-                render_prompt(terms) + render_answer(terms) for terms in islice(draw_problems(rng, 2, 9, held_out_prompts()), num_worked)
-            ]
+            worked = [render_prompt(terms) + render_answer(terms) for terms in islice(draw_problems(rng, 2, 9, held_out_prompts()), 2)]
             stuck = [draw_stall(rng, recipe.WINDOW_TOKENS) for _ in range(16)]
-            yield tuple(recipe.Batch(documents) for documents in (worked, stuck) if documents)
+            yield recipe.Batch(stuck), recipe.Batch(worked, weight=worked_weight)
 
     recipe.train(model, replace(recipe.STALLING, steps=150, draw_batches=draw_batches), tokenizer)
     rows = [json.loads(line) for line in (SUMS / "eval_3_9.jsonl").read_text().splitlines()][:128]
