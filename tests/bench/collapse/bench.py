@@ -109,7 +109,7 @@ def scene_overrides(arm: str, folder: Path) -> tuple[str, ...]:
         for index, row in enumerate(rows):
             step = index // ROLLOUTS + 1
             row["domain"] = "bad" if (step >= SWAP_STEP if scene == "swap" else step in POISON_STEPS) else "good"
-        train_stuck_teacher(folder / "stuck", worked_weight=0.25 if scene == "swap" else 0.0)
+        train_stuck_teacher(folder / "stuck", worked_weight=0.1 if scene == "swap" else 0.0)
         models = {"good": SUMS / "teacher", "bad": folder / "stuck"}
         teachers = [{"name": name, "model": str(model), "domains": [name]} for name, model in models.items()]
         return (
