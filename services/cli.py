@@ -36,7 +36,7 @@ def run(
     checks = check(job, directory)
     if code := exit_code(checks):
         fail(failures(checks), code)
-    from actors.remote import ActorLostError
+    from actors.deadlines import ActorLostError
     from services.distill import GuardRailError, LearnerError, SyncError
     from services.launch import Run, TerminatedError
     from services.progress import Progress

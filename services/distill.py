@@ -28,6 +28,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.deadlines import ActorLostError
 from actors.learner.checkpoint import (
     newest_checkpoint,
     partial_folder,
@@ -36,7 +37,6 @@ from actors.learner.checkpoint import (
     seal_checkpoint,
     step_of,
 )
-from actors.remote import ActorLostError
 from actors.teacher.pool import TeacherPool
 from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from services.collect import Batch, Launch, collect

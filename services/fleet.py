@@ -19,9 +19,9 @@ import psutil
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 
+from actors.deadlines import ActorLostError, HungError, Pace, Say
 from actors.learner.actor import Learner, StepReport
 from actors.learner.group import LearnerGroup
-from actors.remote import ActorLostError, HungError, Pace, Say
 from actors.rollout.actor import RayEngine, RolloutActor
 from actors.rollout.pool import Request, RolloutPool
 from actors.rollout.settings import RolloutSettings

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from actors.deadlines import FLOOR_S
 from actors.governor.policy import Policy
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
-from actors.remote import FLOOR_S
 from actors.rollout.settings import RolloutSettings
 from actors.settings import Settings, Url
 from actors.teacher.settings import TeacherSettings

@@ -6,8 +6,8 @@ from typing import Any
 
 import ray
 
+from actors.deadlines import FLOOR_S, ActorLostError, Pace, Reason, Say, first_line, reason_of
 from actors.governor.policy import Policy
-from actors.remote import FLOOR_S, ActorLostError, Pace, Reason, Say, first_line, reason_of
 from actors.trajectory import LengthLimits
 from services.fleet import LOST
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from actors.remote import FIRST_S, FLOOR_S, ActorLostError, Pace, Reason, Say, first_line, reason_of, within
+from actors.deadlines import FIRST_S, FLOOR_S, ActorLostError, Pace, Reason, Say, first_line, reason_of, within
 from actors.rollout.settings import RolloutSettings
 from actors.trajectory import LengthLimits, Prompt, Trajectory
 

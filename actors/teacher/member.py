@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from actors.remote import FLOOR_S, Pace, Say, first_line, within
+from actors.deadlines import FLOOR_S, Pace, Say, first_line, within
 from actors.teacher.scorers import GenerateOptions, ScoreRequest, generate_timeout_s
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import TokenScores

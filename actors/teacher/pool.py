@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from actors.remote import FLOOR_S, Say
+from actors.deadlines import FLOOR_S, Say
 from actors.teacher.member import COOLDOWN_S, Member, OnRestart, TeacherHandle
 from actors.teacher.scorers import GenerateOptions, ScoreRequest
 from actors.teacher.settings import TeacherSettings

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 import services.fleet
-from actors.remote import ActorLostError
+from actors.deadlines import ActorLostError
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
 from services.fleet import Fleet, Models, connect
 from services.job import Job

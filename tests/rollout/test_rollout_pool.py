@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.remote import ActorLostError
+from actors.deadlines import ActorLostError
 from actors.rollout.pool import MAX_FAILURES, MAX_ISSUES, Request, RolloutPool
 from actors.rollout.settings import RolloutSettings
 from actors.trajectory import LengthLimits, Prompt, Trajectory

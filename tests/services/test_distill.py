@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.deadlines import ActorLostError
 from actors.learner.actor import StepReport
 from actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
-from actors.remote import ActorLostError
 from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from services.distill import Distillation, GuardRailError, LearnerError, SyncError, base_limits
 from services.fleet import Sync

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
+from actors.deadlines import ActorLostError
 from actors.governor.actor import Governor
 from actors.governor.policy import Policy
 from actors.governor.signals import Snapshot
-from actors.remote import ActorLostError
 from actors.trajectory import LengthLimits
 from services.keeper import MAX_TRIES, GovernorKeeper
 from tests.governor.test_governor import reading
