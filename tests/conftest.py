@@ -16,7 +16,7 @@ os.environ |= {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
-from hypothesis import settings  # noqa: E402
+from hypothesis import settings
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("no deadline")
