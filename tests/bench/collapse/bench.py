@@ -35,7 +35,7 @@ JOB = ROOT / "deploy/jobs/sums-collapse.yaml"
 SUMS = ROOT / "deploy/sums"
 ROLLOUTS = 32
 """A step's, in that job."""
-KEPT = ("metrics.jsonl", "decisions.jsonl", "job.yaml")
+KEPT = ("metrics.jsonl", "decisions.jsonl")
 TRUNCATION_COLLAPSE = 0.5
 LEAD_TRUNCATION = 0.3
 ACTED_PRESSURE = 0.05
@@ -161,12 +161,11 @@ def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if finished.returncode not in (0, 4):
             sys.exit(f"{arm} seed {seed} ended with {finished.returncode}:\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}")
+        told = [part.replace(f"{ROOT}/", "").replace(scratch, "SCRATCH") for part in overrides[:-1]]
         kept.mkdir(parents=True, exist_ok=True)
-        for name in KEPT[:2]:
+        for name in KEPT:
             shutil.copyfile(out / name, kept / name)
-        (kept / "machine.json").write_text(
-            json.dumps(machine() | {"overrides": overrides[:-1], "exit_code": finished.returncode}, indent=1)
-        )
+        (kept / "machine.json").write_text(json.dumps(machine() | {"overrides": told, "exit_code": finished.returncode}, indent=1))
     print(f"{arm} seed {seed}: {describe(summarise(read(kept / 'metrics.jsonl'), read(kept / 'decisions.jsonl')))}", flush=True)
 
 
