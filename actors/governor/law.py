@@ -20,8 +20,11 @@ from actors.governor.signals import Signals
 from actors.governor.state import Action, Command, Decision, Reading, State
 from actors.trajectory import LengthLimits
 
-KL_FLOOR_NATS = 0.02
+KL_FLOOR_NATS = 0.03
 """Running levels of KL below this don't count: ratios to next to nothing are noise."""
+IMPROVING = 4.0
+"""A running level follows what gets better this many times as fast as what gets worse: a change for the worse stands out at once,
+also in a run whose KL has just fallen from nats to hundredths."""
 RELAPSE_ERROR = 0.1
 """Errors up to this pause the healthy stretch, larger ones end it: one long answer among many is no relapse."""
 RESTING_RELEASE = 0.1
@@ -107,11 +110,16 @@ def _grope(
 
 
 def _average(state: State, signals: Signals, policy: Policy, num_rollouts: float) -> State:
-    """Shares averaged over about `window_rollouts` rollouts, from 0 on: a run is healthy until shown otherwise."""
+    """Shares averaged over about `window_rollouts` rollouts, from 0 on: a run is healthy until shown otherwise. KL from its first value on."""
     weight = 1.0 - math.exp(-num_rollouts / policy.window_rollouts)
+    kl_weight = 1.0 - math.exp(-num_rollouts / policy.kl_window_rollouts)
 
     def mix(old: float, new: float | None) -> float:
         return old if new is None else old + weight * (min(1.0, new) - old)
+
+    kl_nats = signals.kl_nats
+    if kl_nats is not None and state.kl_nats is not None:
+        kl_nats = state.kl_nats + kl_weight * (kl_nats - state.kl_nats)
 
     cut = None if signals.truncation_rate is None else signals.truncation_rate + (signals.governor_cut_rate or 0.0)
     return replace(
@@ -120,6 +128,7 @@ def _average(state: State, signals: Signals, policy: Policy, num_rollouts: float
         truncation_rate=mix(state.truncation_rate, signals.truncation_rate),
         loop_rate=mix(state.loop_rate, signals.loop_rate),
         cut_rate=mix(state.cut_rate, cut),
+        kl_nats=state.kl_nats if kl_nats is None else kl_nats,
         reference_mean_tokens=signals.reference_mean_tokens or state.reference_mean_tokens,
         reference_p99_tokens=signals.reference_p99_tokens or state.reference_p99_tokens,
     )
@@ -132,7 +141,7 @@ def _measure(state: State, signals: Signals, policy: Policy) -> dict[str, Readin
     values = {
         "tail_share": (None if signals.tail_share is None else state.tail_share, policy.target_tail_share),
         "length_max": (_ratio(signals.length_max_tokens, state.reference_p99_tokens), policy.target_length_max_ratio),
-        "kl": (_ratio(signals.kl_nats, kl_level), policy.target_kl_ratio),
+        "kl": (None if signals.kl_nats is None else _ratio(state.kl_nats, kl_level), policy.target_kl_ratio),
         "stop_mass": (None if stop_mass is None else max(0.0, 1.0 - stop_mass), policy.target_stop_mass_deficit),
         "loops": (None if signals.loop_rate is None else state.loop_rate, policy.target_loop_rate),
         "truncation": (None if signals.truncation_rate is None else state.truncation_rate, policy.target_truncation),
@@ -157,16 +166,21 @@ def _missing(state: State, readings: Mapping[str, Reading], policy: Policy) -> l
 
 
 def _remember(state: State, signals: Signals, readings: Mapping[str, Reading], policy: Policy, steps: float) -> State:
-    """Running levels follow after they were compared with, and slowly, so that a rise stands out for many steps."""
-    weight = 1.0 - 0.5 ** (steps / policy.level_half_life_steps)
+    """Running levels follow after they were compared with: slowly what gets worse, so that it stands out for many steps."""
 
-    def follow(level: float | None, value: float | None) -> float | None:
-        return level if value is None else value if level is None else level + weight * (value - level)
+    def follow(level: float | None, value: float | None, better: bool) -> float | None:
+        if level is None or value is None:
+            return level if value is None else value
+        half_life_steps = policy.level_half_life_steps / (IMPROVING if better else 1.0)
+        return level + (1.0 - 0.5 ** (steps / half_life_steps)) * (value - level)
+
+    kl_nats = None if signals.kl_nats is None else state.kl_nats
+    density = signals.stop_density_per_token
 
     return replace(
         state,
-        kl_level_nats=follow(state.kl_level_nats, signals.kl_nats),
-        density_level=follow(state.density_level, signals.stop_density_per_token),
+        kl_level_nats=follow(state.kl_level_nats, kl_nats, (kl_nats or 0.0) < (state.kl_level_nats or 0.0)),
+        density_level=follow(state.density_level, density, (density or 0.0) > (state.density_level or 0.0)),
         seen=tuple(sorted({name for name, reading in readings.items() if reading.value is not None}.union(state.seen))),
     )
 
@@ -233,7 +247,7 @@ def _judge(state: State, readings: Mapping[str, Reading], worst: str, policy: Po
     if policy.mode == "enforce":
         # The restored student starts with clean averages. The pressure that led here stays, and is released like any other.
         state = replace(state, rollbacks=state.rollbacks + 1, healthy_steps=0.0, error=0.0)
-        state = replace(state, tail_share=0.0, truncation_rate=0.0, loop_rate=0.0, cut_rate=0.0)
+        state = replace(state, tail_share=0.0, truncation_rate=0.0, loop_rate=0.0, cut_rate=0.0, kl_nats=None)
     return state, "rollback"
 
 

@@ -106,8 +106,10 @@ class Policy(Settings):
     """Pressure never falls below this: prevention that is always on."""
     window_rollouts: Annotated[float, Field(gt=0, le=100_000)] = 32.0
     """Shares are averaged over about this many rollouts, so one odd answer in a small batch is no trend."""
+    kl_window_rollouts: Annotated[float, Field(gt=0, le=100_000)] = 96.0
+    """KL is averaged over about this many: a single step of few rollouts scatters by half of its value."""
     level_half_life_steps: Annotated[float, Field(gt=0, le=10_000)] = 25.0
-    """Half-life of the running levels of KL and stop-supervision density, steps."""
+    """Half-life of the running levels of KL and stop-supervision density, steps; a quarter of it where they get better."""
 
     actuators: tuple[Actuator, ...] = get_args(Actuator)
     """What the governor may move; the rest stays at the job's own settings. Without `rollback` it neither rolls back nor stops."""

@@ -40,6 +40,8 @@ class State:
     loop_rate: float = 0.0
     cut_rate: float = 0.0
     """Share cut by any cap, the governor's own included: confirms inflation."""
+    kl_nats: float | None = None
+    """Averaged over about `kl_window_rollouts`; its running level is what it is compared with."""
     kl_level_nats: float | None = None
     density_level: float | None = None
     reference_mean_tokens: float | None = None

@@ -233,6 +233,23 @@ def test_one_odd_answer_in_a_small_batch_is_no_trend():
     assert all(d.after.pressure == 0 for d in run([HEALTHY, odd, HEALTHY, HEALTHY], Policy()))
 
 
+def falling_kl(steps: int) -> list[Signals]:
+    """From half a nat to hundredths, as a student that learns."""
+    return [replace(HEALTHY, kl_nats=0.5 * 0.9**step + 0.01) for step in range(steps)]
+
+
+def test_a_teacher_that_changed_is_noticed_in_kl_within_three_steps_though_kl_was_higher_before():
+    decisions = run(falling_kl(60) + [replace(HEALTHY, kl_nats=0.12)] * 3, Policy())
+    assert decisions[59].after.pressure == 0
+    assert decisions[62].signal == "kl"
+    assert decisions[62].after.pressure > 0.5
+
+
+def test_kl_of_a_single_noisy_step_is_no_alarm():
+    spike = replace(HEALTHY, kl_nats=0.12)
+    assert all(d.after.pressure == 0 for d in run([*falling_kl(60), spike, *falling_kl(60)[50:]], Policy()))
+
+
 def test_answers_of_one_or_two_tokens_raise_pressure_without_shortening_anything():
     tiny = replace(HEALTHY, length_mean_tokens=1.5, length_max_tokens=2, stop_density_per_token=0.66)
     base = replace(BASE, stop_tilt_nats=1.0)
