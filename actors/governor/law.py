@@ -110,7 +110,10 @@ def _grope(
 
 
 def _average(state: State, signals: Signals, policy: Policy, num_rollouts: float) -> State:
-    """Shares averaged over about `window_rollouts` rollouts, from 0 on: a run is healthy until shown otherwise. KL from its first value on."""
+    """Shares averaged over about `window_rollouts` rollouts, from 0 on: a run is healthy until shown otherwise.
+
+    KL, over `kl_window_rollouts`, begins with its first value.
+    """
     weight = 1.0 - math.exp(-num_rollouts / policy.window_rollouts)
     kl_weight = 1.0 - math.exp(-num_rollouts / policy.kl_window_rollouts)
 
