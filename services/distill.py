@@ -232,10 +232,12 @@ class Distillation:
         try:
             sync = await self._sync() if report else Sync()
         finally:
+            synced = time.monotonic()
             command, reason = await deciding
+            govern_s = time.monotonic() - synced
         evaluations = await self._evaluate_now() if self._is_eval_step() else {}
 
-        times = StepTimes(batch.rollout_s, batch.score_s, learn_s, sync.seconds, time.monotonic() - started, waited_s)
+        times = StepTimes(batch.rollout_s, batch.score_s, learn_s, sync.seconds, govern_s, time.monotonic() - started, waited_s)
         record = step_record(batch, report, limits, pressure, times, evaluations)
         self._publish(record, batch, times)
         if command == "rollback":

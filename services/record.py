@@ -15,7 +15,7 @@ from services.evaluate import Evaluation
 from services.rundir import Record
 from services.telemetry import Telemetry
 
-CLOCK_FIELDS = frozenset({"time", "step_s", "wait_s", "rollout_s", "score_s", "learn_s", "sync_s", "tokens_per_s"})
+CLOCK_FIELDS = frozenset({"time", "step_s", "wait_s", "rollout_s", "score_s", "learn_s", "sync_s", "govern_s", "tokens_per_s"})
 """Fields of a step's record that tell time: all others are the same in every strict run of the same job."""
 Source = Literal["engine", "teacher", "learner"]
 """Who found that a sample's numbers are none: its own log-probs, the teacher's, or its loss or gradient."""
@@ -29,6 +29,8 @@ class StepTimes:
     score_s: float
     learn_s: float
     sync_s: float
+    govern_s: float
+    """Waited for the governor's decision beyond the sync that it runs beside: what governing adds to a step."""
     total_s: float
     wait_s: float
 
@@ -118,6 +120,7 @@ def step_record(
         "score_s": times.score_s,
         "learn_s": times.learn_s,
         "sync_s": times.sync_s,
+        "govern_s": times.govern_s,
         "tokens_per_s": float(lengths.sum()) / times.total_s,
     }
     if report is not None:

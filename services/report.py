@@ -40,6 +40,7 @@ NUMBERS = (
     ("score, s", "score_s", "{:.2f}"),
     ("learn, s", "learn_s", "{:.2f}"),
     ("weight sync, s", "sync_s", "{:.2f}"),
+    ("waited for the governor, s", "govern_s", "{:.4f}"),
 )
 """Rows of the table: what it is, field of the step record, format."""
 

@@ -83,7 +83,7 @@ class ObservedRun:
         report = StepReport(0.3, 1.2, 1e-4, False, self.steps, _metrics(sum(lengths), len(lengths)))
         record_batch(telemetry, batch, report, limits, CAP_TOKENS)
         telemetry.beat()
-        for phase, seconds in StepTimes(1.0, 0.1, 0.3, 0.1, 1.5, 1.0).by_phase().items():
+        for phase, seconds in StepTimes(1.0, 0.1, 0.3, 0.1, 0.0, 1.5, 1.0).by_phase().items():
             telemetry.observe("opd_step_seconds", seconds, phase=phase)
         telemetry.observe("opd_weight_sync_seconds", 0.1)
         telemetry.set("opd_weight_sync_gap_nats", 4e-5)
