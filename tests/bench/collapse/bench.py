@@ -24,14 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.causal_lm import CausalLM
+from actors.teacher.scorers import GenerateOptions, TorchScorer
+from actors.teacher.settings import TeacherSettings
 from deploy.sums import recipe
 from deploy.sums.task import draw_problems, draw_stall, held_out_prompts, render_answer, render_prompt
+from services.data import load_problems
+from services.job import load_job
+from services.launch import resolve_models
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-JOB = ROOT / "deploy/jobs/sums-collapse.yaml"
+JOBS = {scene: ROOT / f"deploy/jobs/{scene}.yaml" for scene in ("sums-collapse", "smollm2")}
 SUMS = ROOT / "deploy/sums"
 ROLLOUTS = 32
 """A step's, in that job."""
@@ -92,6 +99,12 @@ ARMS: dict[str, tuple[str, ...]] = {
     # a penalty so strong that the student answers nothing: the length collapses (a sampled loss would not see the early stop)
     "terse-plain": (*DENSE, "objective.stop_tilt_nats=16", "objective.stop_tilt_target_tokens=1", "objective.stop_tilt_width_tokens=1"),
 }
+SMOLLM2 = ("learner.learning_rate=1e-4", "learner.total_steps=12", "data.eval.every_steps=6")
+ARMS |= {
+    # real weights, at a learning rate at which they inflate within ten steps
+    "smollm2-plain": ("preset=plain-opd", "governor.mode=observe", *SMOLLM2),
+    "smollm2-governed": SMOLLM2,
+}
 ARMS["terse-governed"] = (*ARMS["terse-plain"], ENFORCE)
 SWAP_STEP, POISON_STEPS = 60, range(80, 92)
 
@@ -146,6 +159,28 @@ def train_stuck_teacher(folder: Path, worked_weight: float) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def forward_kl(student: Path, limit: int = 64) -> dict[str, float]:
+    """Mean KL(teacher || student) over the vocabulary, nats per token, on the teacher's own answers at T = 1 to held-out questions."""
+    job = load_job(JOBS["smollm2"])
+    models, tokenizer = resolve_models(job)
+    assert job.data.eval is not None
+    source = job.data.eval.model_copy(update={"limit": limit})
+    prompts = [problem.token_ids for problem in load_problems(source, job.data.prompts, tokenizer)]
+    teacher = TorchScorer(TeacherSettings(model=models.teachers[0], batch_tokens=1 << 20), models.stop_ids)
+    answers = teacher.generate(prompts, GenerateOptions(max_new_tokens=job.rollout.max_new_tokens, temperature=1.0))
+    learned = CausalLM(str(student))
+    nats, tokens = 0.0, 0
+    with torch.inference_mode():
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids_BL = torch.tensor([[*prompt, *answer]])
+            logps_LV = [
+                lm.head(lm.hidden(ids_BL, torch.ones_like(ids_BL))[0, len(prompt) - 1 : -1]).log_softmax(-1) for lm in (teacher.lm, learned)
+            ]
+            nats += float((logps_LV[0].exp() * (logps_LV[0] - logps_LV[1])).sum())
+            tokens += len(answer)
+    return {"forward_kl_nats": nats / tokens, "tokens": tokens, "prompts": len(prompts)}
+
+
 def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
     """One run in a process of its own; kept only when it ends as a run may end (0, or 4: stopped by its guard rail)."""
     kept = HERE / arm / str(seed)
@@ -156,17 +191,28 @@ def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
         out = Path(scratch) / "run"
         cache = Path(tempfile.gettempdir()) / "opd-golden"
         overrides = [*ARMS[arm], f"seed={seed}", *scene_overrides(arm, Path(scratch)), *extra, f"data.golden.cache_dir={cache}"]
-        command = [sys.executable, "-m", "services.cli", "run", str(JOB), "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "services.cli",
+            "run",
+            str(JOBS["smollm2" if arm.startswith("smollm2") else "sums-collapse"]),
+            "--out",
+            str(out),
+        ]
         command += [part for override in overrides for part in ("--set", override)]
         print(f"{arm} seed {seed}: {' '.join(overrides)}", flush=True)
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if finished.returncode not in (0, 4):
             sys.exit(f"{arm} seed {seed} ended with {finished.returncode}:\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}")
+        measured = forward_kl(out / "final") if arm.startswith("smollm2") else {}
         told = [part.replace(f"{ROOT}/", "").replace(scratch, "SCRATCH") for part in overrides[:-1]]
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             shutil.copyfile(out / name, kept / name)
-        (kept / "machine.json").write_text(json.dumps(machine() | {"overrides": told, "exit_code": finished.returncode}, indent=1))
+        (kept / "machine.json").write_text(
+            json.dumps(machine() | {"overrides": told, "exit_code": finished.returncode} | measured, indent=1)
+        )
     print(f"{arm} seed {seed}: {describe(summarise(read(kept / 'metrics.jsonl'), read(kept / 'decisions.jsonl')))}", flush=True)
 
 
