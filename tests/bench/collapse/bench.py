@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.causal_lm import CausalLM
@@ -40,6 +41,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 JOBS = {scene: ROOT / f"deploy/jobs/{scene}.yaml" for scene in ("sums-collapse", "smollm2")}
 SUMS = ROOT / "deploy/sums"
+SCRATCH = Path(tempfile.gettempdir()) / "opd-golden"
+"""What arms share and need not make again: golden answers, other teachers."""
 ROLLOUTS = 32
 """A step's, in that job."""
 KEPT = ("metrics.jsonl", "decisions.jsonl")
@@ -106,6 +109,14 @@ ARMS |= {
     "smollm2-governed": SMOLLM2,
 }
 ARMS["terse-governed"] = (*ARMS["terse-plain"], ENFORCE)
+PLOTS = {
+    "collapse": ("plain-opd", "stable-opd", "governed", "governed-best"),
+    "swap": ("swap-plain", "swap-governed"),
+    "poison": ("poison-plain", "poison-governed", "poison-rollback"),
+    "terse": ("terse-plain", "terse-governed"),
+    "smollm2": ("smollm2-plain", "smollm2-governed"),
+}
+"""Picture -> arms beside each other in it."""
 SWAP_STEP, POISON_STEPS = 60, range(80, 92)
 
 
@@ -123,8 +134,7 @@ def scene_overrides(arm: str, folder: Path) -> tuple[str, ...]:
         for index, row in enumerate(rows):
             step = index // ROLLOUTS + 1
             row["domain"] = "bad" if (step >= SWAP_STEP if scene == "swap" else step in POISON_STEPS) else "good"
-        train_stuck_teacher(folder / "stuck", worked_weight=0.1 if scene == "swap" else 0.0)
-        models = {"good": SUMS / "teacher", "bad": folder / "stuck"}
+        models = {"good": SUMS / "teacher", "bad": stuck_teacher(worked_weight=0.1 if scene == "swap" else 0.0)}
         teachers = [{"name": name, "model": str(model), "domains": [name]} for name, model in models.items()]
         return (
             f"data.prompts.path={write_rows(folder / 'prompts.jsonl', rows)}",
@@ -141,8 +151,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def train_stuck_teacher(folder: Path, worked_weight: float) -> None:
-    """The shipped teacher after 150 steps on answers that get stuck; `worked_weight`: of answers that end beside them."""
+def stuck_teacher(worked_weight: float) -> Path:
+    """The shipped teacher after 150 steps on answers that get stuck; `worked_weight`: of answers that end beside them.
+
+    Trained once, two minutes on one core, and kept beside the golden answers.
+    """
+    folder = SCRATCH / f"stuck-{worked_weight}"
+    if folder.exists():
+        return folder
     tokenizer = AutoTokenizer.from_pretrained(SUMS / "teacher")
     model = AutoModelForCausalLM.from_pretrained(SUMS / "teacher").train()
 
@@ -155,8 +171,11 @@ def train_stuck_teacher(folder: Path, worked_weight: float) -> None:
     recipe.train(model, replace(recipe.STALLING, steps=150, draw_batches=draw_batches), tokenizer)
     rows = [json.loads(line) for line in (SUMS / "eval_3_9.jsonl").read_text().splitlines()][:128]
     print(f"the other teacher at T = 1: {recipe.measure(model.eval(), tokenizer, rows, sampled=True)}", flush=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    unfinished = folder.with_suffix(".part")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return folder
 
 
 def forward_kl(student: Path, limit: int = 64) -> dict[str, float]:
@@ -189,8 +208,7 @@ def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        cache = Path(tempfile.gettempdir()) / "opd-golden"
-        overrides = [*ARMS[arm], f"seed={seed}", *scene_overrides(arm, Path(scratch)), *extra, f"data.golden.cache_dir={cache}"]
+        overrides = [*ARMS[arm], f"seed={seed}", *scene_overrides(arm, Path(scratch)), *extra, f"data.golden.cache_dir={SCRATCH}"]
         command = [
             sys.executable,
             "-m",
@@ -206,7 +224,7 @@ def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
         if finished.returncode not in (0, 4):
             sys.exit(f"{arm} seed {seed} ended with {finished.returncode}:\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}")
         measured = forward_kl(out / "final") if arm.startswith("smollm2") else {}
-        told = [part.replace(f"{ROOT}/", "").replace(scratch, "SCRATCH") for part in overrides[:-1]]
+        told = [part.replace(f"{ROOT}/", "").replace(str(SCRATCH), "SHARED").replace(scratch, "SCRATCH") for part in overrides[:-1]]
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             shutil.copyfile(out / name, kept / name)
@@ -303,10 +321,8 @@ def write_table() -> str:
     return text
 
 
-def write_plot(arms: list[str]) -> None:
+def write_plot(path: Path, arms: list[str]) -> None:
     """Length, truncation, loops, held-out accuracy and pressure over steps; one line per seed, one colour per arm."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.subplots(3, 2).flat
     fields = (
@@ -326,7 +342,7 @@ def write_plot(arms: list[str]) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(HERE / "collapse.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -342,7 +358,9 @@ def main() -> None:
             for arm in arguments.arms:
                 run_arm(arm, seed, tuple(arguments.set), arguments.force)
     print(write_table())
-    write_plot([arm for arm in ("plain-opd", "stable-opd", "governed", "governed-best") if arm in results()])
+    for name, arms in PLOTS.items():
+        if found := [arm for arm in arms if arm in results()]:
+            write_plot(HERE / f"{name}.png", found)
 
 
 if __name__ == "__main__":
