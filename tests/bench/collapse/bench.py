@@ -55,6 +55,8 @@ ENFORCE = "governor.mode=enforce"
 GOVERNED = (ENFORCE, "data.unfinished_by_teacher=quota")
 """The same plain objective, start and seed; only the governor acts, and it may set aside prompts that the teacher does not finish."""
 DENSE = ("objective.support=student", "objective.top_k=32")
+MIXED = ("objective.loss=mixed_kl", "objective.support=union", "objective.top_k=32")
+"""Half forward KL: reverse KL alone keeps to what the student does already, and follows no teacher into a loop."""
 
 
 def only(*actuators: str) -> tuple[str, ...]:
@@ -92,13 +94,13 @@ ARMS: dict[str, tuple[str, ...]] = {
     # the price of governing: a run that stays healthy by itself
     "healthy-off": ("governor.mode=off",),
     "healthy-governed": (ENFORCE,),
-    # a teacher that often gets stuck takes over at step 60 (a sampled loss would not see where it gets stuck)
-    "swap-plain": DENSE,
-    "swap-governed": (*DENSE, ENFORCE),
+    # a teacher that often gets stuck takes over at step 60
+    "swap-plain": MIXED,
+    "swap-governed": (*MIXED, ENFORCE),
     # a shard scored by a teacher that gets stuck in every answer, steps 80 to 91
-    "poison-plain": DENSE,
-    "poison-governed": (*DENSE, ENFORCE),
-    "poison-rollback": (*DENSE, ENFORCE, "governor.actuators=[rollback]", "governor.early_rollback=true", "checkpoint.every_steps=10"),
+    "poison-plain": MIXED,
+    "poison-governed": (*MIXED, ENFORCE),
+    "poison-rollback": (*MIXED, ENFORCE, "governor.actuators=[rollback]", "governor.early_rollback=true", "checkpoint.every_steps=10"),
     # a penalty so strong that the student answers nothing: the length collapses (a sampled loss would not see the early stop)
     "terse-plain": (*DENSE, "objective.stop_tilt_nats=16", "objective.stop_tilt_target_tokens=1", "objective.stop_tilt_width_tokens=1"),
 }
