@@ -45,7 +45,6 @@ SCRATCH = Path(tempfile.gettempdir()) / "opd-golden"
 """What arms share and need not make again: golden answers, other teachers."""
 ROLLOUTS = 32
 """A step's, in that job."""
-KEPT = ("metrics.jsonl", "decisions.jsonl")
 TRUNCATION_COLLAPSE = 0.5
 LEAD_TRUNCATION = 0.3
 ACTED_PRESSURE = 0.05
@@ -205,7 +204,7 @@ def forward_kl(student: Path, limit: int = 64) -> dict[str, float]:
 def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
     """One run in a process of its own; kept only when it ends as a run may end (0, or 4: stopped by its guard rail)."""
     kept = HERE / arm / str(seed)
-    if (kept / KEPT[0]).exists() and not force:
+    if (kept / "metrics.jsonl").exists() and not force:
         print(f"{arm} seed {seed}: kept result found", flush=True)
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -228,12 +227,13 @@ def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
         measured = forward_kl(out / "final") if arm.startswith("smollm2") else {}
         told = [part.replace(f"{ROOT}/", "").replace(str(SCRATCH), "SHARED").replace(scratch, "SCRATCH") for part in overrides[:-1]]
         kept.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copyfile(out / name, kept / name)
+        shutil.copyfile(out / "metrics.jsonl", kept / "metrics.jsonl")
+        if ENFORCE in overrides or any(arm in arms for arms in PLOTS.values()):
+            shutil.copyfile(out / "decisions.jsonl", kept / "decisions.jsonl")
         (kept / "machine.json").write_text(
             json.dumps(machine() | {"overrides": told, "exit_code": finished.returncode} | measured, indent=1)
         )
-    print(f"{arm} seed {seed}: {describe(summarise(read(kept / 'metrics.jsonl'), read(kept / 'decisions.jsonl')))}", flush=True)
+    print(f"{arm} seed {seed}: {describe(summarise(*read_kept(kept)))}", flush=True)
 
 
 def machine() -> dict[str, Any]:
@@ -243,8 +243,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+Run = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+"""Its metrics and its decisions, the latter empty where they were not kept (single remedies, nobody governs)."""
+
+
+def read_kept(folder: Path) -> Run:
+    metrics, decisions = (
+        [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for path in (folder / "metrics.jsonl", folder / "decisions.jsonl")
+    )
+    return metrics, decisions
 
 
 def summarise(records: list[dict[str, Any]], decisions: list[dict[str, Any]]) -> dict[str, Any]:
@@ -271,6 +279,9 @@ def summarise(records: list[dict[str, Any]], decisions: list[dict[str, Any]]) ->
         "accuracy_lowest_after_peak": min(after_peak),
         "accuracy_final": accuracy[max(accuracy)],
         "first_action_at": acted,
+        "governing_percent": 100
+        * sum(r.get("govern_s", 0.0) for r in records_with_rollouts)
+        / sum(r["step_s"] for r in records_with_rollouts),
         "rollbacks": sum(d["action"] == "rollback" and d["mode"] == "enforce" for d in decisions),
         "steps": len(records_with_rollouts),
     }
@@ -280,15 +291,28 @@ def describe(summary: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in summary.items())
 
 
-def results() -> dict[str, dict[int, tuple[list[dict[str, Any]], list[dict[str, Any]]]]]:
-    found: dict[str, dict[int, Any]] = {}
+def read_results() -> dict[str, dict[int, Run]]:
+    """Arm -> seed -> what is kept of the run."""
+    found: dict[str, dict[int, Run]] = {}
     for arm in ARMS:
         for folder in sorted((HERE / arm).glob("[0-9]*")):
-            found.setdefault(arm, {})[int(folder.name)] = read(folder / "metrics.jsonl"), read(folder / "decisions.jsonl")
+            found.setdefault(arm, {})[int(folder.name)] = read_kept(folder)
     return found
 
 
-def write_table() -> str:
+def measure_teacher() -> dict[str, float]:
+    """Accuracy, length and truncation of the teacher's own answers at T = 1 to the held-out problems; measured once, then kept."""
+    kept = HERE / "teacher.json"
+    if not kept.exists():
+        tokenizer = AutoTokenizer.from_pretrained(SUMS / "teacher")
+        rows = [json.loads(line) for line in (SUMS / "eval_3_14.jsonl").read_text().splitlines()]
+        kept.write_text(
+            json.dumps(recipe.measure(AutoModelForCausalLM.from_pretrained(SUMS / "teacher").eval(), tokenizer, rows, sampled=True))
+        )
+    return json.loads(kept.read_text())
+
+
+def write_table(results: dict[str, dict[int, Run]]) -> str:
     """Markdown: one row per arm, its seeds separated by slashes."""
     columns = (
         "peak_truncation",
@@ -298,11 +322,12 @@ def write_table() -> str:
         "accuracy_final",
         "first_action_at",
         "rollbacks",
+        "governing_percent",
     )
     lines = ["| arm | seeds | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    plain = {seed: summarise(*runs) for seed, runs in results().get("plain-opd", {}).items()}
+    plain = {seed: summarise(*runs) for seed, runs in results.get("plain-opd", {}).items()}
     leads = []
-    for arm, seeds in results().items():
+    for arm, seeds in results.items():
         rows = {seed: summarise(*runs) for seed, runs in seeds.items()}
         cells = [
             " / ".join("–" if r[c] is None else f"{r[c]:.2f}" if isinstance(r[c], float) else str(r[c]) for r in rows.values())
@@ -318,12 +343,14 @@ def write_table() -> str:
             f"Lead time of `governed` over its ungoverned twin passing truncation {LEAD_TRUNCATION}: {leads} steps, "
             f"median {np.median(leads):g}.",
         ]
+    teacher = measure_teacher()
+    lines += ["", "The teacher itself, on those held-out problems at T = 1: " + describe(teacher) + "."]
     text = "\n".join(lines) + "\n"
     (HERE / "table.md").write_text(text)
     return text
 
 
-def write_plot(path: Path, arms: list[str]) -> None:
+def write_plot(path: Path, results: dict[str, dict[int, Run]]) -> None:
     """Length, truncation, loops, held-out accuracy and pressure over steps; one line per seed, one colour per arm."""
     figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.subplots(3, 2).flat
@@ -336,8 +363,8 @@ def write_plot(path: Path, arms: list[str]) -> None:
         ("kl_nats", "KL per token, nats"),
     )
     for axis, (field, label) in zip(axes, fields, strict=True):
-        for colour, arm in enumerate(arms):
-            for number, (records, _) in enumerate(results().get(arm, {}).values()):
+        for colour, (arm, seeds) in enumerate(results.items()):
+            for number, (records, _) in enumerate(seeds.values()):
                 points = [(r["step"], r[field]) for r in records if r.get(field) is not None]
                 axis.plot(*zip(*points, strict=True), color=f"C{colour}", lw=1.2, alpha=0.8, label=arm if number == 0 else None)
         axis.set_ylabel(label)
@@ -359,9 +386,10 @@ def main() -> None:
         for seed in arguments.seeds:
             for arm in arguments.arms:
                 run_arm(arm, seed, tuple(arguments.set), arguments.force)
-    print(write_table())
+    results = read_results()
+    print(write_table(results))
     for name, arms in PLOTS.items():
-        if found := [arm for arm in arms if arm in results()]:
+        if found := {arm: results[arm] for arm in arms if arm in results}:
             write_plot(HERE / f"{name}.png", found)
 
 
