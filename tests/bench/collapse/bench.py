@@ -21,7 +21,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.causal_lm import CausalLM
+from actors.governor.policy import Actuator
 from actors.teacher.scorers import GenerateOptions, TorchScorer
 from actors.teacher.settings import TeacherSettings
 from deploy.sums import recipe
@@ -36,6 +37,9 @@ from deploy.sums.task import draw_problems, draw_stall, held_out_prompts, render
 from services.data import load_problems
 from services.job import load_job
 from services.launch import resolve_models
+from services.models import SMOLLM2 as SMOLLM2_NAME
+from services.models import build_once, resolve_model
+from services.prune import make_student
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -103,11 +107,21 @@ ARMS: dict[str, tuple[str, ...]] = {
     # a penalty so strong that the student answers nothing: the length collapses (a sampled loss would not see the early stop)
     "terse-plain": (*DENSE, "objective.stop_tilt_nats=16", "objective.stop_tilt_target_tokens=1", "objective.stop_tilt_width_tokens=1"),
 }
-SMOLLM2 = ("learner.learning_rate=1e-4", "learner.total_steps=12", "data.eval.every_steps=6")
+SMOLLM2 = (
+    "preset=plain-opd",
+    "learner.learning_rate=1e-4",
+    "learner.total_steps=12",
+    "data.eval.every_steps=6",
+    f"governor.actuators=[{', '.join(get_args(Actuator))}]",
+    "governor.min_lr_scale=0.1",
+    "governor.max_golden_weight=1.0",
+    "governor.max_reference_kl_weight=0.1",
+)
 ARMS |= {
-    # real weights, at a learning rate at which they inflate within ten steps
-    "smollm2-plain": ("preset=plain-opd", "governor.mode=observe", *SMOLLM2),
-    "smollm2-governed": SMOLLM2,
+    # real weights, healed until they answer, at a learning rate at which they inflate within ten steps; the job file's own policy is
+    # a narrow one, these are the defaults
+    "smollm2-plain": (*SMOLLM2, "governor.mode=observe"),
+    "smollm2-governed": (*SMOLLM2, ENFORCE),
 }
 ARMS["terse-governed"] = (*ARMS["terse-plain"], ENFORCE)
 PLOTS = {
@@ -144,6 +158,8 @@ def scene_overrides(arm: str, folder: Path) -> tuple[str, ...]:
             "data.golden.num_prompts=512",
             "learner.total_steps=125",  # one epoch of those prompts
         )
+    if scene == "smollm2":
+        return (f"student.model={healed_student()}",)
     return ()
 
 
@@ -157,9 +173,10 @@ def stuck_teacher(worked_weight: float) -> Path:
 
     Trained once, two minutes on one core, and kept beside the golden answers.
     """
-    folder = SCRATCH / f"stuck-{worked_weight}"
-    if folder.exists():
-        return folder
+    return build_once(SCRATCH / f"stuck-{worked_weight}", lambda folder: train_stuck_teacher(folder, worked_weight))
+
+
+def train_stuck_teacher(folder: Path, worked_weight: float) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SUMS / "teacher")
     model = AutoModelForCausalLM.from_pretrained(SUMS / "teacher").train()
 
@@ -172,11 +189,16 @@ def stuck_teacher(worked_weight: float) -> Path:
     recipe.train(model, replace(recipe.STALLING, steps=150, draw_batches=draw_batches), tokenizer)
     rows = [json.loads(line) for line in (SUMS / "eval_3_9.jsonl").read_text().splitlines()][:128]
     print(f"the other teacher at T = 1: {recipe.measure(model.eval(), tokenizer, rows, sampled=True)}", flush=True)
-    unfinished = folder.with_suffix(".part")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
-    return folder
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def healed_student() -> Path:
+    """SmolLM2's 22 layers after 24 steps of forward KL on its own answers: a start that stops. Minutes on one core, made once."""
+    prompts = load_job(JOBS["smollm2"]).data.prompts
+    return build_once(
+        SCRATCH / "smollm2-22-healed", lambda folder: make_student(resolve_model(SMOLLM2_NAME), 22, prompts, folder, healing_steps=24)
+    )
 
 
 def forward_kl(student: Path, limit: int = 64) -> dict[str, float]:
