@@ -397,6 +397,7 @@ def write_plot(path: Path, results: dict[str, dict[int, Run]]) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # two are ten times slower beside anything else
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "table"))
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
