@@ -6,9 +6,7 @@ learner --weights--> RolloutActor(Engine) --chunks of Trajectory--> driver
 import asyncio
 import contextlib
 import os
-import tempfile
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +52,6 @@ class RolloutActor:
         self._model, self._settings, self._seed = model, settings, seed
         self._stop_ids, self._reference_tokens, self._top_k = stop_ids, reference_tokens, top_k
         self._weight_transfer = weight_transfer
-        self._weights_file: Path | None = None
 
     async def start(self) -> int:
         """Bring the engine up; returns its context window, tokens."""
@@ -169,18 +166,14 @@ class RolloutActor:
 
     async def load_weights(self, weights: np.ndarray, weight_version: int) -> None:
         """A whole update from the bytes of a safetensors file (uint8), which the object store brought to this node."""
-        from actors.rollout.engine import update_from_file
-
-        if self._weights_file is None:
-            folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-            handle, name = tempfile.mkstemp(suffix=".safetensors", prefix="opd-", dir=folder)
-            os.close(handle)
-            self._weights_file = Path(name)
-        try:
-            self._weights_file.write_bytes(weights.data)
-            await update_from_file(self._engine, self._weights_file, weight_version)
-        finally:
-            self._weights_file.unlink(missing_ok=True)
+        # Memory without a name, opened by the engine's process through /proc: it goes with this process, however that ends. A file
+        # in /dev/shm would stay behind a killed actor and take a student's worth of memory each time.
+        with os.fdopen(os.memfd_create("opd-weights"), "wb") as file:
+            file.write(weights.data)
+            file.flush()
+            await self._engine.start_update()
+            await self._engine.update_weights({"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"})
+            await self._engine.finish_update(weight_version)
 
     async def shutdown(self) -> None:
         """End the engine's processes; the actor itself is ended by Ray."""

@@ -9,7 +9,6 @@ import itertools
 import os
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ class Engine:
     """AsyncLLM with the student's architecture; it starts with dummy weights and waits for the learner's.
 
     >>> engine = Engine("deploy/sums/student", RolloutSettings(), weight_transfer="file")   # doctest: +SKIP
-    >>> await engine.update_weights({"path": "/dev/shm/weights.safetensors"}); completion = await engine.generate([5, 9], params)
+    >>> await engine.update_weights({"path": "student/model.safetensors"}); completion = await engine.generate([5, 9], params)
     """
 
     def __init__(self, model: str, settings: RolloutSettings, *, weight_transfer: str, seed: int = 0, max_logprobs: int = 20) -> None:
@@ -148,13 +147,6 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._llm.shutdown()
-
-
-async def update_from_file(engine: Engine, path: Path, weight_version: int) -> None:
-    """A whole update from one file: what a rollout actor does with the file back end."""
-    await engine.start_update()
-    await engine.update_weights({"path": str(path)})
-    await engine.finish_update(weight_version)
 
 
 def _completion(output: CompletionOutput, weight_version: int) -> Completion:

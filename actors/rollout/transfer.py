@@ -1,7 +1,7 @@
 """Weights into the engine where there is no NCCL: a vLLM weight-transfer back end that loads a safetensors file.
 
-The file lies in shared memory of the engine's node and is written by the rollout actor from one object-store transfer
-per node. Imported in the engine's worker process through `worker_extension_cls`, which is how the back end gets registered.
+The file is memory of the rollout actor's process, filled from one object-store transfer per node. Imported in the engine's
+worker process through `worker_extension_cls`, which is how the back end gets registered.
 """
 
 import contextlib

@@ -1,0 +1,46 @@
+"""What a rollout actor does around its engine, with an engine that needs no vLLM."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.rollout.actor import RolloutActor
+from actors.rollout.settings import RolloutSettings
+
+SHARED = Path("/dev/shm")
+
+
+class ReadingEngine:
+    """Reads the weights as an engine does: in another process, by their path."""
+
+    def __init__(self) -> None:
+        self.read, self.path, self.files_meanwhile = b"", "", set[Path]()
+        self.version = -1
+
+    async def start_update(self) -> None: ...
+
+    async def update_weights(self, update_info: dict[str, str]) -> None:
+        self.path = update_info["path"]
+        self.files_meanwhile = set(SHARED.iterdir())
+        reader = "import pathlib, sys; sys.stdout.buffer.write(pathlib.Path(sys.argv[1]).read_bytes())"
+        self.read = subprocess.run([sys.executable, "-c", reader, self.path], capture_output=True, check=True).stdout
+
+    async def finish_update(self, weight_version: int) -> None:
+        self.version = weight_version
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no shared memory to leave a file in")
+async def test_weights_on_their_way_to_the_engine_leave_no_file_behind_an_actor_that_is_killed() -> None:
+    terms: dict[str, Any] = {"stop_ids": (1,), "reference_tokens": None, "weight_transfer": "file", "seed": 0}
+    actor, engine = RolloutActor("none", RolloutSettings(), **terms), ReadingEngine()
+    actor._engine = engine  # type: ignore[assignment]
+    weights = np.random.default_rng(0).integers(0, 256, 100_000).astype(np.uint8)
+    before = set(SHARED.iterdir())
+    await actor.load_weights(weights, 3)
+    assert (engine.read, engine.version) == (weights.tobytes(), 3)
+    assert not {path for path in engine.files_meanwhile - before if path.name.startswith("opd")}
+    assert not Path(engine.path).exists(), "the memory is given back when the engine has it"
