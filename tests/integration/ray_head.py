@@ -1,4 +1,4 @@
-"""A Ray head of a test's own: free ports, its own folder, ended with everything that descends from it."""
+"""A Ray head, and workers that join it, of a test's own: free ports, own folders, ended with everything that descends from them."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from services.fleet import end_processes
 
 ROOT = Path(__file__).parents[2]
 START_S = 90
+ROLES = ("rollout", "teacher", "learner")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def ray_head(auth: bool) -> Iterator[RayHead]:
-    """`ray start --head` in a process of its own, with token authentication on or off."""
+def ray_head(auth: bool, roles: Sequence[str] = ROLES) -> Iterator[RayHead]:
+    """`ray start --head` in a process of its own, with token authentication on or off. `roles`: whose actors may stand on it."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_A")} | {
         "RAY_AUTH_MODE": "token" if auth else "disabled",
         "PYTHONPATH": str(ROOT),
@@ -50,27 +51,50 @@ def ray_head(auth: bool) -> Iterator[RayHead]:
     if auth:
         environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     with tempfile.TemporaryDirectory(prefix="opd-ray-") as folder:  # sockets need a short path
-        names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "ray-client-server-port")
-        ports = dict(zip((*names, "metrics-export-port", "runtime-env-agent-port"), free_ports(7), strict=True))
-        command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
-        command += ["--num-cpus=2", f"--object-store-memory={256 * 2**20}", f"--temp-dir={folder}", "--disable-usage-stats"]
-        command += ["--resources", json.dumps({"opd_rollout": 1, "opd_teacher": 1, "opd_learner": 1})]
-        command += [f"--{name}={port}" for name, port in ports.items()]
-        log = Path(folder) / "head.log"
-        with log.open("w") as file:
-            head = subprocess.Popen(command, env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
-        address = f"http://127.0.0.1:{ports['dashboard-port']}"
-        try:
+        port, dashboard, client = free_ports(3)
+        options = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        options += [f"--ray-client-server-port={client}", f"--temp-dir={folder}", "--disable-usage-stats"]
+        address, log = f"http://127.0.0.1:{dashboard}", Path(folder) / "head.log"
+        with _ray_start([*options, *_room(roles)], environment, log) as process:
             deadline = time.monotonic() + START_S
             while not _answers(address):
-                assert head.poll() is None, log.read_text()[-3000:]
+                assert process.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.3)
-            yield RayHead(address, f"127.0.0.1:{ports['port']}", environment, Path(folder))
-        finally:
-            process = psutil.Process(head.pid)
-            end_processes([(p.pid, p.create_time()) for p in [*process.children(recursive=True), process]])
-            head.wait(10)
+            yield RayHead(address, f"127.0.0.1:{port}", environment, Path(folder))
+
+
+@contextlib.contextmanager
+def ray_worker(head: RayHead, roles: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Another node for the actors of these roles; it joins while its caller goes on. Gives its `ray start`: all of it descends from that.
+
+    It has an address of its own, so that no driver takes it for the head.
+    """
+    options = [f"--address={head.gcs_address}", *_room(roles)]
+    with _ray_start(options, head.environment, head.folder / "worker.log", "127.0.0.2") as process:
+        yield process
+
+
+def _room(roles: Sequence[str]) -> list[str]:
+    """Options of a node."""
+    resources = json.dumps({f"opd_{role}": 1 for role in roles})
+    return ["--num-cpus=2", f"--object-store-memory={256 * 2**20}", "--resources", resources]
+
+
+@contextlib.contextmanager
+def _ray_start(options: Sequence[str], environment: dict[str, str], log: Path, ip: str = "127.0.0.1") -> Iterator[subprocess.Popen[bytes]]:
+    names = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port")
+    ports = [f"--{name}={port}" for name, port in zip(names, free_ports(len(names)), strict=True)]
+    command = ["ray", "start", "--block", f"--node-ip-address={ip}", *options, *ports]
+    with log.open("a") as file:
+        process = subprocess.Popen(command, env=environment, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a node that was lost
+            descendants = psutil.Process(process.pid).children(recursive=True)
+            end_processes([(p.pid, p.create_time()) for p in [*descendants, psutil.Process(process.pid)]])
+        process.wait(10)
 
 
 def free_ports(num: int) -> list[int]:

@@ -1,19 +1,12 @@
 """HttpScorer against a real vLLM server on loopback, compared with the torch back end."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-
-import httpx
 import numpy as np
 import pytest
 
 from actors.teacher.http_scorer import HttpScorer
 from actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer
 from actors.teacher.settings import TeacherSettings
+from tests.teacher.vllm_server import vllm_server
 from tests.tiny import build_tiny
 
 pytestmark = pytest.mark.integration
@@ -24,26 +17,8 @@ STOP_IDS = (1, 3)
 def server(tmp_path_factory):
     """Folder and address of a tiny teacher behind `vllm serve`."""
     folder = build_tiny(tmp_path_factory.mktemp("server") / "teacher", seed=3)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--dtype", "float32", "--enforce-eager", "--max-logprobs", "-1", "--served-model-name", "tiny"]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--host", "127.0.0.1", "--port", str(port)]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    log = (tmp_path_factory.mktemp("log") / "server.log").open("w+")
-    process = subprocess.Popen([*command, *options], env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        try:
-            if httpx.get(f"{url}/health").is_success:
-                break
-        except httpx.TransportError:
-            assert process.poll() is None, log.seek(0) or log.read()[-3000:]
-            time.sleep(0.5)
-    yield folder, url
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(30)
-    log.close()
+    with vllm_server(folder, "tiny", folder.parent / "server.log") as url:
+        yield folder, url
 
 
 def requests(support: bool) -> list[ScoreRequest]:

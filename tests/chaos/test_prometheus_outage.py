@@ -1,0 +1,74 @@
+"""The Prometheus that a real run's governor reads is killed in the middle of the run and comes back later."""
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.rundir import Record, read_records
+from tests.governor.metrics_server import Prometheus
+from tests.integration.ray_head import free_ports
+from tests.live_run import LiveRun
+
+pytestmark = [pytest.mark.chaos, pytest.mark.prometheus]
+
+STEPS = 200
+SIGNALS = ("tail_share", "length_max", "kl", "stop_mass", "loops", "truncation", "density", "short")
+SETTINGS = (
+    f"learner.total_steps={STEPS}",
+    "data.eval.path=null",
+    "data.golden.num_prompts=32",
+    "governor.blind_after_s=5",
+    # Whatever the governor sees here is healthy, so that it loosens at every step: the cap grows.
+    *(f"governor.gains.{signal}=0" for signal in SIGNALS),
+    "governor.healthy_steps=0",
+    "governor.initial_cap_tokens=100",
+    "governor.cap_growth_per_step=1.003",
+)
+TIGHTER = {
+    "cap_tokens": min, "golden_weight": max, "lr_scale": min, "reference_kl_weight": max, "stop_tilt_nats": max, "loop_tail_weight": min,
+    "admission_quota": min, "unfinished_quota": min,
+}  # fmt: skip
+"""Which of two values of a limit is the tighter one."""
+
+
+def test_a_governor_whose_prometheus_is_killed_loosens_nothing_until_it_is_back_and_the_run_finishes(tmp_path: Path) -> None:
+    if shutil.which("prometheus") is None:
+        pytest.skip("needs prometheus: tests/install-packages.sh")
+    (port,) = free_ports(1)
+    server = Prometheus(tmp_path, port)
+    live = LiveRun(tmp_path / "sums", *SETTINGS, f"service.port={port}", f"service.prometheus_url={server.url}")
+
+    def decided(condition: Any) -> list[Record]:
+        path = live.out / "decisions.jsonl"
+        return [decision for decision in (read_records(path) if path.exists() else []) if condition(decision)]
+
+    try:
+        live.wait_for(lambda: decided(lambda d: d["limits"]["cap_tokens"] > 105))
+        server.process.kill()
+        server.process.wait()
+        (fallen, *_) = live.wait_for(lambda: decided(lambda d: d["action"] == "fallback"))
+        server.start()
+        live.wait_for(lambda: decided(lambda d: d["step"] > fallen["step"] and not d["signals"]["blind"]))
+        assert live.finish() == 0
+        assert live.left_over() == []
+    finally:
+        if live.process.poll() is None:
+            live.process.kill()
+        server.stop()
+
+    assert [record["step"] for record in read_records(live.out / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    decisions = read_records(live.out / "decisions.jsonl")
+    assert [decision["step"] for decision in decisions] == list(range(1, STEPS + 1))
+    pairs = list(itertools.pairwise(decisions))
+    blind = [(before, after) for before, after in pairs if after["signals"]["blind"]]
+    assert {after["action"] for _, after in blind} == {"hold", "fallback"}
+    for before, after in blind:
+        assert after["pressure"] >= before["pressure"]
+        for name, tighter in TIGHTER.items():
+            values = before["limits"][name], after["limits"][name]
+            assert tighter(values) == values[1], (after["step"], name, values)
+    grown = [after["step"] for before, after in pairs if after["limits"]["cap_tokens"] > before["limits"]["cap_tokens"]]
+    assert grown[0] < fallen["step"] < grown[-1], "it loosened before and after, so it would have in between"
