@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -306,3 +307,51 @@ def test_the_queue_may_suspend_a_job_and_what_it_interrupts_goes_on() -> None:
     assert "--resume" in words
     assert words[words.index("--out") + 1].startswith("/checkpoints/")
     assert Path(words[1]).stem == RAYJOB["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["metadata"]["labels"]["opd/run"]
+
+
+LEAST_GRACE_S = 300
+"""Kubernetes gives 30 s by itself, too little for a step and the checkpoint of a large student."""
+
+
+def before_stop(group: dict[str, Any]) -> list[str]:
+    pod = group["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] >= LEAST_GRACE_S
+    return list(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"])
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_head_told_to_go_waits_until_the_driver_has_left_its_checkpoint(name: str, tmp_path: Path) -> None:
+    assert "python -m venv /opt/opd" in DOCKERFILE
+    python, option, text = before_stop(CLUSTERS[name]["headGroupSpec"])
+    driver, left = tmp_path / "opd", tmp_path / "checkpoint"
+    driver.write_text(f"""
+import pathlib, signal, sys, time
+def leave(*_):
+    time.sleep(1)
+    pathlib.Path({str(left)!r}).touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, leave)
+print("up", flush=True)
+time.sleep(60)
+""")
+    shell = f"{sys.executable} {driver} run job.yaml; echo $?"  # as Ray starts an entrypoint
+    with subprocess.Popen(["sh", "-c", shell], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        subprocess.run([sys.executable, option, text.replace("/opt/opd/bin/opd", str(driver))], timeout=30, check=True)
+        assert python == "python"
+        assert left.exists()
+        assert process.stdout.read() == "143\n"
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_worker_told_to_go_waits_for_its_learner(name: str) -> None:
+    for group in CLUSTERS[name]["workerGroupSpecs"]:
+        _, option, text = before_stop(group)
+        title = f"other::{name}-{group['groupName']}"
+        command = [sys.executable, option, text.replace("ray::Learner", title)]
+        subprocess.run(command, timeout=30, check=True)  # none there: at once
+        with subprocess.Popen([f"{title}.step", "1"], executable="/bin/sleep") as learner:
+            threading.Thread(target=learner.wait).start()  # as the raylet does
+            subprocess.run(command, timeout=30, check=True)
+            assert learner.returncode == 0
