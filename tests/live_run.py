@@ -40,7 +40,9 @@ class LiveRun:
     def client(self) -> httpx.Client:
         url = self.url()
         token = (self.out / "token").read_text().strip()
-        return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
+        # Questions may lie far apart on a busy machine: a connection kept open would be closed by the server just as it is used.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False, limits=limits)
 
     def wait_for(self, condition: Callable[[], Any], timeout_s: float = 240) -> Any:
         deadline = time.monotonic() + timeout_s

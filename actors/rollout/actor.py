@@ -202,7 +202,7 @@ class RayEngine:
             raise
 
     async def end(self) -> None:
-        """By force; Ray ends the engine's own processes with the actor's."""
+        """By force; the engine's own processes end with the actor's."""
         await asyncio.to_thread(ray.kill, self.actor)
 
 

@@ -24,6 +24,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from actors.rollout.logits import LOGITS_PROCESSORS
 from actors.rollout.settings import RolloutSettings
 
+OWNER = "OPD_ENGINE_OWNER"
+"""Environment variable: process id of whoever started the engine (see worker.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -62,6 +65,7 @@ class Engine:
             "max_logprobs": max(max_logprobs, 20),
             "weight_transfer_config": WeightTransferConfig(backend=weight_transfer),
             "disable_log_stats": True,
+            "worker_extension_cls": "actors.rollout.worker.EngineWorker",
         }
         if current_platform.is_cpu():
             # A weight update sends every request back to prefill. Where they do not fit into one batch a chunked prefill takes back the
@@ -71,8 +75,7 @@ class Engine:
             # Only where asked for: vLLM's newer model runner, the default on GPUs, does not load processors of this interface.
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
             arguments["logits_processors"] = list(LOGITS_PROCESSORS)
-        if weight_transfer == "file":
-            arguments["worker_extension_cls"] = "actors.rollout.transfer.FileTransferWorker"
+        os.environ[OWNER] = str(os.getpid())
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._request_ids = itertools.count()
         self.weight_version = -1

@@ -1,7 +1,7 @@
 """Weights into the engine where there is no NCCL: a vLLM weight-transfer back end that loads a safetensors file.
 
-The file is memory of the rollout actor's process, filled from one object-store transfer per node. Imported in the engine's
-worker process through `worker_extension_cls`, which is how the back end gets registered.
+The file is memory of the rollout actor's process, filled from one object-store transfer per node. Importing this
+module in the engine's process registers the back end (see worker.py).
 """
 
 import contextlib
@@ -51,10 +51,6 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None: ...
-
-
-class FileTransferWorker:
-    """Worker extension: importing it in the worker registers the back end."""
 
 
 with contextlib.suppress(ValueError):  # already registered in this process

@@ -42,7 +42,8 @@ COUNTED_AS = {"engine": "rollout"}
 MAX_WAIT_S = 3.0
 """A kill falls this long, at most, after the run went on from the one before."""
 RECOVERY_S = 200.0
-ORPHANS_S = 90.0
+ORPHANS_S = 10.0
+AGENTS_S = 90.0
 """Ray's two agents outlive a killed driver by 62 s: they try for a minute to tell its GCS, which is dead too."""
 FLOOR_S = 20.0
 """Deadline floor of these runs: a tiny model's calls take less than a second, a busy machine stalls for several."""
@@ -89,6 +90,11 @@ class Outcome:
 class ChaosRun(LiveRun):
     """A live run whose processes can be found by role, and its service read."""
 
+    def __init__(self, out: Path, *sets: str, resume: bool = False) -> None:
+        super().__init__(out, *sets, resume=resume)
+        self.orphans: list[str] = []
+        """What outlived the process that had started it: the run ends these, too, but only with itself."""
+
     def victims(self, role: str) -> list[psutil.Process]:
         if role == "driver":
             return [psutil.Process(self.process.pid)]
@@ -111,9 +117,13 @@ class ChaosRun(LiveRun):
         before, counted_as = self.restarts(client), COUNTED_AS.get(role, role)
         victim = self.victims(role)[0]
         doing, step, started = victim.cmdline()[0].strip(), self.step(client), time.monotonic()
+        own = {process: process.name() for process in (victim, *victim.children(recursive=True))}
         victim.send_signal(number)
         self.wait_for(lambda: self.restarts(client)[counted_as] > before[counted_as] and self.step(client) > step, RECOVERY_S)
-        return Kill(role, number.name, step, doing, round(time.monotonic() - started, 1))
+        recovered_s = round(time.monotonic() - started, 1)
+        _, left = psutil.wait_procs(own, timeout=ORPHANS_S)
+        self.orphans += [f"{process.pid} {own[process]} of a {role}" for process in left]
+        return Kill(role, number.name, step, doing, recovered_s)
 
 
 def restarts_in(metrics: str) -> Counter[str]:
@@ -168,13 +178,14 @@ def _kill_driver(live: ChaosRun, client: httpx.Client, settings: Sequence[str]) 
     live.process.wait(10)
     resumed = ChaosRun(live.out, *settings, resume=True)
     resumed.processes |= live.processes  # looked for at the end
+    resumed.orphans += live.orphans
     client = resumed.client()
     resumed.wait_for(lambda: resumed.step(client) > step, RECOVERY_S)
     return resumed, client, Kill("driver", "SIGKILL", step, "opd run", round(time.monotonic() - started, 1))
 
 
 def check(
-    live: LiveRun,
+    live: ChaosRun,
     kills: list[Kill],
     exit_code: int,
     settings: Sequence[str],
@@ -200,7 +211,7 @@ def check(
         prompts_lost=len(set(due) - set(used)),
         prompts_twice=len(used) - len(set(used)),
         unscored=sum(record["num_unscored"] for record in records),
-        processes_left=live.left_over(ORPHANS_S if any(kill.role == "driver" for kill in kills) else 10),
+        processes_left=live.orphans + live.left_over(AGENTS_S if any(kill.role == "driver" for kill in kills) else ORPHANS_S),
         wall_s=round(wall_s, 1),
         weights_sha256=_sha256((live.out / "final/model.safetensors").read_bytes()) if exit_code == 0 else "",
         records_sha256=_sha256(json.dumps([{k: v for k, v in r.items() if k not in CLOCK_FIELDS} for r in records]).encode()),

@@ -57,6 +57,8 @@ PIECES = {
     "rollout-1": Piece(("rollout", "engine", "rollout"), 7),
     "rollout-2": Piece(("rollout",) * 3, 8),
     "driver-0": Piece(("driver",) * 3, 9),
+    "driver-1": Piece(("driver",) * 4, 15),
+    "driver-2": Piece(("driver",) * 3, 16),
     "hang-0": Piece(("learner", "teacher", "governor", "engine"), 10, stopped=("learner", "teacher", "governor", "engine")),
     "strict-none": Piece((), 0, staleness=0, steps=STRICT_STEPS),
     "strict-0": Piece(("learner", "governor", "teacher"), 11, staleness=0, steps=STRICT_STEPS),

@@ -1,0 +1,30 @@
+"""An engine's process ends with the actor that started it, however that ends."""
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.integration
+"""For the import of vllm, which takes many seconds."""
+
+OWNER = """
+import os, subprocess, sys, time
+from actors.rollout.engine import OWNER
+os.environ[OWNER] = str(os.getpid())
+engine = "import actors.rollout.worker, time; print('up', flush=True); time.sleep(300)"
+process = subprocess.Popen([sys.executable, "-c", engine], stdout=subprocess.PIPE, start_new_session=True)
+process.stdout.readline()
+print(process.pid, flush=True)
+time.sleep(300)
+"""
+
+
+def test_an_engine_whose_actor_is_killed_ends_too() -> None:
+    with subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        engine = psutil.Process(int(owner.stdout.readline()))
+        assert engine.is_running()
+        owner.kill()
+        assert psutil.wait_procs([engine], timeout=20)[1] == []
