@@ -30,6 +30,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs beside one another share the golden answers."""
+    return tmp_path_factory.mktemp("runs")
+
+
 def run(out: Path, server: str, choose: Choose, staleness: int) -> tuple[FaultyProxy, list[Record]]:
     """A short quickstart through the proxy; what the proxy did, and the run's records."""
     with faulty_proxy(server, choose) as proxy:
@@ -50,21 +56,21 @@ def without_clock(records: list[Record]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in CLOCK_FIELDS} for record in records]
 
 
-def test_faults_that_asking_again_cures_leave_the_weights_of_a_healthy_teacher(server: str, tmp_path: Path) -> None:
-    _, healthy = run(tmp_path / "healthy", server, lambda prompt, times: "", staleness=0)
-    proxy, records = run(tmp_path / "faulty", server, cured(every=2), staleness=0)
+def test_faults_that_asking_again_cures_leave_the_weights_of_a_healthy_teacher(server: str, folder: Path) -> None:
+    _, healthy = run(folder / "healthy", server, lambda prompt, times: "", staleness=0)
+    proxy, records = run(folder / "faulty", server, cured(every=2), staleness=0)
     assert {fault for fault, times in proxy.faults.items() if times} == {"", *CURED}
     assert sum(record["num_unscored"] for record in records) == 0
     assert without_clock(records) == without_clock(healthy)
-    assert weights_sha256(tmp_path / "faulty") == weights_sha256(tmp_path / "healthy")
+    assert weights_sha256(folder / "faulty") == weights_sha256(folder / "healthy")
 
 
-def test_samples_without_a_usable_score_are_masked_and_counted(server: str, tmp_path: Path) -> None:
+def test_samples_without_a_usable_score_are_masked_and_counted(server: str, folder: Path) -> None:
     def choose(prompt: tuple[int, ...], times: int) -> str:
         """The same fault however often it is asked; none for the scorer's first question, of two tokens, about the vocabulary."""
         return {0: "non-finite", 1: "token count"}.get(zlib.crc32(bytes(prompt)) % 6, "") if len(prompt) > 2 else ""
 
-    out = tmp_path / "lost"
+    out = folder / "lost"
     proxy, records = run(out, server, choose, staleness=1)
     spoiled = {fault: sum(choose(prompt, 0) == fault for prompt in proxy.asked) for fault in ("non-finite", "token count")}
     assert all(spoiled.values()), spoiled

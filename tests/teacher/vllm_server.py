@@ -1,8 +1,7 @@
-"""A real `vllm serve` on loopback, in a process group of its own."""
+"""A real `vllm serve` on loopback."""
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 
+from services.fleet import end_processes
 from tests.integration.ray_head import free_ports
 
 START_S = 300
@@ -24,7 +25,7 @@ def vllm_server(model: Path, name: str, log: Path, *options: str) -> Iterator[st
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-logprobs", "-1", "--served-model-name", name, *options]
     with log.open("w") as file:
-        process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=file, stderr=file)
     url, deadline_s = f"http://127.0.0.1:{port}", time.monotonic() + START_S
     try:
         while not _healthy(url):
@@ -33,8 +34,9 @@ def vllm_server(model: Path, name: str, log: Path, *options: str) -> Iterator[st
             time.sleep(0.5)
         yield url
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            server = psutil.Process(process.pid)
+            end_processes([(p.pid, p.create_time()) for p in [*server.children(recursive=True), server]])
         process.wait(30)
 
 
