@@ -15,8 +15,8 @@ class EngineWorker:
 def end_with(pid: int) -> None:
     """End this process at once when that one is gone.
 
-    An actor that is killed, or whose node manager is, cannot end its engine, and vLLM's core process waits for requests for ever:
-    it would keep its memory from the engine that replaces it.
+    Ray ends what an actor started with the actor, unless Ray itself is killed with it (the raylet, a driver with a private cluster):
+    vLLM's core process then waits for requests for ever, and its memory is not there for the engine that comes after it.
     """
     try:
         owner = os.pidfd_open(pid)
