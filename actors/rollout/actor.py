@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,14 @@ import ray
 
 from actors.rollout.settings import RolloutSettings
 from actors.trajectory import LengthLimits, Prompt, Trajectory
+from actors.wire import pack, unpack
 
 if TYPE_CHECKING:
     from actors.rollout.engine import Completion
 
 LEAST_HAND_ON_S = 0.02
 MESSAGES_PER_S = 500
-"""What all rollout actors together may send one driver: a message costs it about .5 ms whatever is in it (tests/bench/driver_cost.py)."""
+"""What all rollout actors together may send one driver: a message costs it .2 ms whatever is in it (tests/bench/driver_cost.py)."""
 
 
 def hand_on_s(num_actors: int) -> float:
@@ -76,7 +77,7 @@ class RolloutActor:
 
     async def rollout(
         self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: RolloutSettings, *, greedy: bool = False
-    ) -> AsyncIterator[list[Trajectory]]:
+    ) -> AsyncGenerator[list[Trajectory], None]:
         """Sample one response per (prompt, sample number) under `limits`; yields lists of trajectories as they finish.
 
         `settings` are the sampling settings in force: they may change while the run goes on.
@@ -145,6 +146,13 @@ class RolloutActor:
             support_ids_TK=completion.top_ids_TK,
         )
 
+    async def rollout_packed(self, message: bytes) -> AsyncIterator[bytes]:
+        """`rollout` as the driver calls it: packed arguments, packed groups."""
+        requests, limits, step, settings, greedy = unpack(message)
+        async with contextlib.aclosing(self.rollout(requests, limits, step, settings, greedy=greedy)) as groups:
+            async for group in groups:
+                yield pack(group)
+
     async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
         """Log-probs of a fixed sequence, to hold against the learner's."""
         return await self._engine.probe(list(token_ids))
@@ -167,8 +175,8 @@ class RolloutActor:
     async def finish_weight_update(self) -> None:
         await self._engine.finish_update(self._incoming_version)
 
-    async def load_weights(self, weights: np.ndarray, weight_version: int) -> None:
-        """A whole update from the bytes of a safetensors file (uint8), which the object store brought to this node."""
+    async def load_weights(self, weights: np.ndarray, weight_version: int, probe: Sequence[int]) -> np.ndarray:
+        """A whole update from the bytes of a safetensors file (uint8), which the object store brought to this node; then the probe."""
         from actors.rollout.engine import update_from_file
 
         if self._weights_file is None:
@@ -181,6 +189,7 @@ class RolloutActor:
             await update_from_file(self._engine, self._weights_file, weight_version)
         finally:
             self._weights_file.unlink(missing_ok=True)
+        return await self.probe(probe)
 
     async def shutdown(self) -> None:
         """End the engine's processes; the actor itself is ended by Ray."""
@@ -200,10 +209,10 @@ class RayEngine:
     async def rollout(
         self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool
     ) -> AsyncIterator[list[Trajectory]]:
-        stream = self.actor.rollout.options(num_returns="streaming").remote(requests, limits, step, settings, greedy=greedy)
+        stream = self.actor.rollout_packed.options(num_returns="streaming").remote(pack((requests, limits, step, settings, greedy)))
         try:
             async for group in stream:
-                yield await group
+                yield unpack(await group)
         except BaseException:  # nobody waits any more: the engine must not sample on
             ray.cancel(stream)
             raise
