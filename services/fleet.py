@@ -259,13 +259,18 @@ class Fleet:
         self._remember_processes()
 
     async def _bring_weights(self, on_each: OnEach, newcomers: Sequence[RayEngine] = ()) -> list[Sync]:
-        """One Sync per engine that `on_each` reaches. Seconds are the transfer's, without the probe."""
+        """One Sync per engine that `on_each` reaches."""
         started = time.monotonic()
         rollout = self._job.rollout
         if self._transfer == "file":
             # The object store moves the weights once per node; each actor on it reads the same copy.
             version, weights = await self._ask_learner("weights", rollout.dtype)
-            await on_each("loading weights", lambda engine: engine.actor.load_weights.remote(weights, version))
+            probing = asyncio.create_task(self.learner_probe())
+            try:
+                probes = await on_each("loading weights", lambda engine: engine.actor.load_weights.remote(weights, version, self._probe))
+                expected = await probing
+            finally:
+                probing.cancel()
         else:
             # A group of GPUs is formed of all engines: beside a newcomer the others get the same weights again.
             version = await self._ask_learner("version")
@@ -273,9 +278,9 @@ class Fleet:
             await asyncio.gather(*(engine.actor.announce_version.remote(version) for engine in newcomers))
             actors = [engine.actor for engine in (*self._engines.handles, *newcomers)]
             await self._ask_learner("send_weights", self._transfer, rollout.dtype, actors, rollout.tensor_parallel_size)
+            expected = await self.learner_probe()
+            probes = await on_each("the weight probe", lambda engine: engine.actor.probe.remote(self._probe))
         seconds = time.monotonic() - started
-        expected = await self.learner_probe()
-        probes = await on_each("the weight probe", lambda engine: engine.actor.probe.remote(self._probe))
         tolerance = self._job.cluster.probe_tolerance_nats or (FLOAT32_TOLERANCE_NATS if self._all_float32() else BFLOAT16_TOLERANCE_NATS)
         return [Sync(seconds, float(np.abs(probe - expected).max()), tolerance, version) for probe in probes]
 

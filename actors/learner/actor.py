@@ -32,6 +32,7 @@ from actors.learner.optimizer import build_optimizer, learning_rate_at
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
 from actors.learner.sharding import gather, join, of_every_rank, open_rendezvous, rank_and_size, scatter, shard, summed, whole
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout
+from actors.wire import unpack
 
 COUNTERS = "learner.json"
 HEAD = "lm_head.weight"
@@ -135,6 +136,10 @@ class Learner:
         """What stands on the student's parameters and device."""
         self._stop_ids_E = torch.tensor(self._stop_ids, device=self._student.device)
         self._optimizer = build_optimizer([p for p in self._student.model.parameters() if p.requires_grad], self._settings)
+
+    def step_packed(self, rollouts: bytes, *terms: Any) -> StepReport:
+        """`step` as the group calls it: a packed batch."""
+        return self.step(unpack(rollouts), *terms)
 
     def step(
         self,

@@ -13,6 +13,7 @@ from actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest, TorchS
 from actors.teacher.settings import TeacherSettings
 from actors.teacher.vllm_scorer import VllmScorer
 from actors.trajectory import TokenScores
+from actors.wire import pack, unpack
 
 
 def load_scorer(settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int) -> Scorer:
@@ -38,6 +39,10 @@ class TeacherActor:
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
         return self.scorer.score(requests)
 
+    def score_packed(self, message: bytes) -> bytes:
+        """`score` as the driver calls it."""
+        return pack(self.score(unpack(message)))
+
     def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         return self.scorer.generate(prompts, options)
 
@@ -59,7 +64,7 @@ class RayTeacher:
         self.actor = actor
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
-        return await self.actor.score.remote(requests)
+        return unpack(await self.actor.score_packed.remote(pack(requests)))
 
     async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         return await self.actor.generate.remote(prompts, options)

@@ -40,9 +40,11 @@ from actors.learner.actor import StepReport
 from actors.learner.group import LearnerGroup
 from actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
 from actors.rollout.actor import RayEngine, hand_on_s
+from actors.teacher.actor import RayTeacher
 from actors.teacher.pool import TeacherPool
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
+from actors.wire import pack, unpack
 from services.distill import Distillation, base_limits
 from services.fleet import Fleet, Models
 from services.job import Job
@@ -73,7 +75,7 @@ class Engine:
         self._free = asyncio.Lock()
 
     async def rollout(
-        self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: Any, *, greedy: bool = False
+        self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: Any, greedy: bool = False
     ) -> AsyncIterator[list[Trajectory]]:
         async with self._free:
             drawn = [(self._random.randint(LEAST_TOKENS, MOST_TOKENS), prompt, sample) for prompt, sample in requests]
@@ -96,10 +98,8 @@ class Engine:
 
     async def start(self) -> None: ...
 
-    async def load_weights(self, weights: Any, version: int) -> None: ...
-
-    async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
-        return ZEROS[: len(token_ids) - 1]
+    async def load_weights(self, weights: Any, version: int, probe: Sequence[int]) -> np.ndarray:
+        return ZEROS[: len(probe) - 1]
 
 
 class Scorer:
@@ -147,23 +147,24 @@ class Host:
     def __init__(self, pace: float, num_actors: int) -> None:
         self._num_actors, self._pace, self._engines, self._scorer, self._sink = num_actors, pace, {}, Scorer(pace), Sink(pace)
 
-    async def rollout(self, index: int, *arguments: Any, **options: Any) -> AsyncIterator[list[Trajectory]]:
+    async def rollout_packed(self, index: int, message: bytes) -> AsyncIterator[bytes]:
         engine = self._engines.setdefault(index, Engine(index, self._pace, self._num_actors))
-        async for group in engine.rollout(*arguments, **options):
-            yield group
+        async for group in engine.rollout(*unpack(message)):
+            yield pack(group)
 
     async def start(self) -> None: ...
 
-    async def load_weights(self, weights: Any, version: int) -> None: ...
+    async def load_weights(self, weights: Any, version: int, probe: Sequence[int]) -> np.ndarray:
+        return ZEROS[: len(probe) - 1]
 
-    async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
+    async def probe(self, token_ids: Sequence[int], dtype: str = "") -> np.ndarray:
         return ZEROS[: len(token_ids) - 1]
 
-    async def score(self, requests: Sequence[Any]) -> list[TokenScores]:
-        return await self._scorer.score(requests)
+    async def score_packed(self, message: bytes) -> bytes:
+        return pack(await self._scorer.score(unpack(message)))
 
-    async def step(self, *terms: Any) -> StepReport:
-        return await self._sink.step(*terms)
+    async def step_packed(self, rollouts: bytes, *terms: Any) -> StepReport:
+        return await self._sink.step(unpack(rollouts), *terms)
 
     async def weights(self, dtype: str) -> tuple[int, np.ndarray]:
         return await self._sink.weights(dtype)
@@ -212,24 +213,11 @@ class HostedEngine:
     """Engine `index` behind a host."""
 
     def __init__(self, host: Any, index: int) -> None:
-        self.start, self.load_weights, self.probe = host.start, host.load_weights, host.probe
-        stream = host.rollout.options(num_returns="streaming")
-        self.rollout = SimpleNamespace(
-            options=lambda num_returns: SimpleNamespace(remote=lambda *arguments, **options: stream.remote(index, *arguments, **options))
+        self.start, self.load_weights = host.start, host.load_weights
+        stream = host.rollout_packed.options(num_returns="streaming")
+        self.rollout_packed = SimpleNamespace(
+            options=lambda num_returns: SimpleNamespace(remote=lambda message: stream.remote(index, message))
         )
-
-
-class RayScorer:
-    """A teacher behind a host, as the pool sees it."""
-
-    def __init__(self, host: Any) -> None:
-        self._host = host
-
-    async def score(self, requests: Sequence[Any]) -> list[TokenScores]:
-        return await self._host.score.remote(requests)
-
-    async def ping(self) -> int:
-        return 1
 
 
 class QuietGovernor:
@@ -368,7 +356,7 @@ def over_ray(num_actors: int, num_steps: int, pace: float, num_hosts: int = 2) -
     hosts = [host_type.options(num_cpus=0, max_concurrency=10_000).remote(pace, num_actors) for _ in range(num_hosts)]
     try:
         engines = [RayEngine(HostedEngine(hosts[index % num_hosts], index)) for index in range(num_actors)]
-        scorers = [RayScorer(hosts[index % num_hosts]) for index in range(max(1, num_actors // ACTORS_PER_TEACHER))]
+        scorers = [RayTeacher(hosts[index % num_hosts]) for index in range(max(1, num_actors // ACTORS_PER_TEACHER))]
         return measure(num_actors, num_steps, pace=pace, engines=engines, scorers=scorers, learner=LearnerGroup(hosts[:1]))
     finally:
         for host in hosts:

@@ -16,6 +16,7 @@ import ray
 
 import services.fleet
 from actors.deadlines import ActorLostError
+from actors.rollout.actor import RolloutActor
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
 from services.fleet import Fleet, Models, connect
 from services.job import Job
@@ -28,7 +29,7 @@ PROBE = tuple(range(4, 40))
 PER_ROLLOUT_S = 0.1
 
 
-class StandInEngine:
+class StandInEngine(RolloutActor):
     """RolloutActor's methods without an engine: an answer every PER_ROLLOUT_S; the probe is the weights' size."""
 
     def __init__(self, model: str, settings: Any, **_: Any) -> None:
@@ -44,8 +45,9 @@ class StandInEngine:
             await asyncio.sleep(PER_ROLLOUT_S)
             yield [Trajectory(prompt, (7, 1), np.zeros(2, np.float32), "stop", 8, step, self.version, 0, sample)]
 
-    async def load_weights(self, weights: np.ndarray, version: int) -> None:
+    async def load_weights(self, weights: np.ndarray, version: int, probe: Sequence[int]) -> np.ndarray:
         self.version, self.size = version, len(weights)
+        return await self.probe(probe)
 
     async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
         return np.full(len(token_ids) - 1, float(self.size))

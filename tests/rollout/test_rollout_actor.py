@@ -32,6 +32,9 @@ class ReadingEngine:
     async def finish_update(self, weight_version: int) -> None:
         self.version = weight_version
 
+    async def probe(self, token_ids: list[int]) -> np.ndarray:
+        return np.array(token_ids, np.float32)
+
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no shared memory to leave a file in")
 async def test_weights_on_their_way_to_the_engine_leave_no_file_behind_an_actor_that_is_killed() -> None:
@@ -40,7 +43,8 @@ async def test_weights_on_their_way_to_the_engine_leave_no_file_behind_an_actor_
     actor._engine = engine  # type: ignore[assignment]
     weights = np.random.default_rng(0).integers(0, 256, 100_000).astype(np.uint8)
     before = set(SHARED.iterdir())
-    await actor.load_weights(weights, 3)
+    probed = await actor.load_weights(weights, 3, [5, 9])
+    assert probed.tolist() == [5, 9]
     assert (engine.read, engine.version) == (weights.tobytes(), 3)
     assert not {path for path in engine.files_meanwhile - before if path.name.startswith("opd")}
     assert not Path(engine.path).exists(), "the memory is given back when the engine has it"

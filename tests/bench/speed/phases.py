@@ -68,7 +68,7 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
         top_k=objective.top_k if dense else 0,
     )
     await actor.start()
-    await actor.load_weights(learner.weights(rollout.dtype)[1], 0)
+    await actor.load_weights(learner.weights(rollout.dtype)[1], 0, [1, 2])
 
     batches: list[list[Trajectory]] = []
     rollout_s = []
@@ -78,7 +78,7 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
         batches.append([t async for group in actor.rollout(requests, limits, step, rollout) for t in group])
         rollout_s.append(time.perf_counter() - started)
     sync_started = time.perf_counter()
-    await actor.load_weights(learner.weights(rollout.dtype)[1], 1)
+    await actor.load_weights(learner.weights(rollout.dtype)[1], 1, [1, 2])
     sync_s = time.perf_counter() - sync_started
     await actor.shutdown()
 
