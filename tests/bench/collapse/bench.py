@@ -21,7 +21,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.causal_lm import CausalLM
-from actors.governor.policy import Actuator
 from actors.teacher.scorers import GenerateOptions, TorchScorer
 from actors.teacher.settings import TeacherSettings
 from deploy.sums import recipe
@@ -37,9 +36,7 @@ from deploy.sums.task import draw_problems, draw_stall, held_out_prompts, render
 from services.data import load_problems
 from services.job import load_job
 from services.launch import resolve_models
-from services.models import SMOLLM2 as SMOLLM2_NAME
-from services.models import build_once, resolve_model
-from services.prune import make_student
+from services.models import build_once
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -107,21 +104,19 @@ ARMS: dict[str, tuple[str, ...]] = {
     # a penalty so strong that the student answers nothing: the length collapses (a sampled loss would not see the early stop)
     "terse-plain": (*DENSE, "objective.stop_tilt_nats=16", "objective.stop_tilt_target_tokens=1", "objective.stop_tilt_width_tokens=1"),
 }
-SMOLLM2 = (
-    "preset=plain-opd",
-    "learner.learning_rate=1e-4",
-    "learner.total_steps=12",
-    "data.eval.every_steps=6",
-    f"governor.actuators=[{', '.join(get_args(Actuator))}]",
-    "governor.min_lr_scale=0.1",
-    "governor.max_golden_weight=1.0",
-    "governor.max_reference_kl_weight=0.1",
-)
+SMOLLM2 = ("preset=plain-opd", "learner.learning_rate=1e-4", "learner.total_steps=12", "data.eval.every_steps=6")
 ARMS |= {
-    # real weights, healed until they answer, at a learning rate at which they inflate within ten steps; the job file's own policy is
-    # a narrow one, these are the defaults
+    # real weights: a pruned student that rambles in a fifth of its answers before the first step, so pressure starts at a half
     "smollm2-plain": (*SMOLLM2, "governor.mode=observe"),
-    "smollm2-governed": (*SMOLLM2, ENFORCE),
+    "smollm2-governed": (
+        *SMOLLM2,
+        ENFORCE,
+        "governor.actuators=[golden_weight, lr_scale, stop_tilt_nats, loop_tail_weight, cap_tokens, admission_quota, rollback]",
+        "governor.pressure_floor=0.5",
+        "governor.max_golden_weight=1.0",
+        "governor.max_stop_tilt_nats=6.0",
+        "objective.golden_ratio=1.0",
+    ),
 }
 ARMS["terse-governed"] = (*ARMS["terse-plain"], ENFORCE)
 PLOTS = {
@@ -158,8 +153,6 @@ def scene_overrides(arm: str, folder: Path) -> tuple[str, ...]:
             "data.golden.num_prompts=512",
             "learner.total_steps=125",  # one epoch of those prompts
         )
-    if scene == "smollm2":
-        return (f"student.model={healed_student()}",)
     return ()
 
 
@@ -191,14 +184,6 @@ def train_stuck_teacher(folder: Path, worked_weight: float) -> None:
     print(f"the other teacher at T = 1: {recipe.measure(model.eval(), tokenizer, rows, sampled=True)}", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def healed_student() -> Path:
-    """SmolLM2's 22 layers after 24 steps of forward KL on its own answers: a start that stops. Minutes on one core, made once."""
-    prompts = load_job(JOBS["smollm2"]).data.prompts
-    return build_once(
-        SCRATCH / "smollm2-22-healed", lambda folder: make_student(resolve_model(SMOLLM2_NAME), 22, prompts, folder, healing_steps=24)
-    )
 
 
 def forward_kl(student: Path, limit: int = 64) -> dict[str, float]:
