@@ -16,6 +16,7 @@ from vllm import SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -153,13 +154,17 @@ class Engine:
 
 
 def _completion(output: CompletionOutput, weight_version: int) -> Completion:
-    token_ids = tuple(output.token_ids)
-    rows = output.logprobs or []
-    logprobs_T = np.array([row[token].logprob for row, token in zip(rows, token_ids, strict=True)], np.float32)
-    width = max((len(row) for row in rows), default=1)
+    """From vLLM's flat log-probs: for each position the sampled token's, then those of the K likeliest, which may name it again."""
+    token_ids, flat = tuple(output.token_ids), output.logprobs
+    assert isinstance(flat, FlatLogprobs)
+    assert len(flat) == len(token_ids)
+    ids_TN = np.array(flat.token_ids, np.int32).reshape(len(token_ids), max(1, len(flat.token_ids) // max(1, len(token_ids))))
+    logprobs_T = np.array(flat.logprobs, np.float32).reshape(ids_TN.shape)[:, 0]
     top_ids_TK = None
-    if width > 1:
-        top_ids_TK = np.full((len(rows), width), -1, np.int32)
-        for index, row in enumerate(rows):
-            top_ids_TK[index, : len(row)] = list(row)
+    if ids_TN.shape[1] > 1:
+        again_TN = ids_TN == ids_TN[:, :1]
+        again_TN[:, 0] = False
+        top_ids_TK = np.take_along_axis(np.where(again_TN, -1, ids_TN), np.argsort(again_TN, axis=1, kind="stable"), axis=1)
+        if again_TN.any(axis=1).all():
+            top_ids_TK = top_ids_TK[:, :-1]
     return Completion(token_ids, logprobs_T, output.finish_reason or "error", weight_version, top_ids_TK)
