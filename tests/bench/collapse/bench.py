@@ -106,13 +106,13 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 SMOLLM2 = ("preset=plain-opd", "learner.learning_rate=1e-4", "learner.total_steps=12", "data.eval.every_steps=6")
 ARMS |= {
-    # real weights: a pruned student that rambles in a fifth of its answers before the first step, so pressure starts at a half
+    # real weights: a pruned student that rambles in a fifth of its answers before the first step, so pressure is high from the start
     "smollm2-plain": (*SMOLLM2, "governor.mode=observe"),
     "smollm2-governed": (
         *SMOLLM2,
         ENFORCE,
         "governor.actuators=[golden_weight, lr_scale, stop_tilt_nats, loop_tail_weight, cap_tokens, admission_quota, rollback]",
-        "governor.pressure_floor=0.5",
+        "governor.pressure_floor=0.9",
         "governor.max_golden_weight=1.0",
         "governor.max_stop_tilt_nats=6.0",
         "objective.golden_ratio=1.0",
