@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# What Ray remembers up to a limit reaches it in the warm-up: log files of dead workers kept open, tasks in the GCS.
+os.environ |= {"RAY_LOG_MONITOR_MAX_OPEN_FILES": "30", "RAY_task_events_max_num_task_in_gcs": "2000"}
 
 import httpx
 import matplotlib.pyplot as plt
