@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 import psutil
 
 from services.rundir import read_records
-from tests.chaos.harness import FLOOR_S, ORPHANS_S, TITLES, ChaosRun, Kill, check
+from tests.chaos.harness import ORPHANS_S, TITLES, ChaosRun, Kill, check
 
 KEPT = Path(__file__).parents[1] / "bench/soak.json"
 KILLED = ("rollout", "teacher", "learner", "governor")
@@ -145,7 +145,6 @@ def soak(out: Path, steps: int, kill_every: int, seed: int) -> dict[str, Any]:
         f"learner.total_steps={steps}",
         "data.eval.path=null",
         f"checkpoint.every_steps={CHECKPOINT_STEPS}",
-        f"cluster.deadline_floor_s={FLOOR_S}",
     ]
     rng, started, kills = random.Random(seed), time.monotonic(), list[Kill]()
     live = SoakRun(out, *settings)
