@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help run test check bench bench-collapse bench-trl chaos soak setup packages
+.PHONY: help run test check bench bench-memory bench-driver bench-speed bench-collapse bench-trl chaos soak setup packages
 .DEFAULT_GOAL := help
 
 help: ## what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## the environment alone (EXTRA=gpu on CUDA machines)
 
@@ -43,8 +43,18 @@ packages:
 test: $(STAMP) packages check ## everything: check, then real Ray, vLLM and Prometheus
 	$(BIN)/python -m pytest -q -m "integration or prometheus or chaos or browser"
 
-bench: $(STAMP) ## memory of the losses, cost of governing
+bench: bench-memory bench-driver bench-speed ## the three short benchmarks (half an hour on 2 idle cores)
+
+bench-memory: $(STAMP) ## peak memory of the losses, chunked and plain
 	$(BIN)/python tests/bench/loss_memory.py
+
+bench-driver: $(STAMP) ## what a trajectory costs the driver, 10 to 1000 rollout actors as timed fakes, a million trajectories
+	$(BIN)/python tests/bench/driver_cost.py
+
+bench-speed: $(STAMP) ## overlap, padding, start-up; step time over floor; step time as caps and actors grow
+	$(BIN)/python tests/bench/speed/bench.py --runs runs/speed
+	$(BIN)/python tests/bench/roofline.py runs/speed/sums runs/speed/smollm2
+	$(BIN)/python -m tests.bench.speed.scaling
 
 chaos: $(STAMP) ## 10 kills of every role of real runs, their books checked (about 25 minutes); table in tests/bench/chaos.json
 	$(BIN)/python -m tests.chaos.kills

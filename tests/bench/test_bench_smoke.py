@@ -24,7 +24,15 @@ def run_small(*command: object) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("command", [("driver_cost.py", "--only", "curve", "long"), ("gpu.py",)], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("driver_cost.py", "--only", "curve", "long"),
+        pytest.param(("driver_cost.py", "--only", "ray"), marks=pytest.mark.integration),
+        ("gpu.py",),
+    ],
+    ids=lambda command: " ".join(command),
+)
 def test_the_smallest_form_of_a_benchmark_runs_and_writes_nothing(command: tuple[str, ...]) -> None:
     assert run_small(HERE / command[0], "--smoke", *command[1:])
 

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -57,10 +58,12 @@ def alone(job: str, repeats: int) -> dict[str, Any]:
     return json.loads(found[("\n" + found).rindex("\n{") :])  # the engine may have printed before
 
 
-def run_job(job: str, steps: int, settings: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], float]:
+def run_job(job: str, steps: int, settings: tuple[str, ...] = (), keep: Path | None = None) -> tuple[list[dict[str, Any]], float]:
     """Records of the steps of a run, each with `seconds` by the wall clock, and the seconds to its first rollout."""
     with tempfile.TemporaryDirectory(prefix="opd-speed-") as folder:
-        command = [sys.executable, "-m", "services.cli", "run", job, "--out", f"{folder}/run"]
+        out = keep or Path(folder) / "run"
+        shutil.rmtree(out, ignore_errors=True)
+        command = [sys.executable, "-m", "services.cli", "run", job, "--out", str(out)]
         started_at = time.time()
         log = Path(folder) / "log"
         with log.open("w") as file:
@@ -68,16 +71,16 @@ def run_job(job: str, steps: int, settings: tuple[str, ...] = ()) -> tuple[list[
             code = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
         if code:
             sys.exit(f"{job} ended with {code}:\n{log.read_text()[-2000:]}")
-        records = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     first = records[0]
     timed = [record | {"seconds": record["time"] - before["time"]} for before, record in pairwise(records)]
     return timed[WARM_UP_STEPS - 1 :], first["time"] - first["step_s"] - started_at
 
 
-def measure(pair: str) -> dict[str, Any]:
+def measure(pair: str, runs: Path | None) -> dict[str, Any]:
     job, steps, repeats = PAIRS[pair]
     phases = alone(job, repeats)
-    records, start_up_s = run_job(job, steps)
+    records, start_up_s = run_job(job, steps, keep=runs and runs / pair)
     seconds = [record["seconds"] for record in records]
     step_s = statistics.median(seconds)
     longest_s = max(phases["seconds"][name] for name in ("rollout", "score", "learn"))
@@ -113,13 +116,14 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=[*PAIRS], nargs="*", default=[*PAIRS])
+    parser.add_argument("--runs", type=Path, help="keep the run directories here, for roofline.py")
     options = parser.parse_args()
     path = HERE / "speed.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept |= {"machine": machine(), "settings": SETTINGS, "opd_help_s": help_s()}
     print(f"opd --help: {kept['opd_help_s']:.2f} s", flush=True)
     for pair in options.pair:
-        found = kept[pair] = measure(pair)
+        found = kept[pair] = measure(pair, options.runs)
         phases, bounds = found["alone"], found["step_s"]
         print(
             f"{pair}: step {bounds[1]:.3f} s ({bounds[0]:.3f}-{bounds[2]:.3f}); alone "
