@@ -51,7 +51,7 @@ class RunView(Protocol):
         """name, phase, step, total_steps, weight_version, limits (in force), links, waiting_for, events; more keys are passed on."""
 
     def steps(self, after: int) -> list[Document]:
-        """The step records (lines of metrics.jsonl) whose step is above `after`, ascending."""
+        """The step records (lines of metrics.jsonl) whose step is above `after`, ascending; MAX_RECORDS + 1 are enough."""
 
     def samples(self) -> list[Document]:
         """The newest rollouts kept in samples.jsonl, oldest first.

@@ -1,19 +1,26 @@
 """What the HTTP threads and the loop share about a run: status and records out, verbs in."""
 
+import json
 import threading
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from actors.trajectory import LengthLimits
-from services.control import Phase, Verb
+from services.control import MAX_RECORDS, Phase, Verb
 from services.rundir import Record
 
-MAX_RECORDS = 100_000
-"""Step records kept in memory for the live page: about 100 MB; the file has all of them, and the length of every rollout."""
+MAX_KEPT = 20_000
+"""Steps and decisions kept in memory for the live page: about 100 MB of JSON (as objects they take five times that). The files have
+all of them, and what belongs to single rollouts."""
+PER_ROLLOUT = ("lengths", "prompts")
 MAX_SAMPLES = 50
 MAX_EVENTS = 50
 """Newest ones, in every answer of GET /v1/run."""
+Kept = deque[tuple[int, bytes]]
+"""(step, the record as JSON)."""
 
 
 class RunMonitor:
@@ -33,9 +40,9 @@ class RunMonitor:
             "events": [],
         }
         self._events: deque[Record] = deque(maxlen=MAX_EVENTS)
-        self._steps: deque[Record] = deque(maxlen=MAX_RECORDS)
+        self._steps: Kept = deque(maxlen=MAX_KEPT)
         self._samples: deque[Record] = deque(maxlen=MAX_SAMPLES)
-        self._decisions: deque[Record] = deque(maxlen=MAX_RECORDS)
+        self._decisions: Kept = deque(maxlen=MAX_KEPT)
         self._governor: dict[str, Any] = {"mode": None, "pressure": 0.0, "signals": {}, "limits": asdict(limits)}
         self._asked: list[Verb] = []
 
@@ -53,7 +60,7 @@ class RunMonitor:
 
     def add_step(self, record: Record) -> None:
         with self._lock:
-            self._steps.append({key: value for key, value in record.items() if key != "lengths"})
+            self._steps.append(_kept({key: value for key, value in record.items() if key not in PER_ROLLOUT}))
             self._status["step"] = record["step"]
 
     def forget(self) -> None:
@@ -76,7 +83,7 @@ class RunMonitor:
 
     def add_decision(self, record: Record) -> None:
         with self._lock:
-            self._decisions.append(record)
+            self._decisions.append(_kept(record))
             self._governor = {key: record[key] for key in ("mode", "pressure", "signals", "limits")}
 
     def take_verbs(self) -> list[Verb]:
@@ -93,7 +100,8 @@ class RunMonitor:
 
     def steps(self, after: int) -> list[Record]:
         with self._lock:
-            return [record for record in self._steps if record["step"] > after]
+            kept = list(self._steps)
+        return _after(kept, after)
 
     def samples(self) -> list[Record]:
         with self._lock:
@@ -105,7 +113,8 @@ class RunMonitor:
 
     def decisions(self, after: int) -> list[Record]:
         with self._lock:
-            return [record for record in self._decisions if record["step"] > after]
+            kept = list(self._decisions)
+        return _after(kept, after)
 
     def request(self, verb: Verb) -> dict[str, Any]:
         with self._lock:
@@ -114,3 +123,12 @@ class RunMonitor:
             if verb not in self._asked:
                 self._asked.append(verb)
             return {"verb": verb, "phase": self._status["phase"], "step": self._status["step"]}
+
+
+def _kept(record: Record) -> tuple[int, bytes]:
+    return record["step"], json.dumps(record, separators=(",", ":")).encode()
+
+
+def _after(kept: Iterable[tuple[int, bytes]], step: int) -> list[Record]:
+    """The first ones after this step: no more than an answer holds, and one that tells there are more."""
+    return [json.loads(text) for _, text in islice((one for one in kept if one[0] > step), MAX_RECORDS + 1)]
