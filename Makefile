@@ -56,10 +56,10 @@ bench-speed: $(STAMP) ## overlap, padding, start-up; step time over floor; step 
 	$(BIN)/python tests/bench/roofline.py runs/speed/sums runs/speed/smollm2
 	$(BIN)/python -m tests.bench.speed.scaling
 
-chaos: $(STAMP) ## 10 kills of every role of real runs, their books checked (about 25 minutes); table in tests/bench/chaos.json
+chaos: $(STAMP) ## 10 kills of every role of real runs, their books checked (about 30 minutes); table in tests/bench/chaos.json
 	$(BIN)/python -m tests.chaos.kills
 
-soak: $(STAMP) ## 2000 steps with a kill every 50, memory and files of every process watched (about two hours)
+soak: $(STAMP) ## 2000 steps with a kill every 50, memory and files of every process watched (about 20 minutes)
 	$(BIN)/python -m tests.chaos.soak
 
 bench-collapse: $(STAMP) ## what collapses and what holds it: every arm and seed not yet kept (hours), then table and plot
