@@ -198,7 +198,7 @@ def _press(state: State, readings: Mapping[str, Reading], missing: list[str], po
         relapse = error > RELAPSE_ERROR
         if relapse or state.pressure <= policy.pressure_floor:
             # Small errors don't change sides while pressure is held for the other one.
-            state = replace(state, side=_side(state, errors, policy))
+            state = replace(state, side=_side(state, errors, readings["short"], policy))
         state = replace(state, error=error)
         if not relapse:
             return replace(state, pressure=min(1.0, state.pressure + added)), worst
@@ -222,13 +222,20 @@ def _press(state: State, readings: Mapping[str, Reading], missing: list[str], po
     return replace(state, pressure=pressure, resting_pressure=resting_pressure, released_from=released_from), ""
 
 
-def _side(state: State, errors: Mapping[str, float], policy: Policy) -> Literal["short", "long"]:
-    """Which way lengths go wrong. KL rises either way: it says that something is wrong, not what."""
+def _side(state: State, errors: Mapping[str, float], mean_ratio: Reading, policy: Policy) -> Literal["short", "long"]:
+    """Which way lengths go wrong. KL rises either way: it says that something is wrong, not what.
+
+    Where KL cries alone, answers already half way from the reference to too short say that they are on their way there.
+    """
     short = max(0.0, errors.get("short", 0.0))
     long = max((error for name, error in errors.items() if name not in ("short", "kl")), default=0.0)
     if short > max(0.0, long):
         return "short"
-    return "long" if long > 0 or state.pressure <= policy.pressure_floor else state.side
+    if long > 0:
+        return "long"
+    if mean_ratio.value is not None and mean_ratio.value < (1 + mean_ratio.target) / 2:
+        return "short"
+    return "long" if state.pressure <= policy.pressure_floor else state.side
 
 
 def _judge(state: State, readings: Mapping[str, Reading], worst: str, policy: Policy, steps: float) -> tuple[State, Command | None]:

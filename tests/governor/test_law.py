@@ -271,6 +271,14 @@ def test_answers_that_are_too_short_are_not_shortened_when_kl_cries_louder():
     assert decision.limits.stop_tilt_nats == 0
 
 
+def test_answers_on_their_way_to_too_short_are_met_when_kl_cries_alone():
+    shrinking = replace(HEALTHY, length_mean_tokens=24.0, length_max_tokens=45, kl_nats=10.0)
+    decision = run([HEALTHY] * 3 + [shrinking] * 2, Policy(), replace(BASE, stop_tilt_nats=16.0))[-1]
+    assert decision.readings["short"].error < 0, "not yet too short"
+    assert decision.after.side == "short"
+    assert decision.limits.stop_tilt_nats == 0
+
+
 def test_kl_alone_keeps_the_side_that_lengths_had_shown():
     terse = replace(HEALTHY, length_mean_tokens=1.5, length_max_tokens=2)
     strange = replace(HEALTHY, kl_nats=10.0)
