@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "repetition", "error"]
 
 
 class Parcel:
-    """A dataclass that is sent in great numbers: pickled as its values in order, in half the time that slots take by default."""
+    """A dataclass that is sent in great numbers: pickled as its values in order, a quarter faster than slots by default."""
 
     __slots__ = ()
     __match_args__: ClassVar[tuple[str, ...]]

@@ -1,7 +1,7 @@
 """What crosses between the driver and its actors many times a step, as bytes.
 
 Ray's own serialiser asks Python about every object in a message, and reads a streamed value twice; bytes it passes on as they are.
-At 500 rollout actors that is half of the driver's work (tests/bench/driver_cost.py).
+Where that was measured alone, a streamed message cost the driver .18 ms as bytes and .5 ms as objects.
 """
 
 import pickle
