@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from actors.rollout.actor import RolloutActor
 from actors.rollout.settings import RolloutSettings
@@ -36,7 +35,6 @@ class ReadingEngine:
         return np.array(token_ids, np.float32)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="no shared memory to leave a file in")
 async def test_weights_on_their_way_to_the_engine_leave_no_file_behind_an_actor_that_is_killed() -> None:
     terms: dict[str, Any] = {"stop_ids": (1,), "reference_tokens": None, "weight_transfer": "file", "seed": 0}
     actor, engine = RolloutActor("none", RolloutSettings(), **terms), ReadingEngine()
