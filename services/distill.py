@@ -9,10 +9,10 @@
               PATCH /v1/config (targets and bounds, by a person)
 
 One step of the loop
-    consumes  the batch of rollouts launched for it (up to max_staleness steps ago) and the teacher's scores on it
+    consumes  the batch of rollouts launched for it (max_staleness steps ago) and the teacher's scores on it
     produces  one optimiser step, new weights in the engines, one line of metrics.jsonl, one governor decision
     waits for the slowest rollout of its batch, then the learner
-    overlaps  the rollouts of the next steps with the learner's work on this one
+    overlaps  the rollouts of the next max_staleness steps with all it does for this one
 
 Every change (limits, tunable settings, pause, rollback) takes effect at the border between two steps.
 
@@ -199,13 +199,14 @@ class Distillation:
             return
         if self._store.generation != self._generation:  # changed while the run was paused
             await self._decide()
-        self._launch(1)
+        # The engines' weights are those this step starts from: what is sampled with them for `max_staleness` steps later is as stale
+        # as it may be. Launched here and not when this step's batch is there, so that the engines never run out of work.
+        self._launch(1 + self._job.rollout.max_staleness)
         batch = await self._wait_for(self._launched[0][1])
         if batch is None:
             return
         waited_s = time.monotonic() - started
         launch, _, _ = self._launched.popleft()
-        self._launch(self._job.rollout.max_staleness)
 
         learn_started = time.monotonic()
         limits = self._limits

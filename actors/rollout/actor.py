@@ -179,9 +179,7 @@ class RolloutActor:
         with os.fdopen(os.memfd_create("opd-weights"), "wb") as file:
             file.write(weights.data)
             file.flush()
-            await self._engine.start_update()
-            await self._engine.update_weights({"path": f"/proc/{os.getpid()}/fd/{file.fileno()}"})
-            await self._engine.finish_update(weight_version)
+            await self._engine.load_file(f"/proc/{os.getpid()}/fd/{file.fileno()}", weight_version)
         return await self.probe(probe)
 
     async def shutdown(self) -> None:

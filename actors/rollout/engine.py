@@ -20,6 +20,7 @@ from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import PauseMode
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.rollout.logits import LOGITS_PROCESSORS
@@ -44,7 +45,7 @@ class Engine:
     """AsyncLLM with the student's architecture; it starts with dummy weights and waits for the learner's.
 
     >>> engine = Engine("deploy/sums/student", RolloutSettings(), weight_transfer="file")   # doctest: +SKIP
-    >>> await engine.update_weights({"path": "student/model.safetensors"}); completion = await engine.generate([5, 9], params)
+    >>> await engine.load_file("student/model.safetensors", 0); completion = await engine.generate([5, 9], params)
     """
 
     def __init__(self, model: str, settings: RolloutSettings, *, weight_transfer: str, seed: int = 0, max_logprobs: int = 20) -> None:
@@ -98,7 +99,12 @@ class Engine:
 
     async def hold(self) -> None:
         """Drop whatever is under way, cached prefixes too; what is submitted from here on waits for `release`."""
-        await self._llm.pause_generation(mode="abort", clear_cache=True)
+        await self._pause("abort")
+
+    async def _pause(self, mode: PauseMode) -> None:
+        """As `AsyncLLM.pause_generation`, without the 20 ms that it sleeps afterwards for outputs under way: they are waited for here
+        by those whom they concern."""
+        await self._llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=True)
 
     async def release(self) -> None:
         """All requests submitted since `hold` begin in the same pass, in the order in which they came."""
@@ -133,9 +139,16 @@ class Engine:
         """Meet the trainer (a no-op for the file back end)."""
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
+    async def load_file(self, path: str, weight_version: int) -> None:
+        """A whole update out of a safetensors file ("file" back end)."""
+        await self._pause("keep")
+        await self._llm.collective_rpc("load_file", args=(path,))
+        self.weight_version = weight_version
+        await self._llm.resume_generation()
+
     async def start_update(self) -> None:
         """Freeze the requests in flight and make the model ready to load."""
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        await self._pause("keep")
         await self._llm.start_weight_update()
 
     async def update_weights(self, update_info: Any) -> None:

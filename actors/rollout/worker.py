@@ -3,13 +3,22 @@
 import os
 import select
 import threading
+from typing import Any
 
 import actors.rollout.transfer  # noqa: F401  registers the file back end
 from actors.rollout.engine import OWNER
 
 
 class EngineWorker:
-    """The extension; importing its module is all it is for. Nobody else does."""
+    """Becomes a base of vLLM's worker."""
+
+    def load_file(self, path: str) -> None:
+        """A whole weight update out of a safetensors file. One call: with one for each of its parts the engine, paused meanwhile, would
+        wait for every one's way here and back."""
+        worker: Any = self
+        worker.start_weight_update()
+        worker.update_weights({"path": path})
+        worker.finish_weight_update()
 
 
 def end_with(pid: int) -> None:

@@ -20,16 +20,11 @@ class ReadingEngine:
         self.read, self.path, self.files_meanwhile = b"", "", set[Path]()
         self.version = -1
 
-    async def start_update(self) -> None: ...
-
-    async def update_weights(self, update_info: dict[str, str]) -> None:
-        self.path = update_info["path"]
+    async def load_file(self, path: str, weight_version: int) -> None:
+        self.path, self.version = path, weight_version
         self.files_meanwhile = set(SHARED.iterdir())
         reader = "import pathlib, sys; sys.stdout.buffer.write(pathlib.Path(sys.argv[1]).read_bytes())"
         self.read = subprocess.run([sys.executable, "-c", reader, self.path], capture_output=True, check=True).stdout
-
-    async def finish_update(self, weight_version: int) -> None:
-        self.version = weight_version
 
     async def probe(self, token_ids: list[int]) -> np.ndarray:
         return np.array(token_ids, np.float32)
