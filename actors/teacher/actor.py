@@ -40,15 +40,15 @@ class TeacherActor:
         return self.scorer.score(requests)
 
     def score_packed(self, message: bytes) -> bytes:
-        """`score` as the driver calls it."""
-        return pack(self.score(unpack(message)))
+        """`score` as the driver calls it, with the process's name."""
+        return pack((self.ping(), self.score(unpack(message))))
 
     def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         return self.scorer.generate(prompts, options)
 
-    def ping(self) -> int:
-        """The process id: another one than before means Ray restarted the actor."""
-        return os.getpid()
+    def ping(self) -> str:
+        """Ray's id of this process: another one than before means Ray restarted the actor. Two nodes may give the same process id."""
+        return ray.get_runtime_context().get_worker_id()
 
     def weights_digest(self) -> str:
         """SHA-256 of the weight files; of a server's teacher only its address and name are known."""
@@ -63,13 +63,13 @@ class RayTeacher:
     def __init__(self, actor: Any) -> None:
         self.actor = actor
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
+    async def score(self, requests: Sequence[ScoreRequest]) -> tuple[str, list[TokenScores | None]]:
         return unpack(await self.actor.score_packed.remote(pack(requests)))
 
     async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         return await self.actor.generate.remote(prompts, options)
 
-    async def ping(self) -> int:
+    async def ping(self) -> str:
         return await self.actor.ping.remote()
 
     async def restart(self) -> None:

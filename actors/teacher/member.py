@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from actors.deadlines import FLOOR_S, Pace, Say, first_line, within
+from actors.deadlines import FLOOR_S, Pace, Reason, Say, first_line, within
 from actors.teacher.scorers import GenerateOptions, ScoreRequest, generate_timeout_s
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import TokenScores
 
 OnRestart = Callable[[str, str], None]
-"""Called with (teacher, reason) when an actor comes back as another process: reason is crash or hang."""
+"""Called with (teacher, reason) when an actor answers as another process than before: reason is crash or hang."""
 T = TypeVar("T")
 
 COOLDOWN_S = 1.0
@@ -24,12 +24,14 @@ START_TIMEOUT_S = 600.0
 class TeacherHandle(Protocol):
     """What the pool needs of an actor: `RayTeacher`, or a fake with the same methods."""
 
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]: ...
+    async def score(self, requests: Sequence[ScoreRequest]) -> tuple[str, list[TokenScores | None]]:
+        """The scores, and what `ping` gives of the process that made them."""
+        ...
 
     async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]: ...
 
-    async def ping(self) -> int:
-        """A number that changes when the actor's process does."""
+    async def ping(self) -> str:
+        """Names the actor's process: no other one has had the name."""
         ...
 
     async def restart(self) -> None: ...
@@ -63,7 +65,8 @@ class Member:
         self._queue: list[tuple[ScoreRequest, asyncio.Future[TokenScores | None]]] = []
         self._busy = asyncio.Lock()
         self._failures = 0
-        self._incarnation: int | None = None
+        self._process: str | None = None
+        """That answered last."""
         self._pace = Pace(floor_s)
         self._worker: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,7 +74,7 @@ class Member:
     async def start(self) -> None:
         """Wait until the actor has its model. Raises what its constructor raised, or TimeoutError."""
         async with asyncio.timeout(START_TIMEOUT_S):
-            self._incarnation = await self.handle.ping()
+            self._note_process(await self.handle.ping(), "crash")
 
     def submit(self, request: ScoreRequest) -> asyncio.Future[TokenScores | None]:
         """Queue a request: its scores, None where the back end gives it up, TimeoutError or whatever the actor raised.
@@ -112,7 +115,8 @@ class Member:
                 timeout_s = min(self.settings.timeout_s, self._pace.deadline_s(tokens))
                 try:
                     reply = self.handle.score([request for request, _ in batch])
-                    scores = await self._call(reply, timeout_s, f"{len(batch)} scores ({tokens} tokens)")
+                    process, scores = await self._call(reply, timeout_s, f"{len(batch)} scores ({tokens} tokens)")
+                    self._note_process(process, "crash")
                     assert len(scores) == len(batch), (len(scores), len(batch))
                     self._pace.observe(tokens, time.monotonic() - started)
                 except Exception as error:  # handed to the waiting requests: they retry elsewhere or raise it
@@ -157,7 +161,7 @@ class Member:
 
     async def _recover(self, hangs: bool) -> None:
         """End a process that hangs (Ray restarts it), then ping until one answers."""
-        reason = "hang" if hangs else "crash"
+        reason: Reason = "hang" if hangs else "crash"
         while not self.live.is_set():
             if self._failures > 1:
                 await asyncio.sleep(min(self._cooldown_s * 2 ** (self._failures - 2), MAX_COOLDOWN_S))
@@ -165,15 +169,19 @@ class Member:
                 if hangs:
                     await self.handle.restart()
                 async with asyncio.timeout(START_TIMEOUT_S):
-                    incarnation = await self.handle.ping()
+                    process = await self.handle.ping()
             except Exception as error:  # still sick: asked again after a longer wait
                 self._failures += 1
                 hangs = isinstance(error, TimeoutError)
                 continue
-            if self._incarnation is not None and incarnation != self._incarnation:
-                self._on_restart(self.settings.name, reason)
-            self._incarnation = incarnation
+            self._note_process(process, reason)
             self.live.set()
+
+    def _note_process(self, process: str, reason: Reason) -> None:
+        """Every answer tells whose it is: Ray may have started the actor again while nobody was asking."""
+        if self._process not in (None, process):
+            self._on_restart(self.settings.name, reason)
+        self._process = process
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -108,12 +108,12 @@ class Scorer:
     def __init__(self, pace: float) -> None:
         self._pace = pace
 
-    async def score(self, requests: Sequence[Any]) -> list[TokenScores]:
+    async def score(self, requests: Sequence[Any]) -> tuple[str, list[TokenScores]]:
         await asyncio.sleep(self._pace * sum(request.num_tokens for request in requests) / SCORED_TOKENS_PER_S)
-        return [TokenScores("t", ZEROS[: len(r.token_ids)], ZEROS[: len(r.token_ids)]) for r in requests]
+        return "a process", [TokenScores("t", ZEROS[: len(r.token_ids)], ZEROS[: len(r.token_ids)]) for r in requests]
 
-    async def ping(self) -> int:
-        return 1
+    async def ping(self) -> str:
+        return "a process"
 
 
 class Sink:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.teacher.pool import Support, TeacherPool, blend_scores
-from actors.teacher.scorers import GenerateOptions
+from actors.teacher.scorers import GenerateOptions, ScoreRequest
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import Prompt, TokenScores, Trajectory
 
@@ -39,7 +39,7 @@ class FakeTeacher:
             else:
                 await asyncio.sleep(fault)
         await asyncio.sleep(self.pace_s)
-        return [
+        return str(self.pid), [
             TokenScores(
                 teacher="fake",
                 sampled_logp_T=np.full(len(request.token_ids), logp, np.float32),
@@ -58,7 +58,7 @@ class FakeTeacher:
         return [(options.seed, *prompt, options.beams) for prompt in prompts]
 
     async def ping(self):
-        return self.pid
+        return str(self.pid)
 
     async def restart(self):
         self.restarts += 1
@@ -147,6 +147,37 @@ async def test_a_crashed_actor_comes_back_and_the_restart_is_counted():
     assert log == {("t", "error"): 2, ("t", "ok"): 2, ("t", "crash"): 1}
 
 
+async def test_an_actor_that_came_back_while_nobody_asked_it_is_counted_once():
+    log = Log()
+    actor, other = FakeTeacher(), FakeTeacher()
+    pool = build([(settings(name="t"), [actor, other])], log)
+    await pool.start()
+    await pool.score([trajectory(), trajectory()])
+    actor.pid += 1
+    for _ in range(3):
+        assert None not in await pool.score([trajectory(), trajectory()])
+    assert log == {("t", "ok"): 8, ("t", "crash"): 1}
+
+
+async def test_a_restart_that_an_answer_tells_before_the_ping_is_counted_once():
+    class Slow(FakeTeacher):
+        async def ping(self):
+            await asyncio.sleep(0.03)
+            return str(self.pid)
+
+    log = Log()
+    actor = Slow(faults=[ConnectionError("actor died")], pace_s=0.01)
+    pool = build([(settings(name="t"), [actor])], log)
+    await pool.start()
+    with pytest.raises(ConnectionError):
+        await pool.members[0].submit(ScoreRequest((5,), (7,)))
+    await pool.members[0].submit(ScoreRequest((5,), (7,)))
+    assert not pool.members[0].live.is_set()
+    assert log == {("t", "crash"): 1}
+    await pool.members[0].live.wait()
+    assert log == {("t", "crash"): 1}
+
+
 async def test_a_hanging_actor_is_restarted_and_its_request_goes_elsewhere():
     log = Log()
     stuck, well = FakeTeacher(faults=[60.0]), FakeTeacher()
@@ -209,9 +240,9 @@ async def test_nonfinite_scores_are_unscored_kept_for_inspection_and_not_retried
 async def test_padded_support_entries_may_be_minus_infinity():
     class Padded(FakeTeacher):
         async def score(self, requests):
-            (scores,) = await super().score(requests)
+            process, (scores,) = await super().score(requests)
             scores.support_logp_TK[scores.support_ids_TK < 0] = -np.inf
-            return [scores]
+            return process, [scores]
 
     pool = build([(settings(), [Padded()])], support=Support(student=True))
     sample = trajectory()

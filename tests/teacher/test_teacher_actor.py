@@ -1,6 +1,7 @@
 """Real Ray actors with a tiny model: scores arrive, a killed process comes back, answers do not depend on the number of actors."""
 
 import asyncio
+import contextlib
 import os
 import signal
 from dataclasses import replace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 
-from actors.teacher.actor import start_teacher
+from actors.teacher.actor import RayTeacher, start_teacher
 from actors.teacher.pool import Support, TeacherPool
 from actors.teacher.scorers import ScoreRequest, TorchScorer, digest_weights
 from actors.teacher.settings import TeacherSettings
@@ -50,6 +51,19 @@ def trajectories(count: int) -> list[Trajectory]:
     return made
 
 
+async def kill(teacher: RayTeacher) -> None:
+    os.kill(await teacher.actor.__ray_call__.remote(lambda actor: os.getpid()), signal.SIGKILL)
+
+
+async def until_back(teacher: RayTeacher) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                await teacher.ping()
+                return
+            await asyncio.sleep(0.1)
+
+
 async def test_two_actors_score_answer_and_survive_a_kill(cluster, tmp_path):
     folder = str(build_tiny(tmp_path / "teacher", seed=5))
     settings = TeacherSettings(model=folder, name="tiny", num_actors=2, batch_tokens=256)
@@ -72,7 +86,7 @@ async def test_two_actors_score_answer_and_survive_a_kill(cluster, tmp_path):
     assert golden == await alone.golden([sample.prompt for sample in samples], max_new_tokens=6, temperature=1.0, seed=3)
 
     victim = await handles[0].ping()
-    os.kill(victim, signal.SIGKILL)
+    await kill(handles[0])
     again = await pool.score(samples)
     assert None not in again
     for before, after in zip(scores, again, strict=True):
@@ -80,6 +94,11 @@ async def test_two_actors_score_answer_and_survive_a_kill(cluster, tmp_path):
     await asyncio.wait_for(pool.members[0].live.wait(), 60)
     assert await handles[0].ping() != victim
     assert restarts == [("tiny", "crash")]
+
+    await kill(handles[1])
+    await until_back(handles[1])  # nobody asks it for scores meanwhile
+    assert None not in await pool.score(samples)
+    assert restarts == [("tiny", "crash")] * 2
 
     await handles[1].restart()
     assert None not in await pool.score(samples)
