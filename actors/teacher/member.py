@@ -178,7 +178,7 @@ class Member:
             self.live.set()
 
     def _note_process(self, process: str, reason: Reason) -> None:
-        """Every answer tells whose it is: Ray may have started the actor again while nobody was asking."""
+        """Every answer tells whose it is: Ray may have started the actor again, once or oftener, while nobody was asking."""
         if self._process not in (None, process):
             self._on_restart(self.settings.name, reason)
         self._process = process

@@ -44,7 +44,5 @@ def test_a_run_that_loses_a_node_goes_on_once_its_actors_find_another(tmp_path: 
         finally:
             if live.process.poll() is None:
                 live.process.kill()
-    # A replacement may be placed on the dead node once more before Ray notices: it is started again then.
-    problems = [problem for problem in outcome.problems if not problem.startswith("restarts ")]
-    assert problems == [], (outcome, live.log.read_text()[-3000:])
-    assert all(outcome.restarts[role] >= 1 for role in ON_WORKER), outcome.restarts
+    # A replacement placed on the dead node before Ray notices never comes up, and one that does not come up is no restart.
+    assert outcome.problems == [], (outcome, live.log.read_text()[-3000:])
