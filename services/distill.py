@@ -12,7 +12,8 @@ One step of the loop
     consumes  the batch of rollouts launched for it (max_staleness steps ago) and the teacher's scores on it
     produces  one optimiser step, new weights in the engines, one line of metrics.jsonl, one governor decision
     waits for the slowest rollout of its batch, then the learner
-    overlaps  the rollouts of the next max_staleness steps with all it does for this one
+    overlaps  the rollouts of the next max_staleness steps with all it does for this one; the engines' weight update and the step's
+              record with the next step's learning. At max_staleness 0 nothing: each begins when the one before has ended
 
 Every change (limits, tunable settings, pause, rollback) takes effect at the border between two steps.
 
@@ -21,14 +22,17 @@ step. The learner's state is the run's, so with it the loop goes back to the new
 """
 
 import asyncio
+import contextlib
 import gc
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actors.deadlines import ActorLostError
+from actors.learner.actor import StepReport
 from actors.learner.checkpoint import (
     newest_checkpoint,
     partial_folder,
@@ -89,6 +93,24 @@ def base_limits(job: Job) -> LengthLimits:
     )
 
 
+Decided = tuple[str | None, str]
+"""The governor's command, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A step up to its learner's update: what its record will tell."""
+
+    batch: Batch
+    report: StepReport | None
+    limits: LengthLimits
+    pressure: float
+    started: float
+    """Monotonic."""
+    waited_s: float
+    learn_s: float
+
+
 class Distillation:
     """The loop's state and its verbs. The actors' handles belong to the fleet, the pool and the governor's actor."""
 
@@ -136,6 +158,10 @@ class Distillation:
         self._step = 0
         self._launched: deque[tuple[Launch, asyncio.Task[Batch], dict[str, int]]] = deque()
         self._next_launch = 1
+        self._finishing: asyncio.Task[None] | None = None
+        """The end of the step before: engines' weights, record."""
+        self._ended = 0.0
+        """When the last step got its record, monotonic."""
         self._skipped_in_a_row = 0
         self._last_healthy: Path | None = None
         self._begun = False
@@ -172,9 +198,10 @@ class Distillation:
             await self._written()  # whoever goes on will want it
             raise
         finally:
-            await self._drop_launched()
-            if self._writing is not None:
-                self._writing.cancel()
+            left = [task for task in (self._finishing, self._writing) if task is not None]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(self._drop_launched(), *left, return_exceptions=True)
 
     async def _run_to_the_end(self) -> None:
         """From the border that the learner stands at."""
@@ -199,9 +226,8 @@ class Distillation:
             return
         if self._store.generation != self._generation:  # changed while the run was paused
             await self._decide()
-        # The engines' weights are those this step starts from: what is sampled with them for `max_staleness` steps later is as stale
-        # as it may be. Launched here and not when this step's batch is there, so that the engines never run out of work.
-        self._launch(1 + self._job.rollout.max_staleness)
+        if self._finishing is None:
+            self._launch()
         batch = await self._wait_for(self._launched[0][1])
         if batch is None:
             return
@@ -223,35 +249,66 @@ class Distillation:
         for index in report.suspects if report else ():
             self._on_nonfinite("learner", batch.scored[index].trajectory, batch.scored[index].scores)
 
+        await self._finished()
         self._step = launch.step
         if self._step > self._furthest_step:
             self._furthest_step, self._learner_losses = self._step, 0
         record_batch(self._telemetry, batch, report, limits, self._job.rollout.max_new_tokens)
         self._telemetry.beat()
-        pressure = self._pressure
+        learned = Learned(batch, report, limits, self._pressure, started, waited_s, learn_s)
+        taken = asyncio.Event()
         deciding = asyncio.create_task(self._decide())  # beside the sync: reading metrics costs the loop nothing
+        self._finishing = asyncio.create_task(self._finish_step(learned, deciding, taken))
         try:
-            sync = await self._sync() if report else Sync()
+            await taken.wait()
         finally:
-            synced = time.monotonic()
             command, reason = await deciding
-            govern_s = time.monotonic() - synced
-        evaluations = await self._evaluate_now() if self._is_eval_step() else {}
-
-        times = StepTimes(batch.rollout_s, batch.score_s, learn_s, sync.seconds, govern_s, time.monotonic() - started, waited_s)
-        record = step_record(batch, report, limits, pressure, times, evaluations)
-        self._publish(record, batch, times)
+        checkpoint = self._step % self._job.checkpoint.every_steps == 0 or self._want_checkpoint
+        if command or checkpoint or self._is_eval_step() or not self._job.rollout.max_staleness:
+            await self._finished()
         if command == "rollback":
             await self._roll_back(reason)
         elif command == "stop":
             await self._checkpoint()
             raise GuardRailError(reason)
-        elif self._step % self._job.checkpoint.every_steps == 0 or self._want_checkpoint:
+        elif checkpoint:
             await self._checkpoint()
 
-    def _launch(self, num_batches: int) -> None:
-        """Have this many batches under way, each on the terms in force when it is launched."""
-        while len(self._launched) < num_batches and self._next_launch <= self._job.learner.total_steps:
+    async def _finish_step(self, learned: Learned, deciding: asyncio.Task[Decided], taken: asyncio.Event) -> None:
+        """The engines' part of a border, and the step's record. `taken` is set as soon as the learner may go on.
+
+        With rollouts ahead of it the learner has its next batch, or soon will: it need not wait for the engines to have the weights.
+        """
+        try:
+            sync = await self._sync(taken.set) if learned.report else Sync()
+        finally:
+            taken.set()
+            synced = time.monotonic()
+            await asyncio.wait([deciding])
+            govern_s = time.monotonic() - synced
+        evaluations = await self._evaluate_now() if self._is_eval_step() else {}
+        if self._job.rollout.max_staleness and not deciding.result()[0]:
+            self._launch()
+        batch, ended = learned.batch, time.monotonic()
+        # The step before may have ended within this one: its time is not told twice.
+        total_s, self._ended = ended - max(learned.started, self._ended), ended
+        times = StepTimes(batch.rollout_s, batch.score_s, learned.learn_s, sync.seconds, govern_s, total_s, learned.waited_s)
+        record = step_record(batch, learned.report, learned.limits, learned.pressure, times, evaluations)
+        self._publish(record, batch, times)
+
+    async def _finished(self) -> None:
+        """Wait until the step before has its record and the engines its weights. Raises what went wrong there."""
+        finishing, self._finishing = self._finishing, None
+        if finishing is not None:
+            await finishing
+
+    def _launch(self) -> None:
+        """Rollouts of the next step, and of as many more as may be sampled with the weights that the engines have now.
+
+        Each on the terms in force when it is launched. Called as soon as the weights are there, not when the batch before is, so that
+        the engines never run out of work.
+        """
+        while self._next_launch <= self._step + 1 + self._job.rollout.max_staleness and self._next_launch <= self._job.learner.total_steps:
             cursor = self._stream.state()
             prompts = self._stream.next(self._job.rollout.prompts_per_step, self._limits.unfinished_quota)
             launch = Launch(self._next_launch, prompts, self._limits, self._job.rollout, self._generation)
@@ -262,7 +319,7 @@ class Distillation:
 
     # ---- borders
 
-    async def _decide(self) -> tuple[str | None, str]:
+    async def _decide(self) -> Decided:
         """Bring a person's changes into force, have the governor decide, obey. Returns its command and the reason."""
         self._taken_step = None
         generation, tunables = self._store.in_force()
@@ -341,8 +398,8 @@ class Distillation:
         self._stop_asked.set()
         self._monitor.enter("stopping")
 
-    async def _sync(self) -> Sync:
-        sync = await self._fleet.sync_weights()
+    async def _sync(self, on_taken: Callable[[], None] = lambda: None) -> Sync:
+        sync = await self._fleet.sync_weights(on_taken)
         self._telemetry.observe("opd_weight_sync_seconds", sync.seconds)
         self._telemetry.set("opd_weight_sync_gap_nats", sync.gap_nats)
         for role in ("learner", "rollout"):
@@ -417,6 +474,7 @@ class Distillation:
         Rollouts under way are not part of it, their prompts will be drawn again. A second one waits for the first to be written.
         """
         self._want_checkpoint = False
+        await self._finished()
         await self._written()
         if self._taken_step == self._step:
             return
@@ -473,6 +531,8 @@ class Distillation:
 
     async def _replace_learner(self, error: ActorLostError) -> None:
         """A new learner at the newest checkpoint, and the loop back at its border; steps since are taken again."""
+        with contextlib.suppress(ActorLostError):
+            await self._finished()
         await self._drop_launched()
         await self._written()
         while True:
@@ -527,6 +587,7 @@ class Distillation:
 
     async def _roll_back(self, reason: str) -> None:
         """Weights of the last healthy checkpoint, moments dropped; steps, prompts and pressure go on."""
+        await self._finished()
         await self._drop_launched()
         await self._written()
         folder, _, refused = await asyncio.to_thread(newest_checkpoint, self._directory.checkpoints, healthy=True)

@@ -235,10 +235,13 @@ class Fleet:
 
     # ---- weights
 
-    async def sync_weights(self) -> Sync:
-        """Bring the learner's weights into every engine, requests kept in flight, and measure on the probe what arrived."""
+    async def sync_weights(self, on_taken: Callable[[], None] = lambda: None) -> Sync:
+        """Bring the learner's weights into every engine, requests kept in flight, and measure on the probe what arrived.
+
+        `on_taken` is called when the learner has given what it had to give and may change its weights again.
+        """
         async with self._exchange:
-            syncs = await self._bring_weights(self._engines.on_each)
+            syncs = await self._bring_weights(self._engines.on_each, on_taken=on_taken)
         if syncs:
             self._sync = max(syncs, key=lambda sync: (not sync.sound, sync.gap_nats))
         else:  # every engine died over it: their replacements bring the weights themselves
@@ -258,7 +261,9 @@ class Fleet:
         self._sync = sync
         self._remember_processes()
 
-    async def _bring_weights(self, on_each: OnEach, newcomers: Sequence[RayEngine] = ()) -> list[Sync]:
+    async def _bring_weights(
+        self, on_each: OnEach, newcomers: Sequence[RayEngine] = (), on_taken: Callable[[], None] = lambda: None
+    ) -> list[Sync]:
         """One Sync per engine that `on_each` reaches."""
         started = time.monotonic()
         rollout = self._job.rollout
@@ -266,6 +271,7 @@ class Fleet:
             # The object store moves the weights once per node; each actor on it reads the same copy.
             version, weights = await self._ask_learner("weights", rollout.dtype)
             probing = asyncio.create_task(self.learner_probe())
+            probing.add_done_callback(lambda _: on_taken())
             try:
                 probes = await on_each("loading weights", lambda engine: engine.actor.load_weights.remote(weights, version, self._probe))
                 expected = await probing
@@ -279,6 +285,7 @@ class Fleet:
             actors = [engine.actor for engine in (*self._engines.handles, *newcomers)]
             await self._ask_learner("send_weights", self._transfer, rollout.dtype, actors, rollout.tensor_parallel_size)
             expected = await self.learner_probe()
+            on_taken()
             probes = await on_each("the weight probe", lambda engine: engine.actor.probe.remote(self._probe))
         seconds = time.monotonic() - started
         tolerance = self._job.cluster.probe_tolerance_nats or (FLOAT32_TOLERANCE_NATS if self._all_float32() else BFLOAT16_TOLERANCE_NATS)

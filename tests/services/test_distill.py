@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,22 +55,26 @@ class FakeFleet:
         self.disk_s = 0.0
         """How long a checkpoint takes to write."""
         self.sync = Sync(0.01, 1e-5, 1e-2)
+        self.engine_version, self.load_s, self.loading = 0, 0.0, False
+        """What the engines sample with, and how long they take to load; meanwhile they have the version before."""
+        self.learned_while_loading = 0
 
     async def rollout(
         self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: Any
     ) -> AsyncIterator[list[Trajectory]]:
         self.prompts += [prompt.index for prompt, _ in requests]
         length = min(4, limits.cap_tokens)
+        version = self.engine_version
         for prompt, sample in requests:
-            yield [
-                Trajectory(prompt, (7,) * length, np.zeros(length, np.float32), "stop", limits.cap_tokens, step, self.version, 0, sample)
-            ]
+            logprobs_T = np.zeros(length, np.float32)
+            yield [Trajectory(prompt, (7,) * length, logprobs_T, "stop", limits.cap_tokens, step, version, 0, sample)]
 
     async def learn(self, rollouts: Any, golden: Any, limits: LengthLimits, reference: float, rate: float) -> StepReport:
         while ("learn", self.calls["learn"] + 1) in self.deaths and self.calls["save"] < self.calls["snapshot"]:
             await asyncio.sleep(0.001)  # it dies amid the step: a checkpoint's writing has begun, however busy the machine
         await self._ask("learn")
         await asyncio.sleep(0.005)  # as a real one: what was launched begins meanwhile, on the weights before
+        self.learned_while_loading += self.loading
         self.learned.append([rollout.trajectory.prompt.index for rollout in rollouts])
         self.version += 1
         zeros, none = np.zeros(len(POSITION_BUCKETS)), np.zeros(0, np.float32)
@@ -91,10 +95,15 @@ class FakeFleet:
     def learner_is_back(self) -> None:
         self.num_back += 1
 
-    async def sync_weights(self) -> Sync:
+    async def sync_weights(self, on_taken: Callable[[], None] = lambda: None) -> Sync:
         await self._ask("sync")
         assert self.version >= 0, "the weights of a learner that was not restored"
-        return replace(self.sync, weight_version=self.version)
+        assert not self.loading, "an update begins before the one before has ended"
+        version, self.loading = self.version, True
+        on_taken()
+        await asyncio.sleep(self.load_s)
+        self.engine_version, self.loading = version, False
+        return replace(self.sync, weight_version=version)
 
     async def snapshot(self) -> None:
         await self._ask("snapshot")
@@ -207,6 +216,38 @@ def test_every_step_is_taken_once_and_no_prompt_is_lost(tmp_path: Path, stalenes
     assert [record["step"] for record in records] == list(range(1, 11))
     assert loop.fleet.prompts == list(range(30))
     assert max(record["staleness_mean"] for record in records) == staleness
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_the_learner_does_not_wait_for_the_engines_to_load_and_no_rollout_is_staler_than_asked_for(tmp_path: Path, staleness: int) -> None:
+    loop = Loop(tmp_path, staleness=staleness)
+    loop.fleet.load_s = 0.02
+    records = loop.run()
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert max(record["staleness_mean"] for record in records) == staleness
+    assert loop.fleet.learned_while_loading == (0 if staleness == 0 else 5), "each step but those after the five checkpoints' borders"
+
+
+def test_the_seconds_of_overlapping_steps_add_up_to_no_more_than_the_run_took(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, staleness=1)
+    loop.fleet.load_s = 0.02
+    started = time.monotonic()
+    records = loop.run()
+    assert 10 * 0.02 < sum(record["step_s"] for record in records) < time.monotonic() - started
+
+
+def test_a_gap_found_while_the_next_step_is_learned_ends_the_run_all_the_same(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, staleness=1)
+    loop.fleet.load_s = 0.02
+    good = loop.fleet.sync
+
+    def spoil(record: Record) -> None:
+        loop.fleet.sync = replace(good, gap_nats=11.4) if record["step"] == 2 else loop.fleet.sync
+
+    loop.on_step = spoil
+    with pytest.raises(SyncError, match=r"differ by 11\.4 nats"):
+        loop.run()
+    assert [record["step"] for record in read_records(loop.directory.metrics)] == [1, 2], "its step has no record"
 
 
 def test_a_rollback_takes_the_last_healthy_checkpoint_and_the_run_goes_on(tmp_path: Path) -> None:

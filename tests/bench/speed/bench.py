@@ -6,7 +6,7 @@
 For each pair: the phases alone (phases.py: one thread each, nothing beside them), then the same job through `opd run` at
 `max_staleness: 1`. Both sample from the student as it came (learning rate 1e-9), so that lengths are alike, and nothing governs,
 evaluates or writes beside the step. Reported:
-    efficiency     longest phase alone / median step of the run
+    efficiency     longest phase alone / mean step of the run
     core_bound     longest phase alone / what a step takes at least where the cores are all there is: the larger of the longest
                    phase and the phases' CPU seconds over the cores; no schedule reaches a higher efficiency on this machine
     start_up_s     from the start of the command to the first rollout of step 1
@@ -14,6 +14,7 @@ Core budget: one thread a role (engine, teacher, learner), all on the same cores
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -23,10 +24,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from tests.chaos.harness import TITLES
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -58,8 +67,44 @@ def alone(job: str, repeats: int) -> dict[str, Any]:
     return json.loads(found[("\n" + found).rindex("\n{") :])  # the engine may have printed before
 
 
-def run_job(job: str, steps: int, settings: tuple[str, ...] = (), keep: Path | None = None) -> tuple[list[dict[str, Any]], float]:
-    """Records of the steps of a run, each with `seconds` by the wall clock, and the seconds to its first rollout."""
+@dataclass(frozen=True)
+class Run:
+    """What a run of a job showed."""
+
+    records: list[dict[str, Any]]
+    """Of the steps after warm-up, each with `seconds` by the wall clock."""
+    start_up_s: float
+    """To its first rollout."""
+    cpu_s: dict[str, float]
+    """CPU seconds a step of each of its processes, by role."""
+
+
+def watch(process: psutil.Process, metrics: Path) -> dict[str, float]:
+    """CPU seconds a step by role, over the steps after warm-up, while the run goes on."""
+    begun: tuple[int, Counter[str]] | None = None
+    ended = (0, Counter[str]())
+    while process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(1.0)
+        cpu_s: Counter[str] = Counter()
+        try:
+            for child in [process, *process.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    first = (child.cmdline() or [""])[0]
+                    role = next((role for role, title in TITLES.items() if first.startswith(title)), "Ray itself")
+                    cpu_s["driver" if child == process else role] += sum(child.cpu_times()[:2])
+        except psutil.NoSuchProcess:
+            break
+        steps = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+        if begun is None and steps >= WARM_UP_STEPS:
+            begun = steps, cpu_s
+        if set(TITLES) <= set(cpu_s):  # not once the first of them has ended
+            ended = steps, cpu_s
+    if begun is None or ended[0] <= begun[0]:
+        return {}  # over within the second
+    return {role: (ended[1][role] - begun[1][role]) / (ended[0] - begun[0]) for role in ended[1]}
+
+
+def run_job(job: str, steps: int, settings: tuple[str, ...] = (), keep: Path | None = None) -> Run:
     with tempfile.TemporaryDirectory(prefix="opd-speed-") as folder:
         out = keep or Path(folder) / "run"
         shutil.rmtree(out, ignore_errors=True)
@@ -68,32 +113,37 @@ def run_job(job: str, steps: int, settings: tuple[str, ...] = (), keep: Path | N
         log = Path(folder) / "log"
         with log.open("w") as file:
             words = [*command, *sets((*SETTINGS, *settings, f"learner.total_steps={steps}"))]
-            code = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+            process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT)
+            cpu_s = watch(psutil.Process(process.pid), out / "metrics.jsonl")
+            code = process.wait()
         if code:
             sys.exit(f"{job} ended with {code}:\n{log.read_text()[-2000:]}")
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     first = records[0]
     timed = [record | {"seconds": record["time"] - before["time"]} for before, record in pairwise(records)]
-    return timed[WARM_UP_STEPS - 1 :], first["time"] - first["step_s"] - started_at
+    return Run(timed[WARM_UP_STEPS - 1 :], first["time"] - first["step_s"] - started_at, cpu_s)
 
 
 def measure(pair: str, runs: Path | None) -> dict[str, Any]:
     job, steps, repeats = PAIRS[pair]
     phases = alone(job, repeats)
-    records, start_up_s = run_job(job, steps, keep=runs and runs / pair)
+    run = run_job(job, steps, keep=runs and runs / pair)
+    records = run.records
     seconds = [record["seconds"] for record in records]
-    step_s = statistics.median(seconds)
+    step_s = statistics.mean(seconds)  # steps come in pairs: two batches on their way may end together
     longest_s = max(phases["seconds"][name] for name in ("rollout", "score", "learn"))
     floor_s = max(longest_s, sum(phases["cpu_s"].values()) / (os.cpu_count() or 1))
     return {
         "alone": phases,
         "steps": len(records),
         "step_s": statistics.quantiles(seconds, n=4, method="inclusive"),
+        "mean_step_s": statistics.mean(seconds),
         "tokens_per_step": statistics.median(sum(record["lengths"]) for record in records),
         "in_the_run": {name: statistics.median(r[name] for r in records) for name in ("rollout_s", "learn_s", "sync_s", "wait_s")},
         "efficiency": longest_s / step_s,
         "core_bound": longest_s / floor_s,
-        "start_up_s": start_up_s,
+        "cpu_s": run.cpu_s,
+        "start_up_s": run.start_up_s,
     }
 
 
@@ -130,7 +180,9 @@ def main() -> None:
             + ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases["seconds"].items())
             + f" s; overlap efficiency {found['efficiency']:.2f} (at most {found['core_bound']:.2f} on {os.cpu_count()} cores)\n"
             f"    padding: learner {phases['learner_padding_ratio']:.1%}, teacher {phases['teacher_padding_ratio']:.1%}; "
-            f"start-up {found['start_up_s']:.0f} s",
+            f"start-up {found['start_up_s']:.0f} s\n    CPU a step: "
+            + ", ".join(f"{role} {1000 * s:.0f}" for role, s in sorted(found["cpu_s"].items(), key=lambda one: -one[1]))
+            + f" ms, {sum(found['cpu_s'].values()) / bounds[1]:.2f} of {os.cpu_count()} cores",
             flush=True,
         )
         path.write_text(json.dumps(kept, indent=1) + "\n")

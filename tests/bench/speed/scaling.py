@@ -52,7 +52,7 @@ def point(folder: Path, cap_tokens: int, num_actors: int) -> dict[str, Any]:
         f"rollout.num_actors={num_actors}",
         f"rollout.prompts_per_step={PROMPTS * num_actors}",
     )
-    records, _ = run_job(JOB, STEPS, settings)
+    records = run_job(JOB, STEPS, settings).records
     assert all(set(record["lengths"]) == {cap_tokens} for record in records), "a response ended before the cap"
     phases = {name: statistics.median(record[name] for record in records) for name in ("rollout_s", "learn_s", "sync_s")}
     seconds = [record["seconds"] for record in records]
