@@ -19,8 +19,8 @@ from actors.wire import pack, unpack
 if TYPE_CHECKING:
     from actors.rollout.engine import Completion
 
-LEAST_HAND_ON_S = 0.02
-MESSAGES_PER_S = 500
+LEAST_HAND_ON_S = 0.05
+MESSAGES_PER_S = 250
 """What all rollout actors together may send one driver: a streamed message alone costs it about .2 ms."""
 
 
