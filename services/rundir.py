@@ -79,7 +79,7 @@ class RunDirectory:
 
     def append(self, path: Path, record: Record) -> None:
         """One line, at once on its way to the disk. Where that has no room the line waits (see `trouble`) and goes with the next one."""
-        self._waiting.setdefault(path, []).append(json.dumps(finite(record), allow_nan=False) + "\n")
+        self._waiting.setdefault(path, []).append(to_json(record) + "\n")
         try:
             self._flush(path)
         except OSError as error:
@@ -132,6 +132,14 @@ def read_records(path: Path) -> list[Record]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def to_json(record: Record) -> str:
+    """One line; NaN and infinities are null."""
+    try:
+        return json.dumps(record, allow_nan=False)
+    except ValueError:  # rare, and looking beforehand costs as much as writing
+        return json.dumps(finite(record), allow_nan=False)
 
 
 def finite(value: Any) -> Any:
