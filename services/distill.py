@@ -33,16 +33,10 @@ from typing import Any
 
 from actors.deadlines import ActorLostError
 from actors.learner.actor import StepReport
-from actors.learner.checkpoint import (
-    newest_checkpoint,
-    partial_folder,
-    prune_checkpoints,
-    remove_partials,
-    seal_checkpoint,
-    step_of,
-)
+from actors.learner.checkpoint import step_of
 from actors.teacher.pool import TeacherPool
 from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
+from services.checkpoints import Checkpoints
 from services.collect import Batch, Launch, collect
 from services.data import PromptStream
 from services.evaluate import Evaluation
@@ -148,7 +142,8 @@ class Distillation:
         self._fleet, self._pool, self._governor = fleet, pool, governor
         self._directory, self._store, self._telemetry, self._monitor = directory, store, telemetry, monitor
         self._evaluate, self._decode, self._on_step, self._warn = evaluate, decode, on_step, on_warning
-        self._on_restart, self._on_nonfinite, self._finish, self._mirror = on_restart, on_nonfinite, finish, mirror
+        self._on_restart, self._on_nonfinite, self._finish = on_restart, on_nonfinite, finish
+        self._checkpoints = Checkpoints(directory.checkpoints, fleet, keep=job.checkpoint.keep, warn=on_warning, mirror=mirror)
         self._outage_s = max(teacher.timeout_s for teacher in job.teacher)
         self._furthest_step = self._learner_losses = 0
         self._limits = base_limits(job)
@@ -163,11 +158,7 @@ class Distillation:
         self._ended = 0.0
         """When the last step got its record, monotonic."""
         self._skipped_in_a_row = 0
-        self._last_healthy: Path | None = None
         self._begun = False
-        self._writing: asyncio.Task[None] | None = None
-        self._taken_step: int | None = None
-        """Step whose state was taken for a checkpoint as it still is; None: none was, or it has changed."""
         self._trouble: str | None = None
         self._stopping = False
         self._stop_asked = asyncio.Event()
@@ -195,13 +186,14 @@ class Distillation:
                         raise
                     await self._replace_learner(error)
         except Exception:
-            await self._written()  # whoever goes on will want it
+            await self._checkpoints.written()  # whoever goes on will want it
             raise
         finally:
-            left = [task for task in (self._finishing, self._writing) if task is not None]
-            for task in left:
-                task.cancel()
-            await asyncio.gather(self._drop_launched(), *left, return_exceptions=True)
+            if self._finishing is not None:
+                self._finishing.cancel()
+                await asyncio.gather(self._finishing, return_exceptions=True)
+            await self._drop_launched()
+            await self._checkpoints.close()
 
     async def _run_to_the_end(self) -> None:
         """From the border that the learner stands at."""
@@ -216,7 +208,7 @@ class Distillation:
         while self._step < self._job.learner.total_steps and not self._stopping:
             await self._one_step()
         await self._checkpoint()
-        await self._written()
+        await self._checkpoints.written()
         await self._finish()
 
     async def _one_step(self) -> None:
@@ -321,7 +313,7 @@ class Distillation:
 
     async def _decide(self) -> Decided:
         """Bring a person's changes into force, have the governor decide, obey. Returns its command and the reason."""
-        self._taken_step = None
+        self._checkpoints.taken_step = None
         generation, tunables = self._store.in_force()
         self._telemetry.set("opd_config_generation", generation)
         if generation != self._generation:
@@ -469,24 +461,21 @@ class Distillation:
     # ---- checkpoints
 
     async def _checkpoint(self) -> None:
-        """Take the state of this border, and write it while the run goes on.
+        """Take the state of this border, which is written while the run goes on.
 
         Rollouts under way are not part of it, their prompts will be drawn again. A second one waits for the first to be written.
         """
         self._want_checkpoint = False
         await self._finished()
-        await self._written()
-        if self._taken_step == self._step:
+        await self._checkpoints.written()
+        if self._checkpoints.taken_step == self._step:
             return
         try:
             sizes = await asyncio.to_thread(self._directory.record_sizes)
         except OSError as error:
             self._warn(f"checkpoint of step {self._step} not written: {error}; free the disk, the run goes on")
             return
-        state = await self._state(sizes)
-        await self._fleet.snapshot()
-        self._taken_step = self._step
-        self._writing = asyncio.create_task(self._write(state))
+        await self._checkpoints.take(await self._state(sizes))
 
     async def _state(self, sizes: dict[str, int]) -> Record:
         """Everything at this border that later steps depend on, the learner's own apart. `sizes`: of the records files."""
@@ -503,38 +492,11 @@ class Distillation:
             "records": sizes,
         }
 
-    async def _write(self, state: Record) -> None:
-        root, step = self._directory.checkpoints, state["step"]
-        try:
-            partial = await asyncio.to_thread(partial_folder, root, step)
-            await self._fleet.save(str(partial))
-            written = await asyncio.to_thread(seal_checkpoint, root, step, state)
-        except (OSError, ActorLostError) as error:  # what was written before is whole, and the run is worth more
-            self._warn(f"checkpoint of step {step} not written: {error}; the run goes on, with the one before")
-            await asyncio.to_thread(remove_partials, root)
-            self._taken_step = None
-            return
-        if state["healthy"]:
-            self._last_healthy = written
-        always = [self._last_healthy] if self._last_healthy else []
-        await asyncio.to_thread(prune_checkpoints, root, self._job.checkpoint.keep, always)
-        try:
-            if self._mirror is not None:
-                await asyncio.to_thread(self._mirror, written)
-        except Exception as error:  # the back ends have errors of their own, and the checkpoint itself is there
-            self._warn(f"checkpoint of step {step} not copied: {error}")
-
-    async def _written(self) -> None:
-        """Wait for the checkpoint being written, if there is one."""
-        if self._writing is not None:
-            await self._writing
-
     async def _replace_learner(self, error: ActorLostError) -> None:
         """A new learner at the newest checkpoint, and the loop back at its border; steps since are taken again."""
         with contextlib.suppress(ActorLostError):
             await self._finished()
         await self._drop_launched()
-        await self._written()
         while True:
             self._learner_losses += 1
             if self._learner_losses > MAX_LEARNER_LOSSES:
@@ -554,14 +516,10 @@ class Distillation:
 
     async def _restore_newest(self) -> None:
         """Go on from the newest checkpoint that verifies; from the start where there is none. Also within a run that has gone beyond."""
-        root = self._directory.checkpoints
-        await asyncio.to_thread(remove_partials, root)
-        folder, state, refused = await asyncio.to_thread(newest_checkpoint, root)
-        for line in refused:
-            self._warn(line)
+        folder, state = await self._checkpoints.resume()
         if folder is None:
             state = self._first_state
-        self._step = self._taken_step = state["step"]
+        self._step = state["step"]
         self._next_launch = self._step + 1
         self._generation = state["config_generation"]  # a later one is a change that comes with the first step
         self._skipped_in_a_row, self._pressure, self._healthy = state["skipped_in_a_row"], state["pressure"], state["healthy"]
@@ -579,24 +537,18 @@ class Distillation:
             self._monitor.add_decision(record)
         self._monitor.add_samples(read_records(self._directory.samples))
         self._begun = folder is not None
-        if folder is None:
-            self._taken_step = None
-            return
-        self._last_healthy = folder if self._healthy else (await asyncio.to_thread(newest_checkpoint, root, healthy=True))[0]
-        await self._fleet.restore(str(folder))
+        if folder is not None:
+            await self._fleet.restore(str(folder))
 
     async def _roll_back(self, reason: str) -> None:
         """Weights of the last healthy checkpoint, moments dropped; steps, prompts and pressure go on."""
         await self._finished()
         await self._drop_launched()
-        await self._written()
-        folder, _, refused = await asyncio.to_thread(newest_checkpoint, self._directory.checkpoints, healthy=True)
-        for line in refused:
-            self._warn(line)
+        folder, _ = await self._checkpoints.newest(healthy=True)
         if folder is None:
             self._warn(f"no healthy checkpoint to roll back to ({reason}); the run goes on")
             return
-        self._taken_step = None
+        self._checkpoints.taken_step = None
         await self._fleet.restore(str(folder), rollback=True)
         await self._sync()
         self._warn(f"step {self._step}: rolled back to step {step_of(folder)}: {reason}")
