@@ -59,6 +59,8 @@ class Workload:
     threads: int
     heldout: str
     heldout_prompts: int
+    heldout_answers: int
+    """Of each prompt."""
     seed: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
@@ -77,11 +79,12 @@ WORKLOADS = {
         learning_rate=5e-5,
         freeze_embeddings=True,
         steps=8,
-        save_steps=(4, 8),
+        save_steps=(8,),
         trl_micro_batch=16,
         threads=2,
         heldout="deploy/prompts/questions_eval.jsonl",
         heldout_prompts=64,
+        heldout_answers=3,
     ),
     "sums": Workload(
         pair="sums",
@@ -97,6 +100,7 @@ WORKLOADS = {
         threads=1,
         heldout="deploy/sums/eval_3_9.jsonl",
         heldout_prompts=256,
+        heldout_answers=1,
     ),
 }
 
@@ -293,7 +297,7 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
     job = load_job(ROOT / work.job, tuple(our_overrides(work)))
     tokenizer = AutoTokenizer.from_pretrained(work.student)
     source = job.data.eval.model_copy(update={"path": str(ROOT / work.heldout), "limit": work.heldout_prompts})
-    prompts = [problem.token_ids for problem in load_problems(source, job.data.prompts, tokenizer)]
+    prompts = [problem.token_ids for problem in load_problems(source, job.data.prompts, tokenizer)] * work.heldout_answers
     stop_ids = stop_event_ids(work.student, tokenizer)
     sampler = TorchScorer(TeacherSettings(model=student, batch_tokens=1 << 20), tuple(stop_ids))
     answers = sampler.generate(prompts, GenerateOptions(max_new_tokens=work.max_new_tokens, temperature=1.0, seed=work.seed))
@@ -308,10 +312,10 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
                 logps.append(lm.head(hidden_LH).log_softmax(-1))
             nats.append(float((logps[0].exp() * (logps[0] - logps[1])).sum()))
             tokens.append(len(answer))
-    nats_P, tokens_P = np.array(nats), np.array(tokens)
+    nats_P, tokens_P = (np.array(values).reshape(work.heldout_answers, -1).sum(0) for values in (nats, tokens))
     kl = nats_P.sum() / tokens_P.sum()
     error = np.sqrt(((nats_P - kl * tokens_P) ** 2).sum()) / tokens_P.sum()
-    return {"kl_nats": float(kl), "standard_error": float(error), "mean_tokens": float(tokens_P.mean())}
+    return {"kl_nats": float(kl), "standard_error": float(error), "mean_tokens": float(tokens_P.mean()) / work.heldout_answers}
 
 
 # ---- results
