@@ -186,6 +186,8 @@ class Distillation:
                         raise
                     await self._replace_learner(error)
         except Exception:
+            with contextlib.suppress(Exception):  # what ends the run is on its way already
+                await self._finished()
             await self._checkpoints.written()  # whoever goes on will want it
             raise
         finally:

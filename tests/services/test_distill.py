@@ -300,6 +300,20 @@ def test_steps_that_cannot_be_learned_from_are_counted_and_end_the_run_in_a_row(
         loop.run()
 
 
+def test_a_run_that_gives_up_has_the_records_of_all_steps_before(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, staleness=1)
+    loop.fleet.load_s, learn = 0.02, loop.fleet.learn
+
+    async def learn_once(*terms: Any) -> StepReport:
+        loop.fleet.skips = bool(loop.fleet.learned)
+        return await learn(*terms)
+
+    loop.fleet.learn = learn_once
+    with pytest.raises(LearnerError):  # in step 4, while the engines take the weights of step 3
+        loop.run()
+    assert [record["step"] for record in read_records(loop.directory.metrics)] == [1, 2, 3]
+
+
 def test_a_persons_cap_holds_from_the_launch_that_is_observed(tmp_path: Path) -> None:
     loop = Loop(tmp_path)
 
