@@ -40,7 +40,7 @@ from tests.chaos.harness import TITLES
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 WARM_UP_STEPS = 3
-PAIRS = {"sums": ("deploy/jobs/sums.yaml", 40, 8), "smollm2": ("deploy/jobs/smollm2.yaml", 9, 2)}
+PAIRS = {"sums": ("deploy/jobs/sums.yaml", 200, 40), "smollm2": ("deploy/jobs/smollm2.yaml", 10, 3)}
 """Pair -> job, steps of the run, repeats of each phase alone."""
 SETTINGS = (
     "seed=0",
