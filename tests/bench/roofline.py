@@ -8,7 +8,8 @@ A run directory gives job.yaml and metrics.jsonl: lengths, weights in force and 
     score    2 FLOP per teacher weight and token
     learn    6 FLOP per student weight and token (forward 2, backward 4), 2 more for the reference where its weight is above 0
 and attention's products under the causal mask on top. Floor of a phase: the larger of FLOPs / matmul rate and bytes / bandwidth.
-Scoring hides behind the rollouts, so its own seconds are not in the metrics: what they leave visible is `score_s`.
+Seconds in the run are those of its metrics; of scoring they have only what the rollouts did not hide. Seconds alone are those of
+speed/speed.json, where it has the job: the phase with one thread and nothing beside it.
 """
 
 import argparse
@@ -33,7 +34,19 @@ from services.prune import resolve_student
 from services.rundir import read_records
 
 HERE = Path(__file__).parent
+SPEED = HERE / "speed/speed.json"
 WARM_UP_STEPS = 2
+LEFT = """## What is left, and why
+
+- The floor of a phase gives it every core. In a run each role has one thread, and all roles share the cores: with as many busy roles as
+  cores no phase comes near its own floor, and what can be asked for is that the step as a whole comes near the sum of the floors.
+- Rollouts: every pass over the model (one token of each sequence) costs the engine some 2 ms of Python and sampling whatever the model's
+  size. A tiny model's rollouts are nothing else. A larger one reads all its weights in each pass: more sequences at once cost little.
+- Learning and scoring: a tiny model's matrices are too small for the matmul peak, and dispatching an operation costs more than computing
+  it. A larger one's run near the peak of one thread when they are alone; beside the others they share caches and memory with them.
+- The step beyond its phases: a weight update copies all weights four times (out of the learner, into the object store, to the engine's
+  process, into its layout), and driver, Ray and the engine's front end take their part of the cores.
+"""
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -106,9 +119,13 @@ def page(directory: Path, peak: dict[str, float]) -> dict[str, Any]:
     phases = {
         phase: {key: statistics.median(row[key] for row in own) for key in own[0]} | {"dtype": dtypes[phase]} for phase, own in rows.items()
     }
+    speed = json.loads(SPEED.read_text()) if SPEED.exists() else {}
+    for phase, seconds in speed.get(job["name"], {}).get("alone", {}).get("seconds", {}).items():
+        if phase in phases:
+            phases[phase]["alone_s"] = seconds
     total_floor_s = sum(phase["floor_s"] for phase in phases.values())
     return {
-        "run": job["name"], "steps": len(steps), "phases": phases, "step_s": statistics.median(step["step_s"] for step in steps),
+        "run": job["name"], "steps": len(steps), "phases": phases, "step_s": statistics.mean(step["step_s"] for step in steps),
         "sync_s": statistics.median(step["sync_s"] for step in steps), "floor_s": total_floor_s,
     }  # fmt: skip
 
@@ -121,14 +138,19 @@ def markdown(results: dict[str, Any]) -> str:
         f"bfloat16, memory {peak['bytes_per_s'] / 1e9:.1f} GB/s (best of several, {results['threads']} threads).", "",
     ]  # fmt: skip
     for run in results["runs"]:
-        lines += [f"## {run['run']} (medians of {run['steps']} steps)", "", "| phase | GFLOP | MB | s | floor s | time / floor |"]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += [f"## {run['run']} (medians of {run['steps']} steps, the step's mean)", ""]
+        lines += ["| phase | GFLOP | MB | in the run, s | alone, s | floor, s | alone / floor |", "|---|---|---|---|---|---|---|"]
         for phase, row in run["phases"].items():
-            over = "hidden behind rollouts" if phase == "score" else f"{row['seconds'] / row['floor_s']:.1f}"
-            work = f"{row['flop'] / 1e9:.2f} | {row['bytes'] / 1e6:.1f}"
-            lines.append(f"| {phase} ({row['dtype']}) | {work} | {row['seconds']:.3f} | {row['floor_s']:.4f} | {over} |")
-        over = f"{run['step_s'] / run['floor_s']:.1f}"
-        lines += [f"| step (sync {run['sync_s']:.3f}) | | | {run['step_s']:.3f} | {run['floor_s']:.4f} | {over} |", ""]
+            alone = row.get("alone_s")
+            alone_s, over = (f"{alone:.3f}", f"{alone / row['floor_s']:.1f}") if alone else ("", "")
+            seconds = "hidden behind rollouts" if phase == "score" else f"{row['seconds']:.3f}"
+            lines.append(
+                f"| {phase} ({row['dtype']}) | {row['flop'] / 1e9:.2f} | {row['bytes'] / 1e6:.1f} | {seconds} | "
+                f"{alone_s} | {row['floor_s']:.4f} | {over} |"
+            )
+        over = f"{run['step_s'] / run['floor_s']:.1f} (in the run)"
+        lines += [f"| step (sync {run['sync_s']:.3f}) | | | {run['step_s']:.3f} | | {run['floor_s']:.4f} | {over} |", ""]
+    lines.append(LEFT)
     return "\n".join(lines)
 
 
