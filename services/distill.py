@@ -207,6 +207,7 @@ class Distillation:
         self._monitor.enter("running")
         gc.collect()
         gc.freeze()  # a million objects of imported libraries, which every full collection would walk: half of the driver's time
+        gc.set_threshold(50_000, 20, 20)  # rollouts under way are many objects and no cycles: looking for some took a tenth of the rest
         while self._step < self._job.learner.total_steps and not self._stopping:
             await self._one_step()
         await self._checkpoint()

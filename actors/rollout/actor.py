@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LEAST_HAND_ON_S = 0.05
 MESSAGES_PER_S = 250
-"""What all rollout actors together may send one driver: a streamed message alone costs it about .2 ms."""
+"""What all rollout actors together may send one driver. A message and the scoring it leads to cost it some .4 ms: a tenth of its time."""
 
 
 def hand_on_s(num_actors: int) -> float:
