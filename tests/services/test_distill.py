@@ -20,6 +20,7 @@ from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from services.distill import Distillation, GuardRailError, LearnerError, SyncError, base_limits
 from services.fleet import Sync
 from services.job import Job
+from services.mirror import Mirror
 from services.monitor import RunMonitor
 from services.rundir import Record, RunDirectory, read_records
 from services.telemetry import Telemetry
@@ -172,7 +173,14 @@ class FakeGovernor:
 class Loop:
     """A loop of ten steps over the fakes, in a directory."""
 
-    def __init__(self, tmp_path: Path, commands: dict[int, str] | None = None, sick_from: int = 10**6, staleness: int = 0) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        commands: dict[int, str] | None = None,
+        sick_from: int = 10**6,
+        staleness: int = 0,
+        mirror_url: str | None = None,
+    ) -> None:
         self.job = Job.model_validate(
             {
                 "name": "x",
@@ -197,7 +205,7 @@ class Loop:
             telemetry=self.telemetry, monitor=self.monitor, evaluate=None, decode=lambda ids: "", on_step=lambda r: self.on_step(r),
             on_warning=self.warnings.append, on_restart=lambda role, reason: self.restarts.append((role, reason)),
             on_nonfinite=lambda source, trajectory, scores: self.nonfinite.append((source, trajectory.prompt.index)),
-            finish=self._finish,
+            finish=self._finish, mirror=Mirror(mirror_url, self.directory).push if mirror_url else None,
         )  # type: ignore[arg-type]  # fmt: skip
 
     async def _finish(self) -> None:

@@ -23,8 +23,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def mirrored(path: Path, url: str, on_step: Callable[[int], object] = lambda step: None) -> Loop:
-    loop = Loop(path)
-    loop.distillation._mirror = Mirror(url, loop.directory).push
+    loop = Loop(path, mirror_url=url)
     loop.on_step = lambda record: on_step(record["step"])
     return loop
 
@@ -53,8 +52,7 @@ def test_only_what_is_kept_here_stays_there(tmp_path: Path, url: str) -> None:
 
 
 def test_a_torn_copy_is_refused_by_name_and_the_one_before_is_fetched(tmp_path: Path, url: str) -> None:
-    loop = Loop(tmp_path / "run", sick_from=7)
-    loop.distillation._mirror = Mirror(url, loop.directory).push
+    loop = Loop(tmp_path / "run", sick_from=7, mirror_url=url)
     loop.run()
     files, root = fsspec.core.url_to_fs(url)
     files.rm_file(f"{root}/checkpoints/step-10/manifest.json")
