@@ -24,11 +24,12 @@ from actors.rollout.settings import RolloutSettings
 from actors.teacher.actor import start_teacher
 from actors.teacher.pool import Support, TeacherPool
 from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
+from services.cluster import connect, refuse_taken_name, require_roles, role_resources
 from services.control import create_app
 from services.data import load_problems, open_prompts
 from services.distill import Distillation, base_limits
 from services.evaluate import Evaluation, Response, load_verifier, summarise
-from services.fleet import PROBE_TOKENS, Fleet, Models, connect, refuse_taken_name, require_roles, role_resources
+from services.fleet import PROBE_TOKENS, Fleet, Models
 from services.golden import GoldenSet, choose_prompts, collect_golden, golden_key
 from services.job import Job
 from services.jobs import announced

@@ -21,8 +21,8 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from services.cluster import end_processes
 from services.data import open_prompts
-from services.fleet import end_processes
 from services.job import load_job
 from services.launch import resolve_models
 from services.record import CLOCK_FIELDS

@@ -17,7 +17,7 @@ import yaml
 
 from deploy.kuberay import prometheusrule
 from services.cli import app
-from services.fleet import Role, require_roles, role_resources
+from services.cluster import Role, require_roles, role_resources
 from services.job import Job
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from services.fleet import end_processes
+from services.cluster import end_processes
 
 ROOT = Path(__file__).parents[2]
 START_S = 90

@@ -18,7 +18,8 @@ import services.fleet
 from actors.deadlines import ActorLostError
 from actors.rollout.actor import RolloutActor
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
-from services.fleet import Fleet, Models, connect
+from services.cluster import connect
+from services.fleet import Fleet, Models
 from services.job import Job
 from tests.tiny import build_tiny
 

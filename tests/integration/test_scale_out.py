@@ -15,7 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnN
 from tiny import build_tiny
 
 from actors.trajectory import LengthLimits, Prompt
-from services.fleet import Fleet, Models, connect
+from services.cluster import connect
+from services.fleet import Fleet, Models
 from services.job import Job, JobError
 from services.placement import place
 from services.rundir import read_records

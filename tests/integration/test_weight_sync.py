@@ -10,7 +10,8 @@ import ray
 from tiny import Architecture, build_tiny
 
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
-from services.fleet import Fleet, Models, connect
+from services.cluster import connect
+from services.fleet import Fleet, Models
 from services.job import Job
 
 pytestmark = pytest.mark.integration

@@ -3,7 +3,7 @@
 import pytest
 from fake_run import make_job
 
-from services.fleet import require_roles, role_resources
+from services.cluster import require_roles, role_resources
 from services.job import JobError
 
 PINNED = make_job(cluster={"pin_roles": True})
