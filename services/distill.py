@@ -42,9 +42,10 @@ from services.data import PromptStream
 from services.evaluate import Evaluation
 from services.fleet import Fleet, Sync
 from services.job import Job
+from services.journal import Journal
 from services.monitor import RunMonitor
-from services.record import Source, StepTimes, evaluation_fields, record_batch, sample_records, step_record
-from services.rundir import Record, RunDirectory, read_records
+from services.record import Source, StepTimes, record_batch, step_record
+from services.rundir import Record, RunDirectory
 from services.telemetry import Telemetry
 from services.tunables import ConfigStore
 
@@ -141,7 +142,16 @@ class Distillation:
         self._stream, self._golden, self._golden_key, self._reference_tokens = stream, golden, golden_key, reference_tokens
         self._fleet, self._pool, self._governor = fleet, pool, governor
         self._directory, self._store, self._telemetry, self._monitor = directory, store, telemetry, monitor
-        self._evaluate, self._decode, self._on_step, self._warn = evaluate, decode, on_step, on_warning
+        self._evaluate, self._warn = evaluate, on_warning
+        self._journal = Journal(
+            directory,
+            telemetry,
+            monitor,
+            samples_per_step=job.service.samples_per_step,
+            decode=decode,
+            on_step=on_step,
+            warn=on_warning,
+        )
         self._on_restart, self._on_nonfinite, self._finish = on_restart, on_nonfinite, finish
         self._checkpoints = Checkpoints(directory.checkpoints, fleet, keep=job.checkpoint.keep, warn=on_warning, mirror=mirror)
         self._outage_s = max(teacher.timeout_s for teacher in job.teacher)
@@ -159,7 +169,6 @@ class Distillation:
         """When the last step got its record, monotonic."""
         self._skipped_in_a_row = 0
         self._begun = False
-        self._trouble: str | None = None
         self._stopping = False
         self._stop_asked = asyncio.Event()
         self._paused = False
@@ -201,7 +210,7 @@ class Distillation:
         """From the border that the learner stands at."""
         await self._sync()
         if not self._begun:
-            self._publish_start(await self._evaluate_now())
+            self._journal.begin(await self._evaluate_now())
             await self._checkpoint()  # the student as it came is the first place to roll back to
             self._begun = True
         self._monitor.enter("running")
@@ -254,10 +263,8 @@ class Distillation:
         taken = asyncio.Event()
         deciding = asyncio.create_task(self._decide())  # beside the sync: reading metrics costs the loop nothing
         self._finishing = asyncio.create_task(self._finish_step(learned, deciding, taken))
-        try:
-            await taken.wait()
-        finally:
-            command, reason = await deciding
+        await taken.wait()
+        command, reason = await deciding
         checkpoint = self._step % self._job.checkpoint.every_steps == 0 or self._want_checkpoint
         if command or checkpoint or self._is_eval_step() or not self._job.rollout.max_staleness:
             await self._finished()
@@ -289,7 +296,7 @@ class Distillation:
         total_s, self._ended = ended - max(learned.started, self._ended), ended
         times = StepTimes(batch.rollout_s, batch.score_s, learned.learn_s, sync.seconds, govern_s, total_s, learned.waited_s)
         record = step_record(batch, learned.report, learned.limits, learned.pressure, times, evaluations)
-        self._publish(record, batch, times)
+        self._journal.step(record, batch, times)
 
     async def _finished(self) -> None:
         """Wait until the step before has its record and the engines its weights. Raises what went wrong there."""
@@ -329,12 +336,7 @@ class Distillation:
             self._warn(f"step {self._step}: no decision, the last limits hold: {error}")
             return None, ""
         self._limits, self._pressure, self._healthy = decision.limits, decision.after.pressure, decision.healthy
-        self._telemetry.record_limits(self._limits, self._pressure)
-        self._telemetry.set("opd_governor_metrics_age_seconds", decision.signals.data_age_s)
-        self._telemetry.inc("opd_governor_decisions_total", action=decision.action, signal=decision.signal)
-        self._directory.append(self._directory.decisions, record)
-        self._monitor.add_decision(record)
-        self._monitor.update(limits=self._limits)
+        self._journal.decision(decision, record)
         return decision.command, decision.reason
 
     async def _obey_verbs(self) -> None:
@@ -395,11 +397,7 @@ class Distillation:
 
     async def _sync(self, on_taken: Callable[[], None] = lambda: None) -> Sync:
         sync = await self._fleet.sync_weights(on_taken)
-        self._telemetry.observe("opd_weight_sync_seconds", sync.seconds)
-        self._telemetry.set("opd_weight_sync_gap_nats", sync.gap_nats)
-        for role in ("learner", "rollout"):
-            self._telemetry.set("opd_weight_version", sync.weight_version, role=role)
-        self._monitor.update(weight_version=sync.weight_version)
+        self._journal.sync(sync)
         if not sync.sound:
             raise SyncError(
                 f"weight sync {sync.weight_version}: engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance "
@@ -423,29 +421,6 @@ class Distillation:
                 "look at the teacher's scores and the learning rate; the newest checkpoint is whole"
             )
 
-    def _publish_start(self, evaluations: dict[str, Evaluation]) -> None:
-        """The student as it came: a line of metrics.jsonl for step 0, so that a rise has a beginning."""
-        if evaluations:
-            record: Record = {"step": 0, "time": time.time(), "num_rollouts": 0, "lengths": []} | evaluation_fields(evaluations)
-            self._directory.append(self._directory.metrics, record)
-            self._monitor.add_step(record)
-            self._on_step(record)
-
-    def _publish(self, record: Record, batch: Batch, times: StepTimes) -> None:
-        for phase, seconds in times.by_phase().items():
-            self._telemetry.observe("opd_step_seconds", seconds, phase=phase)
-        self._directory.append(self._directory.metrics, record)
-        samples = sample_records(batch, self._job.service.samples_per_step, self._decode)
-        for sample in samples:
-            self._directory.append(self._directory.samples, sample)
-        self._monitor.add_samples(samples)
-        self._monitor.add_step(record)
-        self._on_step(record)
-        if self._directory.trouble != self._trouble:
-            self._trouble = self._directory.trouble
-            if self._trouble:
-                self._warn(f"step {self._step}: records wait in memory: {self._trouble}; free the disk, the run goes on")
-
     # ---- held-out evaluation
 
     def _is_eval_step(self) -> bool:
@@ -455,10 +430,7 @@ class Distillation:
         if self._evaluate is None:
             return {}
         evaluations: dict[str, Evaluation] = await self._evaluate(base_limits(self._job), self._step)
-        for decoding, evaluation in evaluations.items():
-            self._telemetry.set("opd_eval_accuracy_ratio", evaluation.accuracy_ratio, decoding=decoding)
-            self._telemetry.set("opd_eval_length_tokens", evaluation.length_tokens, decoding=decoding)
-            self._telemetry.set("opd_eval_truncation_ratio", evaluation.truncation_ratio, decoding=decoding)
+        self._journal.evaluation(evaluations)
         return evaluations
 
     # ---- checkpoints
@@ -527,18 +499,11 @@ class Distillation:
         self._generation = state["config_generation"]  # a later one is a change that comes with the first step
         self._skipped_in_a_row, self._pressure, self._healthy = state["skipped_in_a_row"], state["pressure"], state["healthy"]
         self._stream.restore(state["cursor"])
-        self._telemetry.restore(state["telemetry"])
         await self._governor.restore(state["governor"])
         self._limits = await self._governor.limits()
         if state["golden_key"] != self._golden_key:
             self._warn("the golden answers are not those that the checkpoint's run had: teacher, prompts or their settings differ")
-        self._directory.cut_to(state["records"])
-        self._monitor.forget()
-        for record in read_records(self._directory.metrics):
-            self._monitor.add_step(record)
-        for record in read_records(self._directory.decisions):
-            self._monitor.add_decision(record)
-        self._monitor.add_samples(read_records(self._directory.samples))
+        self._journal.restore(state["telemetry"], state["records"])
         self._begun = folder is not None
         if folder is not None:
             await self._fleet.restore(str(folder))
