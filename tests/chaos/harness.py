@@ -37,6 +37,12 @@ TITLES = {
     "governor": "ray::Governor",
 }
 """Role -> how its process calls itself."""
+ROLES = {start: role for role, start in TITLES.items()} | {
+    "ray::DashboardAgent": "dashboard agent",
+    "ray::RuntimeEnvAgent": "runtime env agent",
+    "ray::IDLE": "idle worker",
+}
+"""How a process calls itself -> role; others are known by their program's name."""
 COUNTED_AS = {"engine": "rollout"}
 """An engine's own process: the rollout actor is replaced with it."""
 MAX_WAIT_S = 3.0
@@ -47,6 +53,15 @@ AGENTS_S = 90.0
 """Ray's two agents outlive a killed driver by 62 s: they try for a minute to tell its GCS, which is dead too."""
 FLOOR_S = 20.0
 """Deadline floor of these runs: a tiny model's calls take less than a second, a busy machine stalls for several."""
+
+
+def role_of(process: psutil.Process) -> str | None:
+    """What a process of a run is there for."""
+    words = process.cmdline()
+    if not words:
+        return None
+    named = next((role for start, role in ROLES.items() if words[0].startswith(start)), None)
+    return named or next((Path(word).stem for word in words if word.endswith((".py", "gcs_server", "raylet"))), None)
 
 
 @dataclass(frozen=True, slots=True)

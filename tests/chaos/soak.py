@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 import psutil
 
 from services.rundir import read_records
-from tests.chaos.harness import ORPHANS_S, TITLES, ChaosRun, Kill, check
+from tests.chaos.harness import ORPHANS_S, ChaosRun, Kill, check, role_of
 
 KEPT = Path(__file__).parents[1] / "bench/soak.json"
 KILLED = ("rollout", "teacher", "learner", "governor")
@@ -46,12 +46,6 @@ SAMPLE_S = 5.0
 SETTLE_S = 30.0
 """A process younger than this is still loading its model: its memory is not looked at."""
 GROWTH, MORE_FILES = 1.10, 2
-ROLES = {start: role for role, start in TITLES.items()} | {
-    "ray::DashboardAgent": "dashboard agent",
-    "ray::RuntimeEnvAgent": "runtime env agent",
-    "ray::IDLE": "idle worker",
-}
-"""How a process calls itself -> role; others are known by their program's name."""
 CHECKPOINT_STEPS = 25
 PART_STEPS, LEAST_DRAWN_MIB = 50, 50.0
 """Steps that make one point of the plot; what stays smaller than that is not drawn."""
@@ -84,7 +78,7 @@ class SoakRun(ChaosRun):
             tree = [driver, *driver.children(recursive=True)]
             for process in tree:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    role = "driver" if process == driver else _role_of(process)
+                    role = "driver" if process == driver else role_of(process)
                     if role and time.time() - process.create_time() > SETTLE_S:
                         memory = process.memory_info()
                         own = memory.rss - (0 if role == "raylet" else memory.shared)
@@ -102,14 +96,6 @@ class SoakRun(ChaosRun):
                 text = f"{key[0]} {process.name()}"
                 if now - since > ORPHANS_S and text not in self.orphans:
                     self.orphans.append(text)
-
-
-def _role_of(process: psutil.Process) -> str | None:
-    words = process.cmdline()
-    if not words:
-        return None
-    named = next((role for start, role in ROLES.items() if words[0].startswith(start)), None)
-    return named or next((Path(word).stem for word in words if word.endswith((".py", "gcs_server", "raylet"))), None)
 
 
 def growth_of(samples: Samples, steps: int) -> dict[str, dict[str, float]]:

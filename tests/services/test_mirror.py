@@ -12,7 +12,7 @@ from actors.learner.checkpoint import newest_checkpoint
 from services.job import JobError
 from services.mirror import Mirror
 from services.rundir import RunDirectory, read_records
-from tests.services.test_distill import Loop
+from tests.services.loop import Loop
 
 NUMBERS = itertools.count()
 

@@ -17,7 +17,7 @@ from services.distill import LearnerError
 from services.record import CLOCK_FIELDS
 from services.rundir import Record, read_records
 from tests.disks import remount, small_disk
-from tests.services.test_distill import Loop
+from tests.services.loop import Loop
 
 
 def timeless(records: list[Record]) -> list[Record]:

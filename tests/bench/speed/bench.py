@@ -35,7 +35,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from tests.chaos.harness import TITLES
+from tests.chaos.harness import TITLES, role_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -89,9 +89,8 @@ def watch(process: psutil.Process, metrics: Path) -> dict[str, float]:
         try:
             for child in [process, *process.children(recursive=True)]:
                 with contextlib.suppress(psutil.Error):
-                    first = (child.cmdline() or [""])[0]
-                    role = next((role for role, title in TITLES.items() if first.startswith(title)), "Ray itself")
-                    cpu_s["driver" if child == process else role] += sum(child.cpu_times()[:2])
+                    role = "driver" if child == process else role_of(child)
+                    cpu_s[role if role == "driver" or role in TITLES else "Ray itself"] += sum(child.cpu_times()[:2])
         except psutil.NoSuchProcess:
             break
         steps = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
@@ -130,17 +129,17 @@ def measure(pair: str, runs: Path | None) -> dict[str, Any]:
     run = run_job(job, steps, keep=runs and runs / pair)
     records = run.records
     seconds = [record["seconds"] for record in records]
-    step_s = statistics.mean(seconds)  # steps come in pairs: two batches on their way may end together
+    mean_step_s = statistics.mean(seconds)  # steps come in pairs: two batches on their way may end together
     longest_s = max(phases["seconds"][name] for name in ("rollout", "score", "learn"))
     floor_s = max(longest_s, sum(phases["cpu_s"].values()) / (os.cpu_count() or 1))
     return {
         "alone": phases,
         "steps": len(records),
         "step_s": statistics.quantiles(seconds, n=4, method="inclusive"),
-        "mean_step_s": statistics.mean(seconds),
+        "mean_step_s": mean_step_s,
         "tokens_per_step": statistics.median(sum(record["lengths"]) for record in records),
         "in_the_run": {name: statistics.median(r[name] for r in records) for name in ("rollout_s", "learn_s", "sync_s", "wait_s")},
-        "efficiency": longest_s / step_s,
+        "efficiency": longest_s / mean_step_s,
         "core_bound": longest_s / floor_s,
         "cpu_s": run.cpu_s,
         "start_up_s": run.start_up_s,
@@ -174,15 +173,15 @@ def main() -> None:
     print(f"opd --help: {kept['opd_help_s']:.2f} s", flush=True)
     for pair in options.pair:
         found = kept[pair] = measure(pair, options.runs)
-        phases, bounds = found["alone"], found["step_s"]
+        phases, bounds, mean_s = found["alone"], found["step_s"], found["mean_step_s"]
         print(
-            f"{pair}: step {bounds[1]:.3f} s ({bounds[0]:.3f}-{bounds[2]:.3f}); alone "
+            f"{pair}: step {mean_s:.3f} s (quartiles {bounds[0]:.3f}-{bounds[1]:.3f}-{bounds[2]:.3f}); alone "
             + ", ".join(f"{name} {seconds:.3f}" for name, seconds in phases["seconds"].items())
             + f" s; overlap efficiency {found['efficiency']:.2f} (at most {found['core_bound']:.2f} on {os.cpu_count()} cores)\n"
             f"    padding: learner {phases['learner_padding_ratio']:.1%}, teacher {phases['teacher_padding_ratio']:.1%}; "
             f"start-up {found['start_up_s']:.0f} s\n    CPU a step: "
             + ", ".join(f"{role} {1000 * s:.0f}" for role, s in sorted(found["cpu_s"].items(), key=lambda one: -one[1]))
-            + f" ms, {sum(found['cpu_s'].values()) / bounds[1]:.2f} of {os.cpu_count()} cores",
+            + f" ms, {sum(found['cpu_s'].values()) / mean_s:.2f} of {os.cpu_count()} cores",
             flush=True,
         )
         path.write_text(json.dumps(kept, indent=1) + "\n")
