@@ -14,11 +14,35 @@ PROBE_TOLERANCE = 1e-2
 a missing soft cap or scale."""
 
 
+class Head:
+    """[C, H] hidden states to [C, V] logits as a model's own forward makes them; holds nothing else of the model.
+
+    Known beside the linear layer: soft cap (Gemma 2), multiplier (Cohere), divisor (Granite).
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self._linear = model.get_output_embeddings()
+        self._scale = getattr(config, "logit_scale", None)
+        self._divisor = getattr(config, "logits_scaling", None)
+        self._cap = getattr(config, "final_logit_softcapping", None)
+
+    def __call__(self, hidden_CH: Tensor) -> Tensor:
+        logits_CV = self._linear(hidden_CH)
+        if self._scale:
+            logits_CV = logits_CV * self._scale
+        if self._divisor:
+            logits_CV = logits_CV / self._divisor
+        if self._cap:
+            logits_CV = torch.tanh(logits_CV / self._cap) * self._cap
+        return logits_CV
+
+
 class CausalLM:
     """`hidden` then `head` gives the model's own logits; a whole [B, L, V] tensor need never exist.
 
     >>> lm = CausalLM("deploy/sums/student")
-    >>> logits_CV = lm.head(lm.hidden(ids_BL, mask_BL)[0, -4:])   # doctest: +SKIP
+    >>> logits_CV = lm.head(lm.hidden(ids_BL)[0, -4:])   # doctest: +SKIP
 
     Raises ValueError for an architecture whose output head is more than a linear layer with a known cap or scale.
     """
@@ -36,32 +60,35 @@ class CausalLM:
         self.model: Any = model.to(self.device).eval()
         self.context_tokens: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        self.head = Head(self.model)
         self._check_head(path)
 
-    def hidden(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """[B, L, H] states after the last norm. Row l predicts token l + 1."""
-        return self.model.base_model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
+    def hidden(self, ids_BL: Tensor) -> Tensor:
+        """[B, L, H] states after the last norm. Row l predicts token l + 1.
 
-    def head(self, hidden_CH: Tensor) -> Tensor:
-        """[C, V] logits as the model's own forward makes them: soft cap (Gemma 2), multiplier (Cohere), divisor (Granite)."""
-        logits_CV = self.model.get_output_embeddings()(hidden_CH)
-        config = self.model.config.get_text_config()
-        if scale := getattr(config, "logit_scale", None):
-            logits_CV = logits_CV * scale
-        if divisor := getattr(config, "logits_scaling", None):
-            logits_CV = logits_CV / divisor
-        if cap := getattr(config, "final_logit_softcapping", None):
-            logits_CV = torch.tanh(logits_CV / cap) * cap
-        return logits_CV
+        Rows may be padded on the right, with any id: under causal attention no token before it sees it. A mask would cost a slower kernel.
+        """
+        return self.model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def _check_head(self, path: str) -> None:
         ids_BL = torch.arange(min(4, self.vocabulary), device=self.device)[None]
-        mask_BL = torch.ones_like(ids_BL)
-        theirs_LV = self.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits[0].float()
-        gap = (self.head(self.hidden(ids_BL, mask_BL)[0]).float() - theirs_LV).abs().max() / theirs_LV.abs().max().clamp_min(1.0)
+        theirs_LV = self.model(input_ids=ids_BL, use_cache=False).logits[0].float()
+        gap = (self.head(self.hidden(ids_BL)[0]).float() - theirs_LV).abs().max() / theirs_LV.abs().max().clamp_min(1.0)
         if not gap <= PROBE_TOLERANCE:
             raise ValueError(
                 f"model {path}: {type(self.model).__name__} changes its logits in a way that is not known here "
                 f"(relative gap {gap:.3g} on a probe); use another architecture, or backend: vllm for a teacher"
             )
+
+
+def compile_layers(model: Any) -> None:
+    """Compile the decoder layers in place, for batches of any shape: one is compiled, the others share its code."""
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+
+
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """The modules that the model's own class names as what a device must hold whole."""
+    kinds = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]

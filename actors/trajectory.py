@@ -117,6 +117,9 @@ class TokenScores(Parcel):
     """[T, K] int32 ids the next array refers to."""
     support_logp_TK: np.ndarray | None = field(default=None, repr=False)
     """[T, K] float32 raw log-probs at `support_ids_TK`."""
+    hidden_TH: np.ndarray | None = field(default=None, repr=False)
+    """[T, H] the teacher's last hidden states, which its head turns into logits over the whole vocabulary: float32, or the bits of
+    bfloat16 as uint16. With them the log-probs above are NaN: they are left to whoever has the head."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,8 @@ class Fleet:
         self._exchange = asyncio.Lock()
         """One transfer of weights at a time: an engine that comes back waits for a sync, and the other way round."""
         self._sync = Sync()
+        self._begun = False
+        """The engines have had all weights; a replacement gets them before it takes part."""
         self._reference_tokens: float | None = None
         self._descendants: dict[int, float] = {}
 
@@ -212,8 +214,10 @@ class Fleet:
         started = time.monotonic()
         rollout = self._job.rollout
         if self._transfer == "file":
-            # The object store moves the weights once per node; each actor on it reads the same copy.
-            version, weights = await self._ask_learner("weights", rollout.dtype)
+            # The object store moves the weights once per node; each actor on it reads the same copy. What no step changes is sent to
+            # each engine once.
+            trained_only = self._begun and not newcomers
+            version, weights = await self._ask_learner("weights", rollout.dtype, trained_only=trained_only)
             probing = asyncio.create_task(self.learner_probe())
             probing.add_done_callback(lambda _: on_taken())
             try:
@@ -221,6 +225,7 @@ class Fleet:
                 expected = await probing
             finally:
                 probing.cancel()
+            self._begun = True
         else:
             # A group of GPUs is formed of all engines: beside a newcomer the others get the same weights again.
             version = await self._ask_learner("version")
@@ -287,6 +292,7 @@ class Fleet:
 
     async def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Bring the learner back to a checkpoint; returns the weight version in force."""
+        self._begun = False  # a checkpoint may hold others even of the weights that no step of this run changes
         return await self._ask_learner("restore", folder, rollback=rollback)
 
     async def restart_learner(self) -> None:

@@ -262,7 +262,9 @@ class Run:
         return TeacherPool(
             teachers,
             support=Support(
-                student=support in ("student", "union"), top_k=self.job.objective.top_k if support in ("teacher", "union") else 0
+                student=support in ("student", "union"),
+                top_k=self.job.objective.top_k if support in ("teacher", "union") else 0,
+                hidden=support == "full",
             ),
             domains={prompt.domain for prompt in self.stream.prompts()},
             on_request=self._count_request,

@@ -211,9 +211,9 @@ def _check_service(job: Job) -> Iterator[Check]:
 
 def _check_objective(job: Job) -> Iterator[Check]:
     support = job.objective.support
-    if support == "full" and (len(job.teacher) > 1 or job.teacher[0].backend == "http"):
-        detail = "objective.support: full needs one teacher, loaded beside the learner"
-        yield Check("teacher support", "fail", detail, "name a single local teacher, or set it to sampled, student or teacher", exit_code=2)
+    if support == "full" and (len(job.teacher) > 1 or job.teacher[0].backend != "torch"):
+        detail = "objective.support: full needs one teacher, with back end torch: its hidden states go to the learner, which has its head"
+        yield Check("teacher support", "fail", detail, "name a single such teacher, or set it to sampled, student or teacher", exit_code=2)
     for teacher in job.teacher:
         if teacher.backend == "http" and not teacher.url:
             detail = f"teacher {teacher.name}: backend http needs a url"

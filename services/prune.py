@@ -60,7 +60,6 @@ class Texts:
     """Prompts with answers, padded on the right."""
 
     ids_BT: Tensor
-    mask_BT: Tensor
     scored_BT: Tensor
     """True where the next token is part of the answer."""
 
@@ -106,7 +105,7 @@ class Stack:
 
     def hidden(self, texts: Texts) -> Tensor:
         """Final hidden states at the scored positions, [N, H]."""
-        return self.lm.hidden(texts.ids_BT, texts.mask_BT)[texts.scored_BT]
+        return self.lm.hidden(texts.ids_BT)[texts.scored_BT]
 
     def logp(self, hidden_NH: Tensor) -> Tensor:
         """[N, V], nats."""
@@ -204,21 +203,20 @@ def write_answers(stack: Stack, prompts: Sequence[Sequence[int]], max_new_tokens
 def _pad(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int) -> Texts:
     width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     ids_BT = torch.full((len(prompts), width), pad_id)
-    mask_BT, scored_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT, dtype=torch.bool)
+    scored_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         end = len(prompt) + len(answer)
         ids_BT[row, :end] = torch.tensor([*prompt, *answer])
-        mask_BT[row, :end] = 1
         scored_BT[row, len(prompt) - 1 : end - 1] = True
-    return Texts(ids_BT, mask_BT, scored_BT)
+    return Texts(ids_BT, scored_BT)
 
 
 def _rows(texts: Texts, size: int) -> Iterator[Texts]:
     """Batches of `size` texts, each cut to its own longest."""
     for start in range(0, len(texts.ids_BT), size):
-        mask_BT = texts.mask_BT[start : start + size]
-        width = int(mask_BT.sum(1).max())
-        yield Texts(*(rows[start : start + size, :width] for rows in (texts.ids_BT, texts.mask_BT, texts.scored_BT)))
+        own = slice(start, start + size)
+        width = int(texts.scored_BT[own].any(0).nonzero().max()) + 2  # a state predicts the token behind it
+        yield Texts(texts.ids_BT[own, :width], texts.scored_BT[own, :width])
 
 
 def _mean_kl(full: Stack, full_NH: Tensor, other: Stack, other_NH: Tensor) -> float:

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Debian packages that the tests talk to for real: Prometheus with promtool, Chromium with its driver.
+# Debian packages that the tests talk to for real: Prometheus with promtool, Chromium with its driver, a compiler for torch.compile.
 set -eu
 missing=""
 command -v prometheus >/dev/null && command -v promtool >/dev/null || missing="prometheus"
 command -v chromium >/dev/null && command -v chromedriver >/dev/null || missing="$missing chromium chromium-driver"
+command -v g++ >/dev/null || missing="$missing g++"
 [ -z "$missing" ] && exit 0
 install="apt-get install -y --no-install-recommends $missing"
 if [ "$(id -u)" -ne 0 ]; then

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save, save_file
 from torch.distributed import TCPStore
 from transformers import AutoTokenizer
 
-from actors.causal_lm import CausalLM
+from actors.causal_lm import CausalLM, compile_layers
 from actors.learner.batching import MicroBatch, ModelInputs, build_micro_batches
 from actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
 from actors.learner.metrics import BatchMetrics, summarise
@@ -80,7 +80,7 @@ def _disk_errors(folder: str) -> Iterator[None]:
 class Learner:
     """The student, its optimiser, and beside them the frozen models that a loss may need.
 
-    `teacher` is loaded for the full support only; the reference (the initial student) only where `with_reference`.
+    Of the `teacher` only its head, for the full support; the reference (the initial student) only where `with_reference`.
     """
 
     def __init__(
@@ -110,7 +110,11 @@ class Learner:
         if settings.freeze_embeddings:
             self._student.model.get_input_embeddings().requires_grad_(False)
         self._reference = self._load_frozen(model) if with_reference else None
-        self._teacher = self._load_frozen(teacher) if teacher else None
+        self._teacher_head = self._load_frozen(teacher).head if teacher else None
+        if settings.compile:
+            for lm in (self._student, self._reference):
+                if lm is not None:
+                    compile_layers(lm.model)
         self._run: Callable[[Callable[[], Any]], Any] = lambda run: run()
         """What every pass over the student runs inside."""
         self._ready()
@@ -175,7 +179,7 @@ class Learner:
             if first is None:
                 first = losses
                 fields = [micro.fields.with_proximal(part) for micro, part in zip(micro_batches, losses, strict=True)]
-                micro_batches = [MicroBatch(m.student, m.teacher, f) for m, f in zip(micro_batches, fields, strict=True)]
+                micro_batches = [MicroBatch(m.student, f) for m, f in zip(micro_batches, fields, strict=True)]
         assert first is not None
         self.weight_version += 1
         parts = [summarise(part, micro.fields, self._stop_ids_E) for micro, part in zip(micro_batches, first, strict=True)]
@@ -217,7 +221,7 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         total, parts = 0.0, []
         for micro in micro_batches:
-            loss, losses = self._run(partial(self._loss, micro.student, micro.teacher, micro.fields, limits))
+            loss, losses = self._run(partial(self._loss, micro.student, micro.fields, limits))
             loss.backward()
             total += float(loss.detach())
             parts.append(losses)
@@ -225,14 +229,15 @@ class Learner:
         grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm)))
         return summed(total, self._student.device), grad_norm, parts
 
-    def _loss(
-        self, inputs: ModelInputs, teacher_inputs: ModelInputs, fields: TokenFields, limits: LengthLimits
-    ) -> tuple[torch.Tensor, TokenLosses]:
+    def _loss(self, inputs: ModelInputs, fields: TokenFields, limits: LengthLimits) -> tuple[torch.Tensor, TokenLosses]:
         reference = self._reference if limits.reference_kl_weight > 0 else None
         with torch.autocast(self._student.device.type, torch.bfloat16, enabled=self._settings.dtype == "bfloat16"):
             with torch.no_grad():
                 reference_logits = self._lazy(reference, inputs) if reference else None
-                teacher_logits = self._lazy(self._teacher, teacher_inputs) if self._teacher else None
+            teacher_logits = None
+            if self._teacher_head is not None:
+                assert fields.teacher_hidden_NH is not None
+                teacher_logits = LazyLogits(fields.teacher_hidden_NH, self._teacher_head, ())
             return chunked_objective(
                 self._lazy(self._student, inputs),
                 fields,
@@ -246,7 +251,7 @@ class Learner:
 
     @staticmethod
     def _lazy(lm: CausalLM, inputs: ModelInputs) -> LazyLogits:
-        hidden_BLH = lm.hidden(inputs.input_ids_BL, inputs.attention_mask_BL)
+        hidden_BLH = lm.hidden(inputs.input_ids_BL)
         return LazyLogits(hidden_BLH.flatten(0, 1)[inputs.predictor_N], lm.head, tuple(lm.model.get_output_embeddings().parameters()))
 
     @torch.no_grad()
@@ -255,15 +260,18 @@ class Learner:
         device = self._student.device
         ids_BL = torch.tensor([list(token_ids)], device=device)
         with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-            logits_LV = self._run(lambda: self._student.head(self._student.hidden(ids_BL, torch.ones_like(ids_BL))[0, :-1]))
+            logits_LV = self._run(lambda: self._student.head(self._student.hidden(ids_BL)[0, :-1]))
         return logits_LV.float().log_softmax(-1).gather(1, ids_BL[0, 1:, None])[:, 0].cpu().numpy()
 
     @torch.no_grad()
-    def weights(self, dtype: str) -> tuple[int, np.ndarray]:
+    def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, np.ndarray]:
         """The weight version, and all weights as the bytes of a safetensors file (uint8), the tied output head on its own; no weights
-        but on rank 0."""
+        but on rank 0. `trained_only`: for engines that have had all of them, without those that no step changes."""
         model = self._student.model
-        tensors = gather((dict(model.named_parameters()) | {HEAD: model.get_output_embeddings().weight}).items(), getattr(torch, dtype))
+        named = dict(model.named_parameters()) | {HEAD: model.get_output_embeddings().weight}
+        if trained_only:
+            named = {name: weight for name, weight in named.items() if weight.requires_grad}
+        tensors = gather(named.items(), getattr(torch, dtype))
         if HEAD in tensors:
             tensors[HEAD] = tensors[HEAD].clone()  # a file holds no memory twice
         return self.weight_version, np.frombuffer(save(tensors), np.uint8)

@@ -23,16 +23,15 @@ from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
 class ModelInputs:
     """Right-padded rows of prompt and response, and where the states that predict the response lie.
 
-    >>> hidden_NH = model.model(inputs.input_ids_BL, inputs.attention_mask_BL).last_hidden_state.flatten(0, 1)[inputs.predictor_N]
+    >>> hidden_NH = model.model(inputs.input_ids_BL).last_hidden_state.flatten(0, 1)[inputs.predictor_N]
     """
 
     input_ids_BL: Tensor
-    attention_mask_BL: Tensor
     predictor_N: Tensor
     """Index, in [B x L] flattened, of the position whose hidden state predicts each response token."""
 
     def to(self, device: torch.device | str) -> "ModelInputs":
-        return ModelInputs(self.input_ids_BL.to(device), self.attention_mask_BL.to(device), self.predictor_N.to(device))
+        return ModelInputs(self.input_ids_BL.to(device), self.predictor_N.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +39,23 @@ class MicroBatch:
     """What one forward and backward pass consumes."""
 
     student: ModelInputs
-    teacher: ModelInputs
-    """The same responses behind the teacher's prompts; the very object `student` where no prompt differs."""
     fields: TokenFields
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        student = self.student.to(device)
-        teacher = student if self.teacher is self.student else self.teacher.to(device)
-        return MicroBatch(student, teacher, self.fields.to(device))
+        return MicroBatch(self.student.to(device), self.fields.to(device))
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One sequence before padding: its two prompts, its response and the fields of each response token."""
+    """One sequence before padding: its prompt, its response and the fields of each response token."""
 
     prompt_ids: tuple[int, ...]
-    teacher_prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     fields: dict[str, np.ndarray]
 
     @property
     def num_tokens(self) -> int:
-        return max(len(self.prompt_ids), len(self.teacher_prompt_ids)) + len(self.response_ids)
+        return len(self.prompt_ids) + len(self.response_ids)
 
 
 def admit(trajectories: Sequence[Trajectory], quota: float) -> tuple[list[Trajectory], list[Trajectory]]:
@@ -148,7 +142,7 @@ def build_micro_batches(
     has no target, or a dense loss no support.
 
     >>> for micro in build_micro_batches(rollouts, golden, settings, limits, micro_batch_tokens=8192, max_new_tokens=512):
-    ...     hidden_NH = model.model(micro.student.input_ids_BL, ...).last_hidden_state.flatten(0, 1)[micro.student.predictor_N]
+    ...     hidden_NH = model.model(micro.student.input_ids_BL).last_hidden_state.flatten(0, 1)[micro.student.predictor_N]
     """
     normaliser_tokens = settings.constant_normaliser_tokens or float(max_new_tokens)
     target_tokens = settings.stop_tilt_target_tokens or reference_length_tokens
@@ -161,13 +155,14 @@ def build_micro_batches(
         _rollout_row(rollout, weight_T, settings, limits, target_tokens or 0.0) for rollout, weight_T in zip(rollouts, weights, strict=True)
     ]
     num_golden_tokens = sum(len(prompt.golden_ids or ()) for prompt in golden)
-    rows += [_golden_row(prompt, limits.golden_weight / max(num_golden_tokens, 1), settings) for prompt in golden]
+    blank = _blank_teacher(rows)
+    rows += [_golden_row(prompt, limits.golden_weight / max(num_golden_tokens, 1), blank) for prompt in golden]
     rows.sort(key=lambda row: -row.num_tokens)
     rank, num_ranks = share
     shares = [_group(dealt, micro_batch_tokens) for dealt in _deal(rows, num_ranks)]
     # A pass is a meeting of all ranks: who has fewer micro-batches makes up with rows that count nothing.
     num_missing = max(map(len, shares)) - len(shares[rank])
-    nothing = _golden_row(Prompt(-1, (pad_id,), golden_ids=(pad_id,)), 0.0, settings)
+    nothing = _golden_row(Prompt(-1, (pad_id,), golden_ids=(pad_id,)), 0.0, blank)
     return [_pad(group, pad_id) for group in [*shares[rank], *([[nothing]] * num_missing)]]
 
 
@@ -190,19 +185,35 @@ def _rollout_row(
         if scores.support_ids_TK is None or scores.support_logp_TK is None:
             raise ValueError(f"objective.support {settings.support}: teacher {scores.teacher} returned no top-k log-probs")
         fields |= {"support_ids_NK": scores.support_ids_TK, "support_logp_NK": scores.support_logp_TK}
+    if settings.support == "full":
+        if scores.hidden_TH is None:
+            raise ValueError(f"objective.support full: teacher {scores.teacher} returned no hidden states")
+        fields["teacher_hidden_NH"] = as_float32(scores.hidden_TH)
     for name, values in fields.items():
         assert len(values) == num_tokens, f"{name}: {len(values)} values for {num_tokens} tokens"
-    prompt = trajectory.prompt
-    return _Row(prompt.token_ids, prompt.teacher_token_ids or prompt.token_ids, trajectory.token_ids, fields)
+    return _Row(trajectory.prompt.token_ids, trajectory.token_ids, fields)
 
 
-def _golden_row(prompt: Prompt, weight: float, settings: ObjectiveSettings) -> _Row:
+def as_float32(hidden_TH: np.ndarray) -> np.ndarray:
+    """Hidden states of `TokenScores`: the bits of bfloat16 are the upper half of float32's."""
+    return (hidden_TH.astype(np.uint32) << 16).view(np.float32) if hidden_TH.dtype == np.uint16 else hidden_TH
+
+
+def _blank_teacher(rows: list[_Row]) -> dict[str, np.ndarray]:
+    """What a token has where no teacher spoke, by field: a support without columns, hidden states of zeros."""
+    fields = rows[0].fields if rows else {}
+    blank = {name: fields[name][:1, :0] for name in ("support_ids_NK", "support_logp_NK") if name in fields}
+    return blank | {
+        name: np.zeros_like(fields[name], shape=(1, fields[name].shape[1])) for name in ("teacher_hidden_NH",) if name in fields
+    }
+
+
+def _golden_row(prompt: Prompt, weight: float, blank: dict[str, np.ndarray]) -> _Row:
     assert prompt.golden_ids is not None, f"prompt {prompt.index} has no golden answer"
     num_tokens = len(prompt.golden_ids)
     fields = _blank_fields(prompt.golden_ids) | {"golden_weight_N": np.full(num_tokens, weight)}
-    if settings.support not in ("sampled", "full"):
-        fields |= {"support_ids_NK": np.zeros((num_tokens, 0), np.int32), "support_logp_NK": np.zeros((num_tokens, 0), np.float32)}
-    return _Row(prompt.token_ids, prompt.token_ids, prompt.golden_ids, fields)
+    fields |= {name: np.broadcast_to(row, (num_tokens, row.shape[1])) for name, row in blank.items()}
+    return _Row(prompt.token_ids, prompt.golden_ids, fields)
 
 
 def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -232,24 +243,20 @@ def _group(rows: list[_Row], micro_batch_tokens: int) -> list[list[_Row]]:
 
 
 def _pad(rows: list[_Row], pad_id: int) -> MicroBatch:
-    student = _inputs([(row.prompt_ids, row.response_ids) for row in rows], pad_id)
-    shared = all(row.teacher_prompt_ids == row.prompt_ids for row in rows)
-    teacher = student if shared else _inputs([(row.teacher_prompt_ids, row.response_ids) for row in rows], pad_id)
-    return MicroBatch(student, teacher, TokenFields(**{name: _join(rows, name) for name in rows[0].fields}))
+    inputs = _inputs([(row.prompt_ids, row.response_ids) for row in rows], pad_id)
+    return MicroBatch(inputs, TokenFields(**{name: _join(rows, name) for name in rows[0].fields}))
 
 
 def _inputs(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int) -> ModelInputs:
     longest = max(len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in sequences)
     input_ids_BL = torch.full((len(sequences), longest), pad_id)
-    attention_mask_BL = torch.zeros((len(sequences), longest), dtype=torch.long)
     predictors = []
     for row, (prompt_ids, response_ids) in enumerate(sequences):
         assert prompt_ids, "a response needs at least one prompt token to be predicted from"
         num_tokens = len(prompt_ids) + len(response_ids)
         input_ids_BL[row, :num_tokens] = torch.tensor(prompt_ids + response_ids)
-        attention_mask_BL[row, :num_tokens] = 1
         predictors.append(row * longest + len(prompt_ids) - 1 + torch.arange(len(response_ids)))
-    return ModelInputs(input_ids_BL, attention_mask_BL, torch.cat(predictors))
+    return ModelInputs(input_ids_BL, torch.cat(predictors))
 
 
 def _join(rows: list[_Row], name: str) -> Tensor:

@@ -50,10 +50,10 @@ class LearnerGroup:
         reports = await together(rank.step_packed.remote(batch, golden, limits, reference_tokens, rate) for rank in self.ranks)
         return replace(reports[0], metrics=reduce(add, (report.metrics for report in reports)))
 
-    async def weights(self, dtype: str) -> tuple[int, Any]:
-        """The weight version, and a reference to all weights (see `Learner.weights`): they lie in the object store once and are read
+    async def weights(self, dtype: str, *, trained_only: bool) -> tuple[int, Any]:
+        """The weight version, and a reference to the weights (see `Learner.weights`): they lie in the object store once and are read
         from there."""
-        replies = [rank.weights.options(num_returns=2).remote(dtype) for rank in self.ranks]
+        replies = [rank.weights.options(num_returns=2).remote(dtype, trained_only=trained_only) for rank in self.ranks]
         version, *_ = await together(version for version, _ in replies)
         return version, replies[0][1]
 

@@ -15,14 +15,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from actors.learner.settings import ObjectiveSettings
+if TYPE_CHECKING:
+    from actors.learner.settings import ObjectiveSettings
 
 LOWEST_LOGP = -1000.0
 """Stands in for log 0 of a teacher: exp of it is 0, and its distance from any log-prob is finite."""
@@ -58,6 +59,8 @@ class TokenFields:
     """Ids of a top-k support; repeats count once, -1 is padding."""
     support_logp_NK: Tensor | None = None
     """The teacher's raw log-probs at them."""
+    teacher_hidden_NH: Tensor | None = None
+    """The teacher's hidden states, for support `full`; zeros on golden tokens."""
     proximal_logp_N: Tensor | None = None
     """Log-prob of the sampled id under the policy at the batch's start; None: the current policy is that policy."""
     proximal_action_logp_N: Tensor | None = None
@@ -122,7 +125,7 @@ class LazyLogits(NamedTuple):
 def chunked_objective(
     student: LazyLogits,
     fields: TokenFields,
-    settings: ObjectiveSettings,
+    settings: "ObjectiveSettings",
     stop_ids_E: Tensor,
     *,
     chunk_tokens: int,
@@ -197,7 +200,7 @@ class _EagerGradient(torch.autograd.Function):
 def token_losses(
     student_logits_CV: Tensor,
     fields: TokenFields,
-    settings: ObjectiveSettings,
+    settings: "ObjectiveSettings",
     stop_ids_E: Tensor,
     teacher_logits_CV: Tensor | None = None,
     reference_logits_CV: Tensor | None = None,
@@ -236,19 +239,22 @@ def token_losses(
         loss_C, clipped_C = _policy_gradient(tilted_gap_C, logp_C, action_logp_C, fields, settings)
     else:
         if settings.support == "full":
-            ids_CX = torch.arange(num_ids, device=logp_CV.device)[None]
-            student_CX, valid_CX = logp_CV[:, :num_ids], torch.ones_like(ids_CX, dtype=torch.bool)
+            student_CX = logp_CV[:, :num_ids]
+            ids_CX, valid_CX = torch.arange(num_ids, device=logp_CV.device)[None], torch.ones_like(student_CX[:1], dtype=torch.bool)
         else:
             ids_CX, student_CX, teacher_CX, valid_CX = _support(logp_CV, teacher_logp_C, fields)
         stop_CX = torch.isin(ids_CX, stop_ids_E)
-        if settings.stop_event == "class":
+        whole = teacher_logits_CV is not None and settings.support == "full" and student_logits_CV.shape == teacher_logits_CV.shape
+        if settings.stop_event == "class" and not (whole and len(stop_ids_E) == 1):
             # All stop ids give way to one last class.
             student_CX = torch.cat([student_CX, stop_logp_C[:, None]], -1)
             teacher_CX = torch.cat([teacher_CX, teacher_stop_logp_C[:, None]], -1)
             valid_CX, stop_CX = F.pad(valid_CX & ~stop_CX, (0, 1), value=True), F.pad(torch.zeros_like(stop_CX), (0, 1), value=True)
-        teacher_CX = teacher_CX + tilt_C[:, None] * stop_CX - log_tilt_sum_C[:, None]
-        tail = settings.tail_bucket and settings.support != "full"
-        student_CX, teacher_CX = _normalise(student_CX, valid_CX, tail), _normalise(teacher_CX, valid_CX, tail)
+        if tilt_C.any():
+            teacher_CX = teacher_CX + tilt_C[:, None] * stop_CX - log_tilt_sum_C[:, None]
+        if not whole or not valid_CX.all():  # else both are distributions as they are
+            tail = settings.tail_bucket and settings.support != "full"
+            student_CX, teacher_CX = _normalise(student_CX, valid_CX, tail), _normalise(teacher_CX, valid_CX, tail)
         loss_C, clipped_C = _divergence(student_CX, teacher_CX, settings), torch.zeros_like(gap_C)
 
     return TokenLosses(
@@ -280,7 +286,7 @@ def _entropy(logp_CV: Tensor) -> Tensor:
     return -(logp_CV.exp() * logp_CV).sum(-1)
 
 
-def _importance_weight(logp_C: Tensor, fields: TokenFields, settings: ObjectiveSettings) -> Tensor:
+def _importance_weight(logp_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings") -> Tensor:
     """min(pi_proximal / pi_behaviour, cap) of the sampled id: truncated importance sampling between learner and engine."""
     if settings.importance_cap is None:
         return torch.ones_like(logp_C.detach())
@@ -289,7 +295,7 @@ def _importance_weight(logp_C: Tensor, fields: TokenFields, settings: ObjectiveS
 
 
 def _policy_gradient(
-    gap_C: Tensor, logp_C: Tensor, action_logp_C: Tensor, fields: TokenFields, settings: ObjectiveSettings
+    gap_C: Tensor, logp_C: Tensor, action_logp_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings"
 ) -> tuple[Tensor, Tensor]:
     """Sampled reverse KL: the stop-gradient log-ratio to the teacher as advantage (k1), decoupled PPO around it.
 
@@ -327,8 +333,8 @@ def _repeated(ids_CX: Tensor) -> Tensor:
 
 
 def _normalise(logp_CX: Tensor, valid_CX: Tensor, tail: bool) -> Tensor:
-    """Log-probs renormalised on the valid classes, with `tail` one more for all the rest; -inf at the others."""
-    logp_CX = logp_CX.masked_fill(~valid_CX, -math.inf)
+    """Log-probs renormalised on the valid classes, with `tail` one more for all the rest; at the others as good as log 0."""
+    logp_CX = logp_CX.masked_fill(~valid_CX, LOWEST_LOGP)
     if tail:
         # An empty tail is rounding noise in both models: the floor makes it the same noise, so it costs nothing.
         rest_C = (1 - logp_CX.exp().sum(-1)).clamp(min=torch.finfo(logp_CX.dtype).eps)
@@ -336,29 +342,30 @@ def _normalise(logp_CX: Tensor, valid_CX: Tensor, tail: bool) -> Tensor:
     return logp_CX.log_softmax(-1)
 
 
-def _divergence(student_CX: Tensor, teacher_CX: Tensor, settings: ObjectiveSettings) -> Tensor:
+def _divergence(student_CX: Tensor, teacher_CX: Tensor, settings: "ObjectiveSettings") -> Tensor:
     """A divergence between two normalised rows of log-probs, with its exact gradient.
 
     The gradient is built by hand as sum of g_X d(log p_X). As sum of p_X d(log p_X) is 0, any multiple of p may be taken
     from g; the one taken here makes g exactly 0 where the rows are equal, so equal models get no gradient, not even noise.
     """
     value_C, slope_CX = _value_and_slope(student_CX.detach(), teacher_CX, settings)
-    surrogate_C = (slope_CX * student_CX.masked_fill(student_CX == -math.inf, 0)).sum(-1)
+    surrogate_C = (slope_CX * student_CX).sum(-1)
     return value_C + (surrogate_C - surrogate_C.detach())
 
 
-def _value_and_slope(logp_CX: Tensor, logq_CX: Tensor, settings: ObjectiveSettings) -> tuple[Tensor, Tensor]:
+def _value_and_slope(logp_CX: Tensor, logq_CX: Tensor, settings: "ObjectiveSettings") -> tuple[Tensor, Tensor]:
     """p student, q teacher: the divergence [C] and g [C, X], its derivative by log p up to a multiple of p.
 
     Sources: forward/reverse mixture and generalised JSD, GKD (arXiv 2306.13649); skew KL, DistiLLM (arXiv 2402.03898).
     """
-    p, q = logp_CX.exp(), logq_CX.exp()
-    gap = (logq_CX - logp_CX).masked_fill(logp_CX == -math.inf, 0)
+    p, gap = logp_CX.exp(), logq_CX - logp_CX
 
     def reverse() -> tuple[Tensor, Tensor]:
-        return -(p * gap).sum(-1), -p * gap
+        slope = p * -gap
+        return slope.sum(-1), slope
 
     def forward() -> tuple[Tensor, Tensor]:
+        q = logq_CX.exp()
         return (q * gap).sum(-1), p - q
 
     match settings.loss:
@@ -370,11 +377,11 @@ def _value_and_slope(logp_CX: Tensor, logq_CX: Tensor, settings: ObjectiveSettin
             share, (r, r_slope), (f, f_slope) = settings.rkl_share, reverse(), forward()
             return share * r + (1 - share) * f, share * r_slope + (1 - share) * f_slope
         case "jsd":
-            beta = settings.jsd_beta
+            beta, q = settings.jsd_beta, logq_CX.exp()
             to_p, to_q = _log_mixture(gap, beta)
             return -(beta * q * to_q + (1 - beta) * p * to_p).sum(-1), -(1 - beta) * p * to_p
         case "skew_kl":
-            alpha = settings.skew_alpha
+            alpha, q = settings.skew_alpha, logq_CX.exp()
             _, to_q = _log_mixture(gap, alpha)
             return -(q * to_q).sum(-1), -(1 - alpha) * p * torch.expm1(-to_q)
 
@@ -387,7 +394,7 @@ def _log_mixture(gap: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def _reference_kl(
-    logp_CV: Tensor, logp_C: Tensor, reference_logits_CV: Tensor | None, fields: TokenFields, settings: ObjectiveSettings
+    logp_CV: Tensor, logp_C: Tensor, reference_logits_CV: Tensor | None, fields: TokenFields, settings: "ObjectiveSettings"
 ) -> Tensor:
     """KL(student || reference) on raw ids, so the student keeps its own split of the stop mass.
 

@@ -15,7 +15,7 @@ class ObjectiveSettings(Settings):
 
     sampled: the sampled token alone, as a stop-gradient advantage (reverse_kl only);
     student | teacher | union: top-k ids of that model, back-propagated, renormalised;
-    full: the whole vocabulary (the teacher runs beside the learner).
+    full: the whole vocabulary (the teacher sends its hidden states, the learner has the teacher's head).
     """
 
     loss: Loss = "reverse_kl"
@@ -101,6 +101,9 @@ class LearnerSettings(Settings):
     """Optimiser steps on one batch; above 1 the PPO clip bites."""
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")] = "float32"
     """Compute precision; master weights and optimizer stay float32."""
+    compile: bool = False
+    """Compile the decoder layers of the student, and of frozen models beside it, with torch.compile: a step of a 2-billion-parameter
+    student takes a quarter less time on an H200, the first one a quarter of a minute more. Needs a C compiler."""
     gradient_checkpointing: bool = False
     freeze_embeddings: bool = False
     """Keep input (and tied output) embeddings fixed."""

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from actors.causal_lm import CausalLM
+from actors.causal_lm import CausalLM, decoder_layers
 
 T = TypeVar("T")
 
@@ -59,10 +59,8 @@ def shard(lm: CausalLM, device: torch.device) -> Callable[[Callable[[], Any]], A
     make the same passes in the same order.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    layers = set(lm.model._no_split_modules or ())
-    for module in list(lm.model.modules()):
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh)
+    for layer in decoder_layers(lm.model):
+        fully_shard(layer, mesh=mesh)
     # Embeddings, last norm and head stay whole from forward to backward: the loss asks for the head once a chunk.
     root = fully_shard(Sharded(lm.model), mesh=mesh, reshard_after_forward=False)
     for module in root.modules():

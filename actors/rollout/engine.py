@@ -1,7 +1,8 @@
 """One vLLM engine that samples the student: generate, receive weights, score a probe.
 
-Weight updates keep requests in flight: their later tokens come from the newer weights, their first token's version is on
-the trajectory.
+Weight updates keep requests in flight: their later tokens come from the newer weights over the keys and values that the older ones
+left (computing these anew took as long as a quarter of all sampling; PipelineRL, arXiv 2509.19128, found no harm in keeping them).
+Each token's log-prob is that of the distribution it was drawn from. The version at a request's first token is on its trajectory.
 """
 
 import asyncio
@@ -70,8 +71,9 @@ class Engine:
             "worker_extension_cls": "actors.rollout.worker.EngineWorker",
         }
         if current_platform.is_cpu():
-            # A weight update sends every request back to prefill. Where they do not fit into one batch a chunked prefill takes back the
-            # draw of a seeded request, which vLLM can do on GPUs only: on a CPU the engine dies. Whole prompts are never taken back.
+            # Requests that make room in a full KV cache go back to prefill. Where they do not fit into one batch a chunked prefill
+            # takes back the draw of a seeded request, which vLLM can do on GPUs only: on a CPU the engine dies. Whole prompts are
+            # never taken back.
             arguments["enable_chunked_prefill"] = False
         if settings.stop_ramp.strength_nats > 0 or settings.no_repeat_ngram > 0:
             # Only where asked for: vLLM's newer model runner, the default on GPUs, does not load processors of this interface.
@@ -104,7 +106,7 @@ class Engine:
     async def _pause(self, mode: PauseMode) -> None:
         """As `AsyncLLM.pause_generation`, without the 20 ms that it sleeps afterwards for outputs under way: they are waited for here
         by those whom they concern."""
-        await self._llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=True)
+        await self._llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode == "abort")
 
     async def release(self) -> None:
         """All requests submitted since `hold` begin in the same pass, in the order in which they came."""
@@ -119,7 +121,9 @@ class Engine:
 
     async def _add(self, prompt_token_ids: list[int], params: SamplingParams) -> Coroutine[None, None, RequestOutput]:
         request_id = str(next(self._request_ids))
-        collector = await self._llm.add_request(request_id, {"prompt_token_ids": prompt_token_ids}, params)
+        # The salt keeps a request from a prefix that other weights have left in the cache.
+        prompt = {"prompt_token_ids": prompt_token_ids, "cache_salt": str(self.weight_version)}
+        collector = await self._llm.add_request(request_id, prompt, params)
 
         async def last_output() -> RequestOutput:
             try:

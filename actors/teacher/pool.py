@@ -38,6 +38,8 @@ class Support:
     """Log-probs at the trajectory's own `support_ids_TK`."""
     top_k: int = 0
     """The teacher's own most likely ids; 0: none."""
+    hidden: bool = False
+    """The teacher's hidden states instead: the learner has its head, and with it the whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class TeacherPool:
             token_ids=trajectory.token_ids,
             support_ids_TK=trajectory.support_ids_TK if self.support.student else None,
             top_k=self.support.top_k,
+            hidden=self.support.hidden,
         )
         if len(teachers) == 1:  # a task less for each of a run's trajectories
             scores = [await self._score_request(teachers[0], request)]
@@ -269,7 +272,10 @@ def teacher_view(prompt: Prompt) -> tuple[int, ...]:
 
 
 def is_finite(scores: TokenScores) -> bool:
-    """Whether every log-prob can enter a loss; padded support entries (id -1) are -inf by definition."""
+    """Whether every number can enter a loss; padded support entries (id -1) are -inf by definition."""
+    if (hidden_TH := scores.hidden_TH) is not None:
+        exponent = np.uint16(0x7F80)  # of bfloat16: all its bits are set in what is no number
+        return bool((hidden_TH & exponent != exponent).all() if hidden_TH.dtype == np.uint16 else np.isfinite(hidden_TH).all())
     if not (np.isfinite(scores.sampled_logp_T).all() and np.isfinite(scores.stop_logp_T).all()):
         return False
     if scores.support_ids_TK is None or scores.support_logp_TK is None:

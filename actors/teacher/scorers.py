@@ -38,6 +38,8 @@ class ScoreRequest(Parcel):
     """[T, K] ids to score at each position (the student's own); -1 pads a row. They come first in the answer's support."""
     top_k: int = 0
     """Teacher's own most likely ids to add; 0: none."""
+    hidden: bool = False
+    """Give the hidden states, and no log-prob at all (back end `torch`)."""
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -104,14 +106,14 @@ class TorchScorer:
         # Padding on the right: under causal attention no real token ever sees it, positions start at 0.
         width = max(request.num_tokens for request in requests)
         ids_BS = torch.zeros(len(requests), width, dtype=torch.long)
-        mask_BS = torch.zeros(len(requests), width, dtype=torch.long)
         for row, request in enumerate(requests):
             ids_BS[row, : request.num_tokens] = torch.tensor(request.prompt_token_ids + request.token_ids)
-            mask_BS[row, : request.num_tokens] = 1
         device = self.lm.device
-        hidden_BSD = self.lm.hidden(ids_BS.to(device), mask_BS.to(device))
+        hidden_BSD = self.lm.hidden(ids_BS.to(device))
         # Token t of a response is predicted at position len(prompt) - 1 + t; prompt positions get no logits.
         hidden_ND = torch.cat([hidden_BSD[row, len(r.prompt_token_ids) - 1 : r.num_tokens - 1] for row, r in enumerate(requests)])
+        if any(request.hidden for request in requests):
+            return hidden_scores(self.settings.name, requests, hidden_ND)
         sampled_N = torch.tensor([token for request in requests for token in request.token_ids], dtype=torch.long, device=device)
         given_ids_NK = join_supports(requests)
         scored = score_positions(
@@ -218,6 +220,18 @@ def split_scores(
                 support_logp_TK=logp_NK[rows][:, columns] if columns.size else None,
             )
         )
+    return results
+
+
+def hidden_scores(teacher: str, requests: Sequence[ScoreRequest], hidden_ND: torch.Tensor) -> list[TokenScores]:
+    """A batch's hidden states cut into its responses."""
+    hidden_ND = hidden_ND.cpu()
+    array_ND = hidden_ND.view(torch.uint16).numpy() if hidden_ND.dtype == torch.bfloat16 else hidden_ND.float().numpy()
+    results, start = [], 0
+    for request in requests:
+        rows = slice(start, start := start + len(request.token_ids))
+        none_T = np.full(len(request.token_ids), np.nan, np.float32)
+        results.append(TokenScores(teacher, none_T, none_T, hidden_TH=array_ND[rows].copy()))
     return results
 
 

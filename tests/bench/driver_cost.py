@@ -130,7 +130,7 @@ class Sink:
         metrics = BatchMetrics(0.1, tokens_P, tokens_P * 0.1, 0, 0, 1.0, 0.0, 1.0, 1.0, 0, 0.0, stops_M, stops_M)
         return StepReport(0.1, 1.0, 1e-5, False, self._version, metrics)
 
-    async def weights(self, dtype: str) -> tuple[int, np.ndarray]:
+    async def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, np.ndarray]:
         return self._version, np.zeros(0, np.uint8)
 
     async def probe(self, token_ids: Sequence[int], dtype: str) -> np.ndarray:
@@ -166,7 +166,7 @@ class Host:
     async def step_packed(self, rollouts: bytes, *terms: Any) -> StepReport:
         return await self._sink.step(unpack(rollouts), *terms)
 
-    async def weights(self, dtype: str) -> tuple[int, np.ndarray]:
+    async def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, np.ndarray]:
         return await self._sink.weights(dtype)
 
     async def snapshot(self) -> None: ...
@@ -205,7 +205,7 @@ class LocalLearner(LearnerGroup):
     async def step(self, rollouts: Sequence[Any], *terms: Any) -> StepReport:
         return await self.ranks[0].step.remote(rollouts, *terms)
 
-    async def weights(self, dtype: str) -> tuple[int, Any]:
+    async def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, Any]:
         return 0, None
 
 

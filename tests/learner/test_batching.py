@@ -1,5 +1,7 @@
 """Micro-batches carry every token once, with its predictor, and add up to the whole batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,13 +17,13 @@ from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, 
 VOCABULARY, STOP_IDS = 30, torch.tensor([3, 4])
 
 
-def rollout(index, num_prompt, num_tokens, *, reason="stop", onset=None, period=None, top_k=0, teacher_prompt=None):
+def rollout(index, num_prompt, num_tokens, *, reason="stop", onset=None, period=None, top_k=0, hidden=0):
     """Random ids and log-probs, the same for the same index."""
     rng = np.random.default_rng(index)
     ids = rng.integers(5, VOCABULARY, num_tokens)
     if reason == "stop" and num_tokens:
         ids[-1] = 3
-    prompt = Prompt(index, tuple(rng.integers(5, VOCABULARY, num_prompt).tolist()), teacher_token_ids=teacher_prompt)
+    prompt = Prompt(index, tuple(rng.integers(5, VOCABULARY, num_prompt).tolist()))
 
     def logp(*shape):
         return -rng.exponential(2, shape).astype(np.float32)
@@ -33,6 +35,8 @@ def rollout(index, num_prompt, num_tokens, *, reason="stop", onset=None, period=
     if top_k:
         support["support_ids_TK"] = rng.integers(-1, VOCABULARY, (num_tokens, top_k)).astype(np.int32)
         support["support_logp_TK"] = logp(num_tokens, top_k)
+    if hidden:
+        support["hidden_TH"] = rng.standard_normal((num_tokens, hidden)).astype(np.float32)
     return ScoredRollout(trajectory, TokenScores("teacher", logp(num_tokens), logp(num_tokens), **support))
 
 
@@ -56,7 +60,8 @@ def test_every_token_once_within_size_and_padding(lengths, micro_batch_tokens):
     micro_batches = build(rollouts, micro_batch_tokens=micro_batch_tokens)
     seen = []
     for micro in micro_batches:
-        ids_BL, mask_BL = micro.student.input_ids_BL, micro.student.attention_mask_BL
+        ids_BL = micro.student.input_ids_BL
+        mask_BL = ids_BL > 0  # 0 pads
         assert ids_BL.numel() <= micro_batch_tokens or len(ids_BL) == 1
         assert mask_BL.sum() >= 0.9 * mask_BL.numel()
         predicted = ids_BL.flatten()[micro.student.predictor_N + 1]
@@ -69,17 +74,6 @@ def test_every_token_once_within_size_and_padding(lengths, micro_batch_tokens):
         positions = range(len(r.trajectory.token_ids))
         expected += zip(r.trajectory.token_ids, r.trajectory.logprobs_T.tolist(), positions, strict=True)
     assert sorted(seen) == sorted(expected)
-
-
-def test_the_teacher_reads_its_own_prompt():
-    concise = rollout(1, 3, 5, teacher_prompt=(9, 9, 9, 9, 9, 9))
-    plain = rollout(2, 3, 5)
-    (alone,) = build([plain], golden=())
-    assert alone.teacher is alone.student
-    micro_batches = build([concise, plain], golden=(), micro_batch_tokens=1000)
-    for micro in micro_batches:
-        assert torch.equal(micro.teacher.input_ids_BL.flatten()[micro.teacher.predictor_N + 1], micro.fields.sampled_ids_N)
-    assert micro_batches[0].teacher.input_ids_BL[0, :6].tolist() == [9] * 6
 
 
 class Model(torch.nn.Module):
@@ -100,16 +94,16 @@ def learn(micro_batches, objective):
     model = Model()
     total = 0.0
     for micro in micro_batches:
-        teacher = model.lazy_logits(micro.teacher)
+        student, teacher_NH = model.lazy_logits(micro.student), micro.fields.teacher_hidden_NH
         loss, _ = chunked_objective(
-            model.lazy_logits(micro.student),
+            student,
             micro.fields,
             objective,
             STOP_IDS,
             chunk_tokens=16,
             reference_kl_weight=0.1,
-            teacher=LazyLogits(teacher.hidden_NH.detach().flip(1), model.head, ()),
-            reference=LazyLogits(teacher.hidden_NH.detach() / 2, model.head, ()),
+            teacher=None if teacher_NH is None else LazyLogits(teacher_NH.double(), model.head, ()),
+            reference=LazyLogits(student.hidden_NH.detach() / 2, model.head, ()),
         )
         loss.backward()
         total += float(loss.detach())
@@ -120,7 +114,7 @@ def learn(micro_batches, objective):
 @pytest.mark.parametrize(("support", "loss"), [("sampled", "reverse_kl"), ("union", "jsd"), ("full", "forward_kl")])
 def test_micro_batches_add_up_to_the_whole_batch(support, loss, reduction):
     objective = ObjectiveSettings(support=support, loss=loss, reduction=reduction)
-    options = {"top_k": 4} if support == "union" else {}
+    options = {"union": {"top_k": 4}, "full": {"hidden": 8}}.get(support, {})
     rollouts = [*batch_of([12, 0, 30, 9, 9, 25], **options), rollout(7, 3, 40, reason="length", onset=10, period=4, **options)]
     by_row = build(rollouts, objective, micro_batch_tokens=1)
     whole, whole_grad = learn(by_row, objective)
@@ -139,6 +133,17 @@ def test_a_rollout_does_not_depend_on_the_widest_support_beside_it():
     together, _ = learn(build([narrow, wide], objective, micro_batch_tokens=100), objective)
     apart, _ = learn(build([narrow, wide], objective, micro_batch_tokens=1), objective)
     assert together == pytest.approx(apart, rel=1e-6)
+
+
+def test_hidden_states_are_asked_for_and_golden_answers_have_none():
+    objective = ObjectiveSettings(support="full")
+    with pytest.raises(ValueError, match=r"objective.support full: teacher teacher returned no hidden states"):
+        build(batch_of([3]), objective)
+    bits = np.array([[0x3F80, 0xC040]], np.uint16)  # 1 and -3 in bfloat16
+    scored = rollout(1, 3, 1, hidden=2)
+    scored = replace(scored, scores=replace(scored.scores, hidden_TH=bits))
+    rows = [row for micro in build([scored], objective) for row in zip(micro.fields.rollout_N, micro.fields.teacher_hidden_NH, strict=True)]
+    assert {(bool(rolled), *hidden.tolist()) for rolled, hidden in rows} == {(True, 1.0, -3.0), (False, 0.0, 0.0)}
 
 
 def test_loop_tails_and_truncated_rollouts_are_masked():

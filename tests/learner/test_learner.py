@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from actors.learner.checkpoint import newest_checkpoint, partial_folder, seal_ch
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
 from actors.teacher.scorers import ScoreRequest, TorchScorer
 from actors.teacher.settings import TeacherSettings
-from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
+from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
 from tests.disks import small_disk
 
 STOP_IDS = (1, 3)
@@ -35,12 +36,12 @@ def learner(folder: Path, objective: ObjectiveSettings | None = None, **settings
     )
 
 
-def batch(student: Path, teacher: Path, num: int = 6, **teacher_settings: object) -> list[ScoredRollout]:
+def batch(student: Path, teacher: Path, num: int = 6, hidden: bool = False, **teacher_settings: object) -> list[ScoredRollout]:
     """Random responses scored by the teacher, the student's own log-probs as the behaviour policy."""
     rng = np.random.default_rng(0)
     responses = [(*tuple(int(i) for i in rng.integers(4, 60, rng.integers(3, 20))), 1) for _ in range(num)]
-    requests = [ScoreRequest((5, 6, 7), response, top_k=8) for response in responses]
-    scores = TorchScorer(TeacherSettings(model=str(teacher), **teacher_settings), STOP_IDS).score(requests)  # type: ignore[arg-type]
+    requests, asked = ([ScoreRequest((5, 6, 7), response, top_k=8, hidden=what) for response in responses] for what in (False, hidden))
+    scores = TorchScorer(TeacherSettings(model=str(teacher), **teacher_settings), STOP_IDS).score(asked)  # type: ignore[arg-type]
     own = TorchScorer(TeacherSettings(model=str(student)), STOP_IDS).score(requests)
     return [
         ScoredRollout(Trajectory(Prompt(i, (5, 6, 7)), response, mine.sampled_logp_T, "stop", 32, 1, 0, 0), score)
@@ -51,6 +52,29 @@ def batch(student: Path, teacher: Path, num: int = 6, **teacher_settings: object
 
 def weights_of(actor: Learner) -> dict[str, torch.Tensor]:
     return load(actor.weights("float32")[1].tobytes())
+
+
+def test_engines_that_have_had_all_weights_get_the_trained_ones_only(folders: tuple[Path, Path]) -> None:
+    actor = learner(folders[0], freeze_embeddings=True)
+    first, sent = weights_of(actor), load(actor.weights("float32", trained_only=True)[1].tobytes())
+    assert set(first) - set(sent) >= {"model.embed_tokens.weight"}
+    actor.step(batch(*folders), [], LIMITS, 10.0)
+    now, sent = weights_of(actor), load(actor.weights("float32", trained_only=True)[1].tobytes())
+    for name, weight in now.items():
+        torch.testing.assert_close((first | sent)[name], weight, rtol=0, atol=0)
+        assert name in sent or torch.equal(first[name], weight)
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own look at its inputs
+def test_compiled_layers_take_the_same_steps(folders: tuple[Path, Path]) -> None:
+    rollouts = batch(*folders)
+    plain, compiled = (
+        [actor.step(rollouts, [], LIMITS, 10.0) for _ in range(3)] for actor in (learner(folders[0]), learner(folders[0], compile=True))
+    )
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-3)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
 
 
 def test_a_step_reports_and_moves_the_weights(folders: tuple[Path, Path]) -> None:
@@ -71,28 +95,53 @@ def test_a_student_equal_to_its_teacher_has_rounding_to_learn_at_most(folders: t
     assert report.grad_norm < 1e-4  # scores and learner pad differently; Adam's first step scales any gradient up
 
 
-@pytest.mark.parametrize("support", ["sampled", "teacher"])
+@pytest.mark.parametrize("support", ["sampled", "teacher", "full"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_without_padding_a_student_equal_to_its_teacher_stays_where_it_is_to_the_last_bit(
     tmp_path: Path, architecture: Architecture, support: str
 ) -> None:
     folder = build_tiny(tmp_path / architecture, architecture, seed=1)
-    actor = learner(folder, ObjectiveSettings(support=support, top_k=8), micro_batch_tokens=16)  # type: ignore[arg-type]
+    actor = Learner(
+        str(folder), LearnerSettings(learning_rate=1e-3, micro_batch_tokens=16), ObjectiveSettings(support=support, top_k=8),  # type: ignore[arg-type]
+        stop_ids=STOP_IDS, max_new_tokens=32, seed=0, with_reference=True, teacher=str(folder) if support == "full" else None,
+    )  # fmt: skip
     before = {name: weight.clone() for name, weight in weights_of(actor).items()}
-    report = actor.step(batch(folder, folder, batch_tokens=16), [], LIMITS, 10.0)
+    report = actor.step(batch(folder, folder, hidden=support == "full", batch_tokens=16), [], LIMITS, 10.0)
     assert (report.loss, report.grad_norm) == (0.0, 0.0)
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(actor).items())
 
 
-def test_support_full_with_an_equal_teacher_changes_nothing_at_all(folders: tuple[Path, Path]) -> None:
-    actor = Learner(
-        str(folders[0]), LearnerSettings(learning_rate=1e-3), ObjectiveSettings(support="full"),
-        stop_ids=STOP_IDS, max_new_tokens=32, seed=0, with_reference=False, teacher=str(folders[0]),
-    )  # fmt: skip
-    before = weights_of(actor)
-    report = actor.step(batch(folders[0], folders[0]), [], LIMITS, 10.0)
-    assert report.grad_norm == 0
-    assert max((before[name] - tensor).abs().max() for name, tensor in weights_of(actor).items()) <= 1e-7
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_over_the_whole_vocabulary_the_teachers_head_makes_of_its_hidden_states_what_the_teacher_says(tmp_path: Path, dtype: str) -> None:
+    """Llama with a tied head, Gemma 3 with scales of its own: loss and metrics as those of every id's log-prob asked of the teacher."""
+    for architecture in ("llama", "gemma3"):
+        folders = (
+            build_tiny(tmp_path / f"{architecture}-s", architecture, seed=1),
+            build_tiny(tmp_path / f"{architecture}-t", architecture, seed=2),
+        )
+        by_head = Learner(
+            str(folders[0]), LearnerSettings(learning_rate=1e-3), ObjectiveSettings(support="full"),
+            stop_ids=STOP_IDS, max_new_tokens=32, seed=0, with_reference=False, teacher=str(folders[1]),
+        )  # fmt: skip
+        golden = [Prompt(0, (5, 6, 7), golden_ids=(9, 9, 10, 1))]
+        limits = LengthLimits(32, golden_weight=0.5)
+        hidden = batch(*folders, hidden=True, dtype=dtype)
+        assert hidden[0].scores.hidden_TH.dtype == (np.float32 if dtype == "float32" else np.uint16)
+        report = by_head.step(hidden, golden, limits, 10.0)
+        asked = learner(folders[0], ObjectiveSettings(support="teacher", top_k=1000)).step(
+            [replace(r, scores=all_ids(r, folders[1])) for r in hidden], golden, limits, 10.0
+        )
+        tolerance = 1e-4 if dtype == "float32" else 5e-2
+        assert report.loss == pytest.approx(asked.loss, rel=tolerance)
+        assert report.grad_norm == pytest.approx(asked.grad_norm, rel=10 * tolerance)
+        assert report.metrics.kl_nats_P.sum() == pytest.approx(asked.metrics.kl_nats_P.sum(), rel=tolerance)
+
+
+def all_ids(rollout: ScoredRollout, teacher: Path) -> TokenScores:
+    request = ScoreRequest(rollout.trajectory.prompt.token_ids, rollout.trajectory.token_ids, top_k=1000)
+    (scores,) = TorchScorer(TeacherSettings(model=str(teacher)), STOP_IDS).score([request])
+    assert scores is not None
+    return scores
 
 
 def test_repeated_steps_bring_the_student_nearer_its_teacher(folders: tuple[Path, Path]) -> None:

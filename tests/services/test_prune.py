@@ -35,9 +35,10 @@ def brute_force_kl(folder, kept, texts) -> float:
     setattr(owner, name, torch.nn.ModuleList(layers[i] for i in kept))
     cut.config.num_hidden_layers = len(kept)
     kl = []
-    for ids, mask, scored in zip(texts.ids_BT, texts.mask_BT, texts.scored_BT, strict=True):
-        p, q = (model(ids[None, : mask.sum()], use_cache=False).logits[0].log_softmax(-1) for model in (full, cut))
-        kl.append((p.exp() * (p - q)).sum(-1)[scored[: mask.sum()]])
+    for ids, scored in zip(texts.ids_BT, texts.scored_BT, strict=True):
+        end = int(scored.nonzero().max()) + 2
+        p, q = (model(ids[None, :end], use_cache=False).logits[0].log_softmax(-1) for model in (full, cut))
+        kl.append((p.exp() * (p - q)).sum(-1)[scored[:end]])
     return float(torch.cat(kl).mean())
 
 
@@ -85,8 +86,8 @@ def test_a_pruned_folder_reloads_and_generates_with_its_cache(tmp_path, architec
 
 def test_only_answers_up_to_their_stop_are_scored(tmp_path):
     _, texts = calibrated(build_tiny(tmp_path / "model"))
-    for prompt, ids, mask, scored in zip(PROMPTS, texts.ids_BT, texts.mask_BT, texts.scored_BT, strict=True):
-        answer = ids[len(prompt) : mask.sum()].tolist()
+    for prompt, ids, scored in zip(PROMPTS, texts.ids_BT, texts.scored_BT, strict=True):
+        answer = ids[len(prompt) : int(scored.nonzero().max()) + 2].tolist()
         assert ids[: len(prompt)].tolist() == prompt
         assert 1 not in answer[:-1]
         assert answer[-1] == 1 or len(answer) == 12

@@ -110,6 +110,26 @@ async def test_each_request_goes_to_the_least_loaded_actor():
     assert all(member.load_tokens == 0 for member in pool.members)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+async def test_hidden_states_arrive_whole_and_one_that_is_no_number_does_not(dtype):
+    class Hidden(FakeTeacher):
+        async def score(self, requests):
+            assert all(request.hidden for request in requests)
+            process, scores = await super().score(requests)
+            good = np.ones((4, 2), np.float32)
+            spoiled = good.copy()
+            spoiled[2, 1] = -np.inf
+            states = [array if dtype == np.float32 else (array.view(np.uint32) >> 16).astype(np.uint16) for array in (good, spoiled)]
+            return process, [replace(s, sampled_logp_T=s.sampled_logp_T * np.nan, hidden_TH=h) for s, h in zip(scores, states, strict=True)]
+
+    log = Log()
+    pool = TeacherPool([(settings(max_attempts=1), [Hidden()])], support=Support(hidden=True), on_request=log.request)
+    whole, spoiled = await pool.score([trajectory(), trajectory(index=1)])
+    assert whole.hidden_TH.shape == (4, 2)
+    assert spoiled is None
+    assert log == {("teacher", "ok"): 1, ("teacher", "nonfinite"): 1}
+
+
 async def test_requests_that_wait_go_together_within_batch_tokens():
     actor = FakeTeacher(pace_s=0.05)
     pool = build([(settings(batch_tokens=21), [actor])])

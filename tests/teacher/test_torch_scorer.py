@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.causal_lm import CausalLM
+from actors.causal_lm import Head
 from actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer, cut_at_stop, digest_weights
 from actors.teacher.settings import TeacherSettings
 from tests.tiny import ARCHITECTURES, build_tiny
@@ -101,7 +101,7 @@ def test_soft_capped_logits_are_scored_capped(tmp_path):
 
 def test_an_unknown_output_head_is_refused_at_construction(tmp_path, monkeypatch):
     folder = build_tiny(tmp_path / "teacher")
-    monkeypatch.setattr(CausalLM, "head", lambda self, hidden_CD: 2 * self.model.get_output_embeddings()(hidden_CD))
+    monkeypatch.setattr(Head, "__call__", lambda self, hidden_CH: 2 * self._linear(hidden_CH))
     with pytest.raises(ValueError, match="LlamaForCausalLM changes its logits"):
         TorchScorer(TeacherSettings(model=str(folder)), STOP_IDS)
 

@@ -200,9 +200,7 @@ def forward_kl(student: Path, limit: int = 64) -> dict[str, float]:
     with torch.inference_mode():
         for prompt, answer in zip(prompts, answers, strict=True):
             ids_BL = torch.tensor([[*prompt, *answer]])
-            logps_LV = [
-                lm.head(lm.hidden(ids_BL, torch.ones_like(ids_BL))[0, len(prompt) - 1 : -1]).log_softmax(-1) for lm in (teacher.lm, learned)
-            ]
+            logps_LV = [lm.head(lm.hidden(ids_BL)[0, len(prompt) - 1 : -1]).log_softmax(-1) for lm in (teacher.lm, learned)]
             nats += float((logps_LV[0].exp() * (logps_LV[0] - logps_LV[1])).sum())
             tokens += len(answer)
     return {"forward_kl_nats": nats / tokens, "tokens": tokens, "prompts": len(prompts)}

@@ -98,7 +98,7 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
 
     def request(t: Trajectory) -> ScoreRequest:
         top_k = objective.top_k if objective.support in ("teacher", "union") else 0
-        return ScoreRequest(t.prompt.token_ids, t.token_ids, t.support_ids_TK, top_k)
+        return ScoreRequest(t.prompt.token_ids, t.token_ids, t.support_ids_TK, top_k, hidden=objective.support == "full")
 
     score_s, learn_s, padding, teacher_padding = [], [], [], []
     for batch in batches:
@@ -122,9 +122,7 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
             max_new_tokens=rollout.max_new_tokens,
             reference_length_tokens=50.0,
         )
-        padding.append(
-            1 - sum(int(m.student.attention_mask_BL.sum()) for m in micro) / sum(m.student.attention_mask_BL.numel() for m in micro)
-        )
+        padding.append(1 - sum(lengths) / sum(m.student.input_ids_BL.numel() for m in micro))
     if profile:
         explain("teacher", lambda: teacher.score([request(t) for t in batches[-1]]))
         explain("learner", lambda: learner.step(scored, [], limits, 50.0))
