@@ -8,9 +8,8 @@ Each side is a process tree of its own, pinned to the same two cores; while it r
 how busy the cores were with anything else. Afterwards each side's students are held to the same measure: exact KL(student ||
 teacher) over the whole vocabulary on answers the student itself samples to held-out prompts.
 
-What differs. TRL generates with transformers, decodes the whole batch to its longest answer, and takes reverse KL over the whole
-vocabulary. This service samples with vLLM, takes reverse KL over the student's 32 likeliest tokens plus the sampled one, and
-samples step n + 1 while it learns step n (`max_staleness: 1`, its default).
+Both take reverse KL over the whole vocabulary. What differs: TRL generates with transformers and decodes the whole batch to its
+longest answer; this service samples with vLLM, and samples step n + 1 while it learns step n (`max_staleness: 1`, its default).
 """
 
 import argparse
@@ -39,6 +38,7 @@ TRL_PYTHON = ROOT / ".venv-trl/bin/python"
 WARMUP_STEPS = 2
 """Dropped from the medians: the first step compiles and allocates, and the second still waits for rollouts nobody hid."""
 SIDES = ("trl", "ours")
+HELDOUT_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,7 @@ def our_overrides(work: Workload) -> list[str]:
         f"learner.betas=[{work.betas[0]}, {work.betas[1]}]",
         f"learner.freeze_embeddings={json.dumps(work.freeze_embeddings)}",
         "objective.loss=reverse_kl",
-        "objective.support=student",
-        "objective.top_k=32",
+        "objective.support=full",
         "objective.golden_weight=0",
         "objective.reference_kl_weight=0",
         "objective.loop_tail=keep",
@@ -287,6 +286,7 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from actors.causal_lm import CausalLM
+    from actors.packing import like_lengths
     from actors.teacher.scorers import GenerateOptions, TorchScorer
     from actors.teacher.settings import TeacherSettings
     from services.data import load_problems
@@ -302,16 +302,18 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
     sampler = TorchScorer(TeacherSettings(model=student, batch_tokens=1 << 20), tuple(stop_ids))
     answers = sampler.generate(prompts, GenerateOptions(max_new_tokens=work.max_new_tokens, temperature=1.0, seed=work.seed))
     teacher = CausalLM(work.teacher)
-    nats, tokens = [], []
+    tokens = [len(answer) for answer in answers]
+    nats = [0.0] * len(answers)
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     with torch.inference_mode():
-        for prompt, answer in zip(prompts, answers, strict=True):
-            ids_BL = torch.tensor([prompt + answer])
-            logps = []
-            for lm in (sampler.lm, teacher):
-                hidden_LH = lm.hidden(ids_BL, torch.ones_like(ids_BL))[0, len(prompt) - 1 : -1]
-                logps.append(lm.head(hidden_LH).log_softmax(-1))
-            nats.append(float((logps[0].exp() * (logps[0] - logps[1])).sum()))
-            tokens.append(len(answer))
+        for batch in like_lengths([len(text) for text in texts], HELDOUT_BATCH_TOKENS):
+            width = max(len(texts[index]) for index in batch)
+            ids_BL = torch.tensor([texts[index] + (0,) * (width - len(texts[index])) for index in batch])
+            states = [lm.hidden(ids_BL) for lm in (sampler.lm, teacher)]
+            for row, index in enumerate(batch):
+                own = slice(len(prompts[index]) - 1, len(texts[index]) - 1)
+                p, q = (lm.head(hidden_BLH[row, own]).log_softmax(-1) for lm, hidden_BLH in zip((sampler.lm, teacher), states, strict=True))
+                nats[index] = float((p.exp() * (p - q)).sum())
     nats_P, tokens_P = (np.array(values).reshape(work.heldout_answers, -1).sum(0) for values in (nats, tokens))
     kl = nats_P.sum() / tokens_P.sum()
     error = np.sqrt(((nats_P - kl * tokens_P) ** 2).sum()) / tokens_P.sum()
