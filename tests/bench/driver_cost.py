@@ -63,6 +63,7 @@ ACTORS_PER_TEACHER = 10
 """Teachers are busy four fifths of the time, as one pays for no more of them than it needs."""
 LEARN_S = 1.0
 HERE = Path(__file__).parent
+TEACHER = TeacherSettings(model="b")
 ZEROS = np.zeros(MOST_TOKENS, np.float32)
 RESPONSES = {length: tuple(range(length)) for length in range(LEAST_TOKENS, MOST_TOKENS + 1)}
 
@@ -110,7 +111,7 @@ class Scorer:
 
     async def score(self, requests: Sequence[Any]) -> tuple[str, list[TokenScores]]:
         await asyncio.sleep(self._pace * sum(request.num_tokens for request in requests) / SCORED_TOKENS_PER_S)
-        return "a process", [TokenScores("t", ZEROS[: len(r.token_ids)], ZEROS[: len(r.token_ids)]) for r in requests]
+        return "a process", [TokenScores(TEACHER.name, ZEROS[: len(r.token_ids)], ZEROS[: len(r.token_ids)]) for r in requests]
 
     async def ping(self) -> str:
         return "a process"
@@ -312,10 +313,10 @@ def measure(
         fleet._engines._create = engines.__getitem__
         fleet._learner, fleet._transfer = learner, "file"
         pool = TeacherPool(
-            [(TeacherSettings(model="b"), list(scorers))],
-            on_request=lambda teacher, result, seconds: (
-                telemetry.inc("opd_teacher_requests_total", teacher=teacher, result=result),
-                telemetry.observe("opd_teacher_request_seconds", seconds, teacher=teacher),
+            [(TEACHER, list(scorers))],
+            on_request=lambda teacher, result, seconds, num: (
+                telemetry.inc("opd_teacher_requests_total", num, teacher=teacher, result=result),
+                telemetry.observe("opd_teacher_request_seconds", *[seconds] * num, teacher=teacher),
             ),
         )
         loop = Distillation(
