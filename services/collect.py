@@ -68,8 +68,9 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
     try:
         async for group in fleet.rollout(requests, launch.limits, launch.step, launch.settings):
             ready = []
+            sound = np.isfinite(np.concatenate([t.logprobs_T for t in group])).all()  # one look at all: most often it is enough
             for trajectory in group:
-                if not np.isfinite(trajectory.logprobs_T).all():
+                if not (sound or np.isfinite(trajectory.logprobs_T).all()):
                     nonfinite.append(trajectory)
                 elif trajectory.finish_reason != "error" and trajectory.token_ids:
                     usable.append(trajectory)

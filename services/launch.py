@@ -267,7 +267,7 @@ class Run:
                 hidden=support == "full",
             ),
             domains={prompt.domain for prompt in self.stream.prompts()},
-            on_request=self._count_request,
+            on_request=self._count_requests,
             on_restart=lambda teacher, reason: self._count_restart("teacher", reason),
             on_nonfinite=lambda trajectory, scores: self._keep_nonfinite("teacher", trajectory, scores),
             floor_s=self.job.cluster.deadline_floor_s,
@@ -275,9 +275,9 @@ class Run:
             alone=self.job.repeatable,
         )
 
-    def _count_request(self, teacher: str, result: str, seconds: float) -> None:
-        self.telemetry.inc("opd_teacher_requests_total", teacher=teacher, result=result)
-        self.telemetry.observe("opd_teacher_request_seconds", seconds, teacher=teacher)
+    def _count_requests(self, teacher: str, result: str, seconds: float, num: int) -> None:
+        self.telemetry.inc("opd_teacher_requests_total", num, teacher=teacher, result=result)
+        self.telemetry.observe("opd_teacher_request_seconds", *[seconds] * num, teacher=teacher)
 
     def _start_governor(self) -> GovernorKeeper:
         """On the driver's own node: it reads the run's /metrics over loopback."""

@@ -72,10 +72,8 @@ def record_batch(telemetry: Telemetry, batch: Batch, report: StepReport | None, 
     telemetry.inc("opd_stop_mass_teacher_total", metrics.teacher_stop_mass)
     telemetry.inc("opd_stop_mass_tokens_total", num_tokens)
     for form, logprobs in (("raw", metrics.teacher_stop_logp_raw_M), ("class", metrics.teacher_stop_logp_class_M)):
-        for logprob in logprobs:
-            telemetry.observe("opd_stop_teacher_logprob", float(logprob), form=form)
-    for scored in batch.scored:
-        telemetry.observe("opd_sample_staleness_steps", _staleness(scored.trajectory, report))
+        telemetry.observe("opd_stop_teacher_logprob", *logprobs.tolist(), form=form)
+    telemetry.observe("opd_sample_staleness_steps", *(_staleness(scored.trajectory, report) for scored in batch.scored))
 
 
 def step_record(

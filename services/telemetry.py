@@ -144,9 +144,11 @@ class Telemetry:
         """Set a gauge."""
         self._child(name, labels).set(value)
 
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add one observation to a histogram."""
-        self._child(name, labels).observe(value)
+    def observe(self, name: str, *values: float, **labels: str) -> None:
+        """Add observations to a histogram."""
+        child = self._child(name, labels)
+        for value in values:
+            child.observe(value)
 
     def _child(self, name: str, labels: dict[str, str]) -> Any:
         key = (name, *labels.values()) if len(labels) < 2 else (name, *sorted(labels.items()))
@@ -162,8 +164,7 @@ class Telemetry:
         for reason, number in Counter(t.finish_reason for t in trajectories).items():
             self.inc("opd_rollouts_total", number, finish_reason=reason)
         self.inc("opd_rollout_tokens_total", sum(len(t.token_ids) for t in trajectories))
-        for trajectory in trajectories:
-            self.observe("opd_rollout_length_tokens", len(trajectory.token_ids))
+        self.observe("opd_rollout_length_tokens", *(len(trajectory.token_ids) for trajectory in trajectories))
         onsets = [(len(t.token_ids), t.loop_onset) for t in trajectories if t.loop_onset is not None]
         self.inc("opd_rollout_loops_total", len(onsets))
         self.inc("opd_rollout_loop_tokens_total", sum(length - onset for length, onset in onsets))

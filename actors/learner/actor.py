@@ -32,7 +32,7 @@ from actors.learner.optimizer import build_optimizer, learning_rate_at
 from actors.learner.settings import LearnerSettings, ObjectiveSettings
 from actors.learner.sharding import gather, join, of_every_rank, open_rendezvous, rank_and_size, scatter, shard, summed, whole
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout
-from actors.wire import unpack
+from actors.wire import rows_of, unpack
 
 COUNTERS = "learner.json"
 HEAD = "lm_head.weight"
@@ -143,7 +143,7 @@ class Learner:
 
     def step_packed(self, rollouts: bytes, *terms: Any) -> StepReport:
         """`step` as the group calls it: a packed batch."""
-        return self.step(unpack(rollouts), *terms)
+        return self.step(rows_of(unpack(rollouts)), *terms)
 
     def step(
         self,

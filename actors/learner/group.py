@@ -16,7 +16,7 @@ from ray.exceptions import RayTaskError
 
 from actors.learner.actor import StepReport
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout
-from actors.wire import pack
+from actors.wire import pack, tabulate
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class LearnerGroup:
         self, rollouts: Sequence[ScoredRollout], golden: Sequence[Prompt], limits: LengthLimits, reference_tokens: float, rate: float
     ) -> StepReport:
         """One optimiser step on all ranks; the metrics are the whole batch's."""
-        batch = ray.put(pack(list(rollouts)))
+        batch = ray.put(pack(tabulate(rollouts)))
         reports = await together(rank.step_packed.remote(batch, golden, limits, reference_tokens, rate) for rank in self.ranks)
         return replace(reports[0], metrics=reduce(add, (report.metrics for report in reports)))
 

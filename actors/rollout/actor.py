@@ -5,8 +5,9 @@ learner --weights--> RolloutActor(Engine) --chunks of Trajectory--> driver
 
 import asyncio
 import contextlib
+import itertools
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import ray
 
 from actors.rollout.settings import RolloutSettings
 from actors.trajectory import LengthLimits, Prompt, Trajectory
-from actors.wire import pack, unpack
+from actors.wire import pack, rows_of, tabulate, unpack
 
 if TYPE_CHECKING:
     from actors.rollout.engine import Completion
 
+Rollout = Callable[..., AsyncGenerator[list[Trajectory], None]]
+"""(requests, limits, step, settings, greedy=) -> finished trajectories."""
 LEAST_HAND_ON_S = 0.05
 MESSAGES_PER_S = 250
 """What all rollout actors together may send one driver. A message and the scoring it leads to cost it some .4 ms: a tenth of its time."""
@@ -50,6 +53,7 @@ class RolloutActor:
         repeatable: bool = False,
     ) -> None:
         self._repeatable, self._turn = repeatable, asyncio.Lock()
+        self._deliveries = Deliveries()
         self._model, self._settings, self._seed = model, settings, seed
         self._stop_ids, self._reference_tokens, self._top_k = stop_ids, reference_tokens, top_k
         self._weight_transfer = weight_transfer
@@ -143,12 +147,13 @@ class RolloutActor:
             support_ids_TK=completion.top_ids_TK,
         )
 
-    async def rollout_packed(self, message: bytes) -> AsyncIterator[bytes]:
-        """`rollout` as the driver calls it: packed arguments, packed groups."""
-        requests, limits, step, settings, greedy = unpack(message)
-        async with contextlib.aclosing(self.rollout(requests, limits, step, settings, greedy=greedy)) as groups:
-            async for group in groups:
-                yield pack(group)
+    async def rollout_packed(self, ticket: int, message: bytes | None) -> bytes | None:
+        """`rollout` as the driver calls it (see `Deliveries.fetch`)."""
+        return await self._deliveries.fetch(self.rollout, ticket, message)
+
+    async def drop(self, ticket: int) -> None:
+        """Nobody waits for these any more: the engine must not sample on."""
+        self._deliveries.drop(ticket)
 
     async def probe(self, token_ids: Sequence[int]) -> np.ndarray:
         """Log-probs of a fixed sequence, to hold against the learner's."""
@@ -188,11 +193,75 @@ class RolloutActor:
             self._engine.shutdown()
 
 
+class Delivery:
+    """One `rollout` under way, and what of it has finished and was not fetched."""
+
+    def __init__(self, rollout: Rollout, message: bytes) -> None:
+        prompt_table, samples, limits, step, settings, greedy = unpack(message)
+        prompts = rows_of(prompt_table)
+        self._places = {(prompt.epoch, prompt.index): place for place, prompt in enumerate(prompts)}
+        self.num_open = len(prompts)
+        self._finished: list[Trajectory] = []
+        self._news = asyncio.Event()
+        requests = list(zip(prompts, samples, strict=True))
+        self.task = asyncio.create_task(self._run(rollout(requests, limits, step, settings, greedy=greedy)))
+
+    async def _run(self, answers: AsyncGenerator[list[Trajectory], None]) -> None:
+        try:
+            async with contextlib.aclosing(answers) as groups:
+                async for group in groups:
+                    self._finished += group
+                    self._news.set()
+        finally:
+            self._news.set()
+
+    async def next(self) -> bytes | None:
+        """All that has finished, as soon as there is something. A prompt goes as its place among those asked for: the driver has it."""
+        while not self._finished and not self.task.done():
+            self._news.clear()
+            await self._news.wait()
+        if not self._finished:
+            await self.task  # raises what ended it
+            return None
+        group, self._finished = self._finished, []
+        self.num_open -= len(group)
+        return pack(tabulate(group, prompt=[self._places[t.prompt.epoch, t.prompt.index] for t in group]))
+
+
+class Deliveries:
+    """Rollouts under way, by the driver's ticket.
+
+    The driver fetches finished ones with calls that wait. A stream of Ray's costs it half as much again for each of its few messages,
+    for it has an end to tell besides, and what has piled up here goes at once.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[int, Delivery] = {}
+
+    async def fetch(self, rollout: Rollout, ticket: int, message: bytes | None) -> bytes | None:
+        """The next finished ones, packed; None where no more come. The first call of a ticket brings the packed arguments."""
+        if message is not None:
+            self._open[ticket] = Delivery(rollout, message)
+        delivery = self._open[ticket]
+        group = None
+        try:
+            group = await delivery.next()
+            return group
+        finally:
+            if group is None or not delivery.num_open:
+                self._open.pop(ticket, None)
+
+    def drop(self, ticket: int) -> None:
+        if (delivery := self._open.pop(ticket, None)) is not None:
+            delivery.task.cancel()
+
+
 class RayEngine:
     """A rollout actor as the pool sees it: coroutines instead of object references."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
+        self._tickets = itertools.count()
 
     async def start(self) -> None:
         await self.actor.start.remote()
@@ -200,12 +269,19 @@ class RayEngine:
     async def rollout(
         self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool
     ) -> AsyncIterator[list[Trajectory]]:
-        stream = self.actor.rollout_packed.options(num_returns="streaming").remote(pack((requests, limits, step, settings, greedy)))
+        prompts, samples = zip(*requests, strict=True)
+        ticket, num_open = next(self._tickets), len(requests)
+        message: bytes | None = pack((tabulate(prompts), samples, limits, step, settings, greedy))
         try:
-            async for group in stream:
-                yield unpack(await group)
-        except BaseException:  # nobody waits any more: the engine must not sample on
-            ray.cancel(stream)
+            while num_open and (packed := await self.actor.rollout_packed.remote(ticket, message)) is not None:
+                message = None
+                table = unpack(packed)
+                table.columns["prompt"] = [prompts[place] for place in table.columns["prompt"]]
+                group = rows_of(table)
+                num_open -= len(group)
+                yield group
+        except BaseException:
+            self.actor.drop.remote(ticket)
             raise
 
     async def end(self) -> None:

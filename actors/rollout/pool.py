@@ -229,7 +229,8 @@ class RolloutPool:
                     fresh = [t for t in group if open_requests.pop(_key(t.prompt, t.sample), None) is not None]
                     num_tokens += sum(len(t.token_ids) for t in fresh)
                     slot.failures = 0
-                    queue.put_nowait(fresh)
+                    if fresh:
+                        queue.put_nowait(fresh)
             if open_requests:
                 raise RuntimeError("the stream ended early")
 

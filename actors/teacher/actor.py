@@ -13,7 +13,7 @@ from actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest, TorchS
 from actors.teacher.settings import TeacherSettings
 from actors.teacher.vllm_scorer import VllmScorer
 from actors.trajectory import TokenScores
-from actors.wire import pack, unpack
+from actors.wire import pack, rows_of, tabulate, unpack
 
 
 def load_scorer(settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int) -> Scorer:
@@ -41,7 +41,7 @@ class TeacherActor:
 
     def score_packed(self, message: bytes) -> bytes:
         """`score` as the driver calls it, with the process's name."""
-        return pack((self.ping(), self.score(unpack(message))))
+        return pack((self.ping(), tabulate(self.score(rows_of(unpack(message))))))
 
     def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         return self.scorer.generate(prompts, options)
@@ -64,7 +64,8 @@ class RayTeacher:
         self.actor = actor
 
     async def score(self, requests: Sequence[ScoreRequest]) -> tuple[str, list[TokenScores | None]]:
-        return unpack(await self.actor.score_packed.remote(pack(requests)))
+        process, scores = unpack(await self.actor.score_packed.remote(pack(tabulate(requests))))
+        return process, rows_of(scores)
 
     async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         return await self.actor.generate.remote(prompts, options)

@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from actors.deadlines import FLOOR_S, Pace, Reason, Say, first_line, within
@@ -17,6 +19,8 @@ T = TypeVar("T")
 COOLDOWN_S = 1.0
 """Wait before a member that failed twice in a row is asked again; doubles with every further failure."""
 MAX_COOLDOWN_S = 60.0
+CALL_BATCHES = 4
+"""Most batches of a teacher in one call, where so much waits: it costs the driver one message, and the teacher pads less."""
 START_TIMEOUT_S = 600.0
 """How long a process may take to load its model before its silence counts as a hang."""
 
@@ -37,6 +41,15 @@ class TeacherHandle(Protocol):
     async def restart(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Requests that stay together, and who waits for their scores."""
+
+    requests: Sequence[ScoreRequest]
+    scores: asyncio.Future[list[TokenScores | None]]
+    num_tokens: int
+
+
 class Member:
     """Batches what queues up while its actor is busy; set aside (not `live`) from a failed call until a ping answers again."""
 
@@ -51,7 +64,7 @@ class Member:
         *,
         alone: bool = False,
     ) -> None:
-        """`alone`: one request a call, so that a score does not depend on what else waits (it differs in the last bits)."""
+        """`alone`: one share a call, so that a score does not depend on what else waits (it differs in the last bits)."""
         self.handle = handle
         self._alone = alone
         self.settings = settings
@@ -62,7 +75,7 @@ class Member:
         self._on_restart = on_restart
         self._cooldown_s = cooldown_s
         self._say = say
-        self._queue: list[tuple[ScoreRequest, asyncio.Future[TokenScores | None]]] = []
+        self._queue: list[Share] = []
         self._busy = asyncio.Lock()
         self._failures = 0
         self._process: str | None = None
@@ -76,18 +89,19 @@ class Member:
         async with asyncio.timeout(START_TIMEOUT_S):
             self._note_process(await self.handle.ping(), "crash")
 
-    def submit(self, request: ScoreRequest) -> asyncio.Future[TokenScores | None]:
-        """Queue a request: its scores, None where the back end gives it up, TimeoutError or whatever the actor raised.
+    def submit(self, requests: Sequence[ScoreRequest]) -> asyncio.Future[list[TokenScores | None]]:
+        """Queue requests for one call: their scores, None where the back end gives one up; TimeoutError or whatever the actor raised.
 
-        The load rises at once, so that the next pick sees it. Cancelling the future takes a waiting request from the queue.
+        The load rises at once, so that the next pick sees it. Cancelling the future takes a waiting share from the queue.
         """
-        future: asyncio.Future[TokenScores | None] = asyncio.get_running_loop().create_future()
-        self._queue.append((request, future))
-        self._add_load(request.num_tokens)
-        future.add_done_callback(lambda _: self._add_load(-request.num_tokens))
+        num_tokens = sum(request.num_tokens for request in requests)
+        share = Share(requests, asyncio.get_running_loop().create_future(), num_tokens)
+        self._queue.append(share)
+        self._add_load(share.num_tokens)
+        share.scores.add_done_callback(lambda _: self._add_load(-share.num_tokens))
         if self._worker is None or self._worker.done():
             self._worker = self._spawn(self._drain())
-        return future
+        return share.scores
 
     async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         tokens = sum(len(prompt) + options.max_new_tokens for prompt in prompts)
@@ -111,33 +125,38 @@ class Member:
         while self._queue:
             async with self._busy:
                 batch = self._take_batch()
-                tokens, started = sum(request.num_tokens for request, _ in batch), time.monotonic()
+                if not batch:  # all who waited have gone
+                    continue
+                requests = [request for share in batch for request in share.requests]
+                tokens, started = sum(share.num_tokens for share in batch), time.monotonic()
                 timeout_s = min(self.settings.timeout_s, self._pace.deadline_s(tokens))
                 try:
-                    reply = self.handle.score([request for request, _ in batch])
-                    process, scores = await self._call(reply, timeout_s, f"{len(batch)} scores ({tokens} tokens)")
+                    reply = self.handle.score(requests)
+                    process, scores = await self._call(reply, timeout_s, f"{len(requests)} scores ({tokens} tokens)")
                     self._note_process(process, "crash")
-                    assert len(scores) == len(batch), (len(scores), len(batch))
+                    assert len(scores) == len(requests), (len(scores), len(requests))
                     self._pace.observe(tokens, time.monotonic() - started)
-                except Exception as error:  # handed to the waiting requests: they retry elsewhere or raise it
+                except Exception as error:  # handed to those who wait: they retry elsewhere or raise it
                     if not self.live.is_set():
                         batch += self._queue
                         self._queue = []
-                    for _, future in batch:
-                        if not future.done():
-                            future.set_exception(error)
+                    for share in batch:
+                        if not share.scores.done():
+                            share.scores.set_exception(error)
                     continue
-            for (_, future), score in zip(batch, scores, strict=True):
-                if not future.done():
-                    future.set_result(score)
+            answers = iter(scores)
+            for share in batch:
+                own = list(islice(answers, len(share.requests)))
+                if not share.scores.done():
+                    share.scores.set_result(own)
 
-    def _take_batch(self) -> list[tuple[ScoreRequest, asyncio.Future[TokenScores | None]]]:
-        """The oldest requests whose padded size stays within batch_tokens; those nobody waits for any more are dropped."""
-        waiting = [item for item in self._queue if not item[1].done()]
-        num_taken, widest = 0, 0
-        for request, _ in waiting:
-            widest = max(widest, request.num_tokens)
-            if num_taken and (self._alone or (num_taken + 1) * widest > self.settings.batch_tokens):
+    def _take_batch(self) -> list[Share]:
+        """The oldest shares, CALL_BATCHES' worth of tokens; those nobody waits for any more are dropped."""
+        waiting = [share for share in self._queue if not share.scores.done()]
+        num_taken, room_tokens = 0, 0 if self._alone else CALL_BATCHES * self.settings.batch_tokens
+        for share in waiting:
+            room_tokens -= share.num_tokens
+            if num_taken and room_tokens < 0:
                 break
             num_taken += 1
         self._queue = waiting[num_taken:]

@@ -8,10 +8,12 @@ A score that never arrives, or is not finite, comes back as None: the caller mas
 """
 
 import asyncio
+import heapq
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import chain
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -21,10 +23,13 @@ from actors.teacher.scorers import GenerateOptions, ScoreRequest
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import Prompt, TokenScores, Trajectory
 
+T = TypeVar("T")
 Result = Literal["ok", "nonfinite", "error", "timeout", "unscored"]
 """error and timeout end one attempt, which is retried; unscored: the request was given up."""
-OnRequest = Callable[[str, Result, float], None]
-"""Called with (teacher, result, seconds)."""
+OnRequest = Callable[[str, Result, float, int], None]
+"""Called with (teacher, result, seconds, number of requests)."""
+Issued = tuple[Member, asyncio.Future[list[TokenScores | None]]]
+"""Who was asked for a share of the requests, and the answers to come."""
 
 GOLDEN_GROUP = 16
 """Prompts in one generate call. Groups are cut by position, so an answer does not depend on which actor writes it."""
@@ -69,7 +74,7 @@ class TeacherPool:
         *,
         support: Support = Support(),
         domains: Iterable[str] = (),
-        on_request: OnRequest = lambda teacher, result, seconds: None,
+        on_request: OnRequest = lambda teacher, result, seconds, num: None,
         on_restart: OnRestart = lambda teacher, reason: None,
         on_nonfinite: Callable[[Trajectory, TokenScores], None] = lambda trajectory, scores: None,
         cooldown_s: float = COOLDOWN_S,
@@ -78,6 +83,7 @@ class TeacherPool:
         alone: bool = False,
     ) -> None:
         """`alone`: every response goes through its teacher by itself, so scores are the same whoever else waits, retried or not."""
+        self._alone = alone
         members: dict[int, Member] = {}
         for settings, handles in teachers:
             for handle in handles:
@@ -116,7 +122,11 @@ class TeacherPool:
 
         Raises ValueError for a mistake that no other actor would cure (context window, back end without the support asked for).
         """
-        return list(await asyncio.gather(*(self._score_trajectory(trajectory) for trajectory in trajectories)))
+        by_domain: dict[str, list[int]] = {}
+        for place, trajectory in enumerate(trajectories):
+            by_domain.setdefault(trajectory.prompt.domain, []).append(place)
+        parts = await _all([self._score_domain(domain, [trajectories[p] for p in places]) for domain, places in by_domain.items()])
+        return _in_place(list(by_domain.values()), parts)
 
     async def golden(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int
@@ -168,59 +178,105 @@ class TeacherPool:
                 continue
         return [None] * len(prompts)
 
-    async def _score_trajectory(self, trajectory: Trajectory) -> TokenScores | None:
-        teachers = self.teachers_of(trajectory.prompt.domain)
-        if self.support.student and trajectory.support_ids_TK is None:
+    async def _score_domain(self, domain: str, trajectories: Sequence[Trajectory]) -> list[TokenScores | None]:
+        teachers = self.teachers_of(domain)
+        if self.support.student and any(trajectory.support_ids_TK is None for trajectory in trajectories):
             raise ValueError("the objective's support needs the student's own top ids, but the trajectory carries no support_ids_TK")
-        request = ScoreRequest(
-            prompt_token_ids=teacher_view(trajectory.prompt),
-            token_ids=trajectory.token_ids,
-            support_ids_TK=trajectory.support_ids_TK if self.support.student else None,
-            top_k=self.support.top_k,
-            hidden=self.support.hidden,
-        )
-        if len(teachers) == 1:  # a task less for each of a run's trajectories
-            scores = [await self._score_request(teachers[0], request)]
-        else:
-            scores = await asyncio.gather(*(self._score_request(teacher, request) for teacher in teachers))
-        arrived = [score for score in scores if score is not None]
-        odd = [score for score in arrived if not is_finite(score)]
-        for score in odd:
-            self._on_nonfinite(trajectory, score)
-        if odd or len(arrived) < len(scores):
-            return None
-        return blend_scores(arrived, [teacher.settings.weight for teacher in teachers])
+        requests = [
+            ScoreRequest(
+                prompt_token_ids=teacher_view(trajectory.prompt),
+                token_ids=trajectory.token_ids,
+                support_ids_TK=trajectory.support_ids_TK if self.support.student else None,
+                top_k=self.support.top_k,
+                hidden=self.support.hidden,
+            )
+            for trajectory in trajectories
+        ]
+        by_teacher = await _all([self._score_requests(teacher, requests) for teacher in teachers])
+        spoiled = set[int]()
+        for scores in by_teacher:
+            for place, odd in odd_ones(scores):
+                self._on_nonfinite(trajectories[place], odd)
+                spoiled.add(place)
+        weights = [teacher.settings.weight for teacher in teachers]
+        blends: list[TokenScores | None] = []
+        for place, parts in enumerate(zip(*by_teacher, strict=True)):
+            arrived = [part for part in parts if part is not None]
+            whole = len(arrived) == len(parts) and place not in spoiled
+            blends.append(blend_scores(arrived, weights) if whole else None)
+        return blends
 
-    async def _score_request(self, teacher: Teacher, request: ScoreRequest) -> TokenScores | None:
-        started, tried = time.monotonic(), set[Member]()
+    async def _score_requests(self, teacher: Teacher, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
+        shares = self._share(teacher, requests)
+        parts = [[requests[place] for place in places] for _, places in shares]
+        # All issued before the first wait, so that whoever comes next sees the load.
+        issued = [None if member is None else (member, member.submit(part)) for (member, _), part in zip(shares, parts, strict=True)]
+        try:
+            scored = await _all([self._score_share(teacher, first, part) for first, part in zip(issued, parts, strict=True)])
+        finally:
+            for first in issued:
+                if first is not None:
+                    first[1].cancel()
+        return _in_place([places for _, places in shares], scored)
+
+    def _share(self, teacher: Teacher, requests: Sequence[ScoreRequest]) -> list[tuple[Member | None, list[int]]]:
+        """Requests, by their places, to the least loaded live members, in shares that fit one call; None: no member is live.
+
+        An idle member starts at once with what it is given, so idle ones get one request each in turn. A busy one takes all that
+        waits for it in its next call, so there requests stay together: one message for many.
+        """
+        lengths = [request.num_tokens for request in requests]
+        room_tokens = 0 if self._alone else teacher.settings.batch_tokens
+        loads = [(member.load_tokens, index) for index, member in enumerate(teacher.members) if member.live.is_set()]
+        if not loads:
+            return [(None, share) for share in cut(range(len(requests)), lengths, room_tokens)]
+        heapq.heapify(loads)
+        given: dict[int, list[int]] = {}
+        load, index = heapq.heappop(loads)
+        together_tokens = room_tokens if load else 0
+        """What may still stay together with the request before."""
+        for place, length in enumerate(lengths):
+            if place and length > together_tokens:
+                load, index = heapq.heappushpop(loads, (load, index))
+                together_tokens = room_tokens if teacher.members[index].load_tokens else 0
+            given.setdefault(index, []).append(place)
+            load, together_tokens = load + length, together_tokens - length
+        return [(teacher.members[index], share) for index, places in given.items() for share in cut(places, lengths, room_tokens)]
+
+    async def _score_share(self, teacher: Teacher, issued: Issued | None, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
+        name, started, tried = teacher.settings.name, time.monotonic(), set[Member]()
+        scores: list[TokenScores | None] = [None] * len(requests)
         for _ in range(teacher.settings.max_attempts):
-            member = await self._pick(teacher, tried)
-            if member is None:
+            issued = issued or await self._issue(teacher, tried, requests)
+            if issued is None:
                 break
             try:
-                scores = await self._attempt(teacher, member, tried, request)
+                scores = await self._attempt(teacher, issued, tried, requests)
+                break
             except ValueError:
                 raise
             except Exception:  # already reported; retried on another actor
-                continue
-            if scores is None:
-                break
-            return replace(scores, teacher=teacher.settings.name)
-        self._on_request(teacher.settings.name, "unscored", time.monotonic() - started)
-        return None
+                issued = None
+        if num_unscored := sum(score is None for score in scores):
+            self._on_request(name, "unscored", time.monotonic() - started, num_unscored)
+        # Actors that serve several teachers name but one of them.
+        return [score if score is None or score.teacher == name else replace(score, teacher=name) for score in scores]
 
-    async def _attempt(self, teacher: Teacher, member: Member, tried: set[Member], request: ScoreRequest) -> TokenScores | None:
+    async def _attempt(
+        self, teacher: Teacher, issued: Issued, tried: set[Member], requests: Sequence[ScoreRequest]
+    ) -> list[TokenScores | None]:
         """First success of one member and, when it is slow, a second one. Raises the last failure where both fail."""
+        member, reply = issued
         tried.add(member)
         if teacher.settings.hedge_after_s is None:
-            return await self._report(teacher, member.submit(request))
-        pending = {asyncio.create_task(self._report(teacher, member.submit(request)))}
+            return await self._report(teacher, reply, len(requests))
+        pending = {asyncio.create_task(self._report(teacher, reply, len(requests)))}
         try:
             done, pending = await asyncio.wait(pending, timeout=teacher.settings.hedge_after_s, return_when=asyncio.FIRST_COMPLETED)
             other = least_loaded(teacher.members, tried)
             if not done and other is not None:
                 tried.add(other)
-                pending.add(asyncio.create_task(self._report(teacher, other.submit(request))))
+                pending.add(asyncio.create_task(self._report(teacher, other.submit(requests), len(requests))))
             while True:
                 winner = next((task for task in done if task.exception() is None), None)
                 if winner is not None:
@@ -232,16 +288,23 @@ class TeacherPool:
             for task in pending:
                 task.cancel()
 
-    async def _report(self, teacher: Teacher, reply: asyncio.Future[TokenScores | None]) -> TokenScores | None:
-        started = time.monotonic()
+    async def _report(self, teacher: Teacher, reply: asyncio.Future[list[TokenScores | None]], num: int) -> list[TokenScores | None]:
+        name, started = teacher.settings.name, time.monotonic()
         try:
             scores = await reply
         except Exception as error:
-            self._on_request(teacher.settings.name, "timeout" if isinstance(error, TimeoutError) else "error", time.monotonic() - started)
+            self._on_request(name, "timeout" if isinstance(error, TimeoutError) else "error", time.monotonic() - started, num)
             raise
-        if scores is not None:
-            self._on_request(teacher.settings.name, "ok" if is_finite(scores) else "nonfinite", time.monotonic() - started)
+        num_odd = len(odd_ones(scores))
+        results: tuple[tuple[Result, int], ...] = ("nonfinite", num_odd), ("ok", num - num_odd - sum(score is None for score in scores))
+        for result, number in results:
+            if number:
+                self._on_request(name, result, time.monotonic() - started, number)
         return scores
+
+    async def _issue(self, teacher: Teacher, tried: set[Member], requests: Sequence[ScoreRequest]) -> Issued | None:
+        member = await self._pick(teacher, tried)
+        return None if member is None else (member, member.submit(requests))
 
     async def _pick(self, teacher: Teacher, tried: set[Member]) -> Member | None:
         """The least loaded live member, one not tried yet where there is one; waits up to timeout_s for one to come back."""
@@ -260,7 +323,7 @@ class TeacherPool:
 def least_loaded(members: Iterable[Member], tried: Iterable[Member] = ()) -> Member | None:
     """The live member outside `tried` with the fewest tokens queued and in flight; None where there is none."""
     best = None
-    for member in members:  # once a trajectory, so no list of the live ones
+    for member in members:
         if (best is None or member.load_tokens < best.load_tokens) and member.live.is_set() and member not in tried:
             best = member
     return best
@@ -269,6 +332,41 @@ def least_loaded(members: Iterable[Member], tried: Iterable[Member] = ()) -> Mem
 def teacher_view(prompt: Prompt) -> tuple[int, ...]:
     """What the teacher sees before the response: its own prompt where it has one (concise teacher), else the student's."""
     return prompt.teacher_token_ids or prompt.token_ids
+
+
+async def _all(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; of a single one without a task of its own."""
+    return [await coroutines[0]] if len(coroutines) == 1 else list(await asyncio.gather(*coroutines))
+
+
+def _in_place(places: Sequence[Sequence[int]], parts: Sequence[Sequence[TokenScores | None]]) -> list[TokenScores | None]:
+    """Parts put together: each one's scores at its places."""
+    found = dict(zip(chain.from_iterable(places), chain.from_iterable(parts), strict=True))
+    return [found[place] for place in range(len(found))]
+
+
+def cut(places: Iterable[int], lengths: Sequence[int], room_tokens: int) -> list[list[int]]:
+    """In order, where the padded size stays within the room; what is longer than that goes by itself."""
+    shares: list[list[int]] = []
+    widest = 0
+    for place in places:
+        widest = max(widest, lengths[place])
+        if shares and (len(shares[-1]) + 1) * widest <= room_tokens:
+            shares[-1].append(place)
+        else:
+            shares.append([place])
+            widest = lengths[place]
+    return shares
+
+
+def odd_ones(scores: Sequence[TokenScores | None]) -> list[tuple[int, TokenScores]]:
+    """Scores that are not finite, and their places."""
+    arrived = [(place, score) for place, score in enumerate(scores) if score is not None]
+    rows = [score for _, score in arrived if score.support_ids_TK is None]
+    plain = [array_T for score in rows for array_T in (score.sampled_logp_T, score.stop_logp_T)]
+    if len(rows) == len(arrived) and plain and np.isfinite(np.concatenate(plain)).all():  # one look at all of them: most often it is enough
+        return []
+    return [(place, score) for place, score in arrived if not is_finite(score)]
 
 
 def is_finite(scores: TokenScores) -> bool:

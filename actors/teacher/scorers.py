@@ -19,11 +19,11 @@ from actors.causal_lm import CausalLM
 from actors.packing import like_lengths
 from actors.teacher.scoring import PAD_ID, score_positions
 from actors.teacher.settings import TeacherSettings
-from actors.trajectory import Parcel, TokenScores
+from actors.trajectory import TokenScores
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreRequest(Parcel):
+class ScoreRequest:
     """One response to score. What comes back besides the sampled token and the stop class is its support.
 
     >>> ScoreRequest(prompt_token_ids=(5, 9, 3), token_ids=(7, 2), top_k=8).num_tokens

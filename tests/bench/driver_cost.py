@@ -21,8 +21,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,12 +40,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from actors.learner.actor import StepReport
 from actors.learner.group import LearnerGroup
 from actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
-from actors.rollout.actor import RayEngine, hand_on_s
+from actors.rollout.actor import Deliveries, RayEngine, hand_on_s
 from actors.teacher.actor import RayTeacher
 from actors.teacher.pool import TeacherPool
 from actors.teacher.settings import TeacherSettings
 from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
-from actors.wire import pack, unpack
+from actors.wire import pack, rows_of, tabulate, unpack
 from services.distill import Distillation, base_limits
 from services.fleet import Fleet, Models
 from services.job import Job
@@ -63,6 +64,7 @@ ACTORS_PER_TEACHER = 10
 """Teachers are busy four fifths of the time, as one pays for no more of them than it needs."""
 LEARN_S = 1.0
 HERE = Path(__file__).parent
+TEACHER = TeacherSettings(model="b")
 ZEROS = np.zeros(MOST_TOKENS, np.float32)
 RESPONSES = {length: tuple(range(length)) for length in range(LEAST_TOKENS, MOST_TOKENS + 1)}
 
@@ -76,7 +78,7 @@ class Engine:
 
     async def rollout(
         self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: Any, greedy: bool = False
-    ) -> AsyncIterator[list[Trajectory]]:
+    ) -> AsyncGenerator[list[Trajectory], None]:
         async with self._free:
             drawn = [(self._random.randint(LEAST_TOKENS, MOST_TOKENS), prompt, sample) for prompt, sample in requests]
             rows = sorted(drawn, key=lambda row: row[0])
@@ -110,7 +112,7 @@ class Scorer:
 
     async def score(self, requests: Sequence[Any]) -> tuple[str, list[TokenScores]]:
         await asyncio.sleep(self._pace * sum(request.num_tokens for request in requests) / SCORED_TOKENS_PER_S)
-        return "a process", [TokenScores("t", ZEROS[: len(r.token_ids)], ZEROS[: len(r.token_ids)]) for r in requests]
+        return "a process", [TokenScores(TEACHER.name, ZEROS[: len(r.token_ids)], ZEROS[: len(r.token_ids)]) for r in requests]
 
     async def ping(self) -> str:
         return "a process"
@@ -145,12 +147,14 @@ class Host:
     """One Ray process that stands for many engines, teachers and the learner: the driver sees as many streams and messages."""
 
     def __init__(self, pace: float, num_actors: int) -> None:
-        self._num_actors, self._pace, self._engines, self._scorer, self._sink = num_actors, pace, {}, Scorer(pace), Sink(pace)
+        self._num_actors, self._pace, self._scorer, self._sink = num_actors, pace, Scorer(pace), Sink(pace)
+        self._engines: dict[int, tuple[Engine, Deliveries]] = {}
 
-    async def rollout_packed(self, index: int, message: bytes) -> AsyncIterator[bytes]:
-        engine = self._engines.setdefault(index, Engine(index, self._pace, self._num_actors))
-        async for group in engine.rollout(*unpack(message)):
-            yield pack(group)
+    async def rollout_packed(self, index: int, ticket: int, message: bytes | None) -> bytes | None:
+        if index not in self._engines:
+            self._engines[index] = Engine(index, self._pace, self._num_actors), Deliveries()
+        engine, deliveries = self._engines[index]
+        return await deliveries.fetch(engine.rollout, ticket, message)
 
     async def start(self) -> None: ...
 
@@ -161,10 +165,11 @@ class Host:
         return ZEROS[: len(token_ids) - 1]
 
     async def score_packed(self, message: bytes) -> bytes:
-        return pack(await self._scorer.score(unpack(message)))
+        process, scores = await self._scorer.score(rows_of(unpack(message)))
+        return pack((process, tabulate(scores)))
 
     async def step_packed(self, rollouts: bytes, *terms: Any) -> StepReport:
-        return await self._sink.step(unpack(rollouts), *terms)
+        return await self._sink.step(rows_of(unpack(rollouts)), *terms)
 
     async def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, np.ndarray]:
         return await self._sink.weights(dtype)
@@ -214,10 +219,7 @@ class HostedEngine:
 
     def __init__(self, host: Any, index: int) -> None:
         self.start, self.load_weights = host.start, host.load_weights
-        stream = host.rollout_packed.options(num_returns="streaming")
-        self.rollout_packed = SimpleNamespace(
-            options=lambda num_returns: SimpleNamespace(remote=lambda message: stream.remote(index, message))
-        )
+        self.rollout_packed = SimpleNamespace(remote=partial(host.rollout_packed.remote, index))
 
 
 class QuietGovernor:
@@ -312,10 +314,10 @@ def measure(
         fleet._engines._create = engines.__getitem__
         fleet._learner, fleet._transfer = learner, "file"
         pool = TeacherPool(
-            [(TeacherSettings(model="b"), list(scorers))],
-            on_request=lambda teacher, result, seconds: (
-                telemetry.inc("opd_teacher_requests_total", teacher=teacher, result=result),
-                telemetry.observe("opd_teacher_request_seconds", seconds, teacher=teacher),
+            [(TEACHER, list(scorers))],
+            on_request=lambda teacher, result, seconds, num: (
+                telemetry.inc("opd_teacher_requests_total", num, teacher=teacher, result=result),
+                telemetry.observe("opd_teacher_request_seconds", *[seconds] * num, teacher=teacher),
             ),
         )
         loop = Distillation(

@@ -16,7 +16,7 @@ import ray
 
 import services.fleet
 from actors.deadlines import ActorLostError
-from actors.rollout.actor import RolloutActor
+from actors.rollout.actor import Deliveries, RolloutActor
 from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
 from services.cluster import connect
 from services.fleet import Fleet, Models
@@ -35,6 +35,7 @@ class StandInEngine(RolloutActor):
 
     def __init__(self, model: str, settings: Any, **_: Any) -> None:
         self.version, self.size = -1, 0
+        self._deliveries = Deliveries()
 
     async def start(self) -> int:
         return 256

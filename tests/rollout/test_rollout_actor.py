@@ -1,14 +1,20 @@
 """What a rollout actor does around its engine, with an engine that needs no vLLM."""
 
+import asyncio
+import contextlib
 import subprocess
 import sys
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
-from actors.rollout.actor import RolloutActor
+from actors.rollout.actor import Deliveries, RayEngine, RolloutActor
 from actors.rollout.settings import RolloutSettings
+from actors.trajectory import LengthLimits, Prompt, Trajectory
 
 SHARED = Path("/dev/shm")
 
@@ -41,3 +47,76 @@ async def test_weights_on_their_way_to_the_engine_leave_no_file_behind_an_actor_
     assert (engine.read, engine.version) == (weights.tobytes(), 3)
     assert not {path for path in engine.files_meanwhile - before if path.name.startswith("opd")}
     assert not Path(engine.path).exists(), "the memory is given back when the engine has it"
+
+
+LIMITS = LengthLimits(cap_tokens=8)
+
+
+class TwoGroups(RolloutActor):
+    """Answers its first request at once, the others when told; `error` ends it after the first."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._deliveries, self.go, self.error, self.dropped = Deliveries(), asyncio.Event(), error, False
+
+    async def rollout(
+        self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: Any, *, greedy: bool = False
+    ) -> AsyncGenerator[list[Trajectory], None]:
+        def answer(prompt: Prompt, sample: int) -> Trajectory:
+            return Trajectory(prompt, (7, prompt.index), np.array([-1, sample], np.float32), "stop", limits.cap_tokens, step, 3, 0, sample)
+
+        try:
+            yield [answer(*requests[0])]
+            if self.error is not None:
+                raise self.error
+            await self.go.wait()
+            for request in requests[1:]:
+                yield [answer(*request)]
+        except asyncio.CancelledError:
+            self.dropped = True
+            raise
+
+
+class Handle:
+    """The actor, called as Ray's handles are."""
+
+    def __init__(self, actor: RolloutActor) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *terms: asyncio.ensure_future(getattr(self._actor, name)(*terms)))
+
+
+def ask(actor: RolloutActor) -> AsyncGenerator[list[Trajectory], None]:
+    prompts = [Prompt(index, (5,) * (index + 1), text=f"prompt {index}") for index in (4, 2)]
+    requests = [(prompt, sample) for prompt in prompts for sample in range(2)]
+    return RayEngine(Handle(actor)).rollout(requests, LIMITS, 6, RolloutSettings(), False)  # type: ignore[return-value]
+
+
+async def test_the_driver_gets_every_trajectory_as_the_engine_made_it_and_what_piled_up_at_once() -> None:
+    actor, groups = TwoGroups(), []
+    async for group in ask(actor):
+        groups.append(group)
+        actor.go.set()
+    assert [[(t.prompt.index, t.sample) for t in group] for group in groups] == [[(4, 0)], [(4, 1), (2, 0), (2, 1)]]
+    last = groups[1][-1]
+    assert last.prompt == Prompt(2, (5, 5, 5), text="prompt 2")
+    assert (last.token_ids, last.logprobs_T.tolist(), last.finish_reason, last.step) == ((7, 2), [-1.0, 1.0], "stop", 6)
+    assert not actor._deliveries._open
+
+
+async def test_what_ends_the_engine_is_raised_after_what_it_had_finished() -> None:
+    actor = TwoGroups(ValueError("context window"))
+    groups = ask(actor)
+    assert len(await anext(groups)) == 1
+    with pytest.raises(ValueError, match="context window"):
+        await anext(groups)
+    assert not actor._deliveries._open
+
+
+async def test_an_engine_stops_sampling_when_nobody_waits_any_more() -> None:
+    actor = TwoGroups()
+    async with contextlib.aclosing(ask(actor)) as groups:
+        assert len(await anext(groups)) == 1
+    await asyncio.sleep(0.01)
+    assert actor.dropped
+    assert not actor._deliveries._open

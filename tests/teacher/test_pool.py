@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from actors.teacher.member import CALL_BATCHES
 from actors.teacher.pool import Support, TeacherPool, blend_scores
 from actors.teacher.scorers import GenerateOptions, ScoreRequest
 from actors.teacher.settings import TeacherSettings
@@ -86,9 +87,9 @@ def settings(**values) -> TeacherSettings:
 class Log(Counter):
     """Counts (teacher, result) and (teacher, reason)."""
 
-    def request(self, teacher, result, seconds):
+    def request(self, teacher, result, seconds, num):
         assert seconds >= 0
-        self[teacher, result] += 1
+        self[teacher, result] += num
 
     def restart(self, teacher, reason):
         self[teacher, reason] += 1
@@ -130,13 +131,62 @@ async def test_hidden_states_arrive_whole_and_one_that_is_no_number_does_not(dty
     assert log == {("teacher", "ok"): 1, ("teacher", "nonfinite"): 1}
 
 
-async def test_requests_that_wait_go_together_within_batch_tokens():
+async def test_requests_that_wait_go_together_within_a_few_batches():
     actor = FakeTeacher(pace_s=0.05)
     pool = build([(settings(batch_tokens=21), [actor])])
     first = asyncio.create_task(pool.score([trajectory()]))
     await asyncio.sleep(0.01)
-    await asyncio.gather(first, *(pool.score([trajectory()]) for _ in range(5)))
-    assert actor.calls == [1, 3, 2]  # 7 tokens each: three fit
+    await asyncio.gather(first, *(pool.score([trajectory()]) for _ in range(14)))
+    assert actor.calls == [1, 3 * CALL_BATCHES, 2]  # 7 tokens each: three to a batch
+
+
+async def test_requests_stay_together_for_a_busy_actor_and_are_spread_over_idle_ones():
+    actors = [FakeTeacher(pace_s=0.05) for _ in range(3)]
+    pool = build([(settings(batch_tokens=28), actors)])
+    first = asyncio.gather(pool.score([trajectory() for _ in range(6)]))
+    await asyncio.sleep(0.01)
+    assert [actor.calls for actor in actors] == [[2], [2], [2]]
+    busy = asyncio.gather(pool.score([trajectory() for _ in range(6)]))
+    await asyncio.sleep(0.01)
+    assert [member.load_tokens for member in pool.members] == [14 + 4 * 7, 14 + 2 * 7, 14]  # what fits one batch, then the next actor
+    await asyncio.gather(first, busy)
+    assert [actor.calls for actor in actors] == [[2, 4], [2, 2], [2]]
+    assert all(member.load_tokens == 0 for member in pool.members)
+
+
+async def test_scores_keep_the_order_of_their_trajectories_whoever_made_them():
+    pool = build([(settings(name=name, domains=(name,), batch_tokens=16), [FakeTeacher(), FakeTeacher()]) for name in "ab"])
+    lengths, domains = [5, 3, 9, 40, 1, 7], "abbaba"
+    scores = await pool.score([trajectory(domain, length=length) for domain, length in zip(domains, lengths, strict=True)])
+    assert [(score.teacher, len(score.sampled_logp_T)) for score in scores] == list(zip(domains, lengths, strict=True))
+
+
+async def test_what_a_back_end_gives_up_is_unscored_alone():
+    class Choosy(FakeTeacher):
+        async def score(self, requests):
+            process, scores = await super().score(requests)
+            return process, [None if len(request.token_ids) > 5 else score for request, score in zip(requests, scores, strict=True)]
+
+    log = Log()
+    pool = build([(settings(name="t"), [Choosy()])], log)
+    scores = await pool.score([trajectory(length=length) for length in (4, 9, 5)])
+    assert [score is None for score in scores] == [False, True, False]
+    assert log == {("t", "ok"): 2, ("t", "unscored"): 1}
+
+
+async def test_nobody_scores_for_a_caller_that_has_gone():
+    actor = FakeTeacher(pace_s=0.02)
+    pool = build([(settings(), [actor])])
+    first = asyncio.create_task(pool.score([trajectory()]))
+    await asyncio.sleep(0.01)
+    gone = asyncio.create_task(pool.score([trajectory(), trajectory()]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    gone.cancel()
+    await first
+    await asyncio.sleep(0.01)
+    assert actor.calls == [1]
+    assert pool.members[0].load_tokens == 0
 
 
 async def test_a_failed_call_is_retried_on_another_actor():
@@ -190,8 +240,8 @@ async def test_a_restart_that_an_answer_tells_before_the_ping_is_counted_once():
     pool = build([(settings(name="t"), [actor])], log)
     await pool.start()
     with pytest.raises(ConnectionError):
-        await pool.members[0].submit(ScoreRequest((5,), (7,)))
-    await pool.members[0].submit(ScoreRequest((5,), (7,)))
+        await pool.members[0].submit([ScoreRequest((5,), (7,))])
+    await pool.members[0].submit([ScoreRequest((5,), (7,))])
     assert not pool.members[0].live.is_set()
     assert log == {("t", "crash"): 1}
     await pool.members[0].live.wait()
