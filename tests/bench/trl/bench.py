@@ -324,19 +324,31 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
 
 
 def summarise(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians and quartiles over the steps after warm-up."""
-    measured = [step for step in steps if step["step"] > WARMUP_STEPS]
-    if len(measured) < 2:
-        raise ValueError(f"{len(steps)} steps leave {len(measured)} after {WARMUP_STEPS} of warm-up; run at least {WARMUP_STEPS + 2}")
-    seconds = [step["seconds"] for step in measured]
-    rates = [step["tokens"] / step["seconds"] for step in measured]
+    """Medians and quartiles over each two steps after warm-up."""
+    measured = after_warm_up(steps)
+    if len(measured) < 3:
+        raise ValueError(f"{len(steps)} steps leave {len(measured)} after {WARMUP_STEPS} of warm-up; run at least {WARMUP_STEPS + 3}")
+    twos = by_twos(steps)
     return {
         "measured_steps": len(measured),
-        "step_s": quartiles(seconds),
-        "tokens_per_s": quartiles(rates),
+        "step_s": quartiles([seconds / 2 for seconds, _ in twos]),
+        "tokens_per_s": quartiles([tokens / seconds for seconds, tokens in twos]),
         "tokens_per_step": statistics.mean(step["tokens"] for step in measured),
-        "overall_tokens_per_s": sum(step["tokens"] for step in measured) / sum(seconds),
+        "overall_tokens_per_s": sum(step["tokens"] for step in measured) / sum(step["seconds"] for step in measured),
     }
+
+
+def after_warm_up(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [step for step in steps if step["step"] > WARMUP_STEPS]
+
+
+def by_twos(steps: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
+    """Seconds and tokens of each two consecutive steps after warm-up.
+
+    At staleness 1 two batches are under way, and where they end together a long step is followed by a short one: the median step
+    would be anything between the two.
+    """
+    return [(one["seconds"] + other["seconds"], one["tokens"] + other["tokens"]) for one, other in pairwise(after_warm_up(steps))]
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -410,7 +422,8 @@ def machine() -> dict[str, Any]:
 
 
 def table(results: Path) -> str:
-    """Markdown: a line for each pair, precision and side: medians (quartiles) over rounds and steps, ratios to TRL in that precision."""
+    """Markdown: a line for each pair, precision and side: medians (quartiles) over rounds and each two steps, ratios to TRL in that
+    precision."""
     kept: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     starts = {path.name.removesuffix("-start.json"): json.loads(path.read_text()) for path in results.glob("*-start.json")}
     for path in sorted(set(results.glob("*.json")) - set(results.glob("*-start.json"))):
@@ -422,9 +435,8 @@ def table(results: Path) -> str:
     )
     lines = [header]
     for (pair, dtype, side), rounds in kept.items():
-        steps = [step for result in rounds for step in result["steps"] if step["step"] > WARMUP_STEPS]
-        rate = quartiles([step["tokens"] / step["seconds"] for step in steps])
-        seconds = quartiles([step["seconds"] for step in steps])
+        rate = quartiles(_rates(rounds))
+        seconds = quartiles([seconds / 2 for result in rounds for seconds, _ in by_twos(result["steps"])])
         theirs = kept.get((pair, dtype, "trl"))
         ratio = "" if side == "trl" or not theirs else f"{rate[1] / quartiles(_rates(theirs))[1]:.1f}"
         kls = "; ".join(
@@ -457,7 +469,7 @@ def _last_kl(result: dict[str, Any]) -> float:
 
 
 def _rates(rounds: list[dict[str, Any]]) -> list[float]:
-    return [step["tokens"] / step["seconds"] for result in rounds for step in result["steps"] if step["step"] > WARMUP_STEPS]
+    return [tokens / seconds for result in rounds for seconds, tokens in by_twos(result["steps"])]
 
 
 def main() -> None:

@@ -24,8 +24,15 @@ def test_warm_up_is_left_out_of_the_medians():
     assert summary["measured_steps"] == 3
     assert summary["step_s"][1] == 2.0
     assert summary["tokens_per_s"][1] == 50.0
-    with pytest.raises(ValueError, match="run at least 4"):
+    with pytest.raises(ValueError, match="run at least 5"):
         bench.summarise(steps(2.0)[:2])
+
+
+def test_a_long_step_and_the_short_one_after_it_count_as_two_of_their_mean():
+    uneven = [{"step": n, "seconds": 1.0 if n % 2 else 3.0, "tokens": 100, "truncation": 0.0} for n in range(1, 10)]
+    summary = bench.summarise(uneven)
+    assert summary["step_s"] == [2.0, 2.0, 2.0]
+    assert summary["tokens_per_s"] == [50.0, 50.0, 50.0]
 
 
 def test_a_whole_step_of_ours_lasts_until_the_next_record():
