@@ -200,12 +200,12 @@ def as_float32(hidden_TH: np.ndarray) -> np.ndarray:
 
 
 def _blank_teacher(rows: list[_Row]) -> dict[str, np.ndarray]:
-    """What a token has where no teacher spoke, by field: a support without columns, hidden states of zeros."""
+    """One token's fields where no teacher spoke: a support without columns, hidden states of zeros."""
     fields = rows[0].fields if rows else {}
-    blank = {name: fields[name][:1, :0] for name in ("support_ids_NK", "support_logp_NK") if name in fields}
-    return blank | {
-        name: np.zeros_like(fields[name], shape=(1, fields[name].shape[1])) for name in ("teacher_hidden_NH",) if name in fields
-    }
+    blank = {name: np.zeros((1, 0), fields[name].dtype) for name in ("support_ids_NK", "support_logp_NK") if name in fields}
+    if "teacher_hidden_NH" in fields:
+        blank["teacher_hidden_NH"] = np.zeros((1, fields["teacher_hidden_NH"].shape[1]), np.float32)
+    return blank
 
 
 def _golden_row(prompt: Prompt, weight: float, blank: dict[str, np.ndarray]) -> _Row:
