@@ -202,10 +202,11 @@ def as_float32(hidden_TH: np.ndarray) -> np.ndarray:
 def _blank_teacher(rows: list[_Row]) -> dict[str, np.ndarray]:
     """One token's fields where no teacher spoke: a support without columns, hidden states of zeros."""
     fields = rows[0].fields if rows else {}
-    blank = {name: np.zeros((1, 0), fields[name].dtype) for name in ("support_ids_NK", "support_logp_NK") if name in fields}
-    if "teacher_hidden_NH" in fields:
-        blank["teacher_hidden_NH"] = np.zeros((1, fields["teacher_hidden_NH"].shape[1]), np.float32)
-    return blank
+    return {
+        name: np.zeros((1, 0 if name.startswith("support") else field.shape[1]), field.dtype)
+        for name, field in fields.items()
+        if name in ("support_ids_NK", "support_logp_NK", "teacher_hidden_NH")
+    }
 
 
 def _golden_row(prompt: Prompt, weight: float, blank: dict[str, np.ndarray]) -> _Row:
