@@ -36,18 +36,57 @@ def test_engine_and_learner_agree_after_each_of_twenty_steps(tmp_path: Path, arc
     assert moved > 100 * TOLERANCE_NATS, "the weights hardly changed: the comparison would prove nothing"
 
 
-async def _learn_and_sync(folder: str) -> tuple[list[float], float]:
-    """The gap after each sync, and how far the probe's log-probs moved from the first to the last."""
-    job = Job.model_validate(
+def test_after_an_update_no_prefix_of_older_weights_is_read_and_what_no_step_changes_is_still_there(tmp_path: Path) -> None:
+    folder = build_tiny(tmp_path / "student", "llama", seed=0)
+    told, expected, before = asyncio.run(_sample_learn_sample(str(folder)))
+    np.testing.assert_allclose(told, expected, atol=TOLERANCE_NATS)
+    assert np.abs(told - before).max() > 100 * TOLERANCE_NATS, "the weights hardly changed: the comparison would prove nothing"
+
+
+async def _sample_learn_sample(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A response's log-probs: as sampled after an update, as the learner gives them, as it gave them before. The prompt fills cache
+    blocks, which the same prompt left there before the update; embeddings are frozen."""
+    job = make_job(folder, {"samples_per_prompt": 2, "prompts_per_step": 1}, {"freeze_embeddings": True})
+    prompt = Prompt(0, tuple(int(i) for i in np.random.default_rng(1).integers(4, 80, 200)))
+    fleet = Fleet(job, Models(folder, (folder,), (1,), 256), PROBE)
+    await fleet.start()
+
+    async def sample() -> list[Trajectory]:
+        groups = fleet.rollout([(prompt, 0), (prompt, 1)], LengthLimits(32), 1, job.rollout)
+        return [trajectory async for group in groups for trajectory in group]
+
+    try:
+        await fleet.sync_weights()
+        await sample()
+        learner = fleet._learner
+        for version in range(1, 6):
+            await fleet.learn(_random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
+            assert (await fleet.sync_weights()).gap_nats < TOLERANCE_NATS
+        (trajectory, _) = await sample()
+        ids, length = [*prompt.token_ids, *trajectory.token_ids], len(trajectory.token_ids)
+        expected = (await learner.probe(ids, "float32"))[-length:]
+        await fleet.restart_learner()
+        return trajectory.logprobs_T, expected, (await fleet._learner.probe(ids, "float32"))[-length:]
+    finally:
+        fleet.end_actors()
+
+
+def make_job(folder: str, rollout: dict[str, Any], learner: dict[str, Any]) -> Job:
+    return Job.model_validate(
         {
             "name": "sync",
             "student": {"model": folder},
             "teacher": {"model": folder},
             "data": {"prompts": {"path": "none.jsonl"}},
-            "rollout": {"max_num_seqs": 8, "max_new_tokens": 32},
-            "learner": {"learning_rate": 3e-3},
+            "rollout": {"max_num_seqs": 8, "max_new_tokens": 32} | rollout,
+            "learner": {"learning_rate": 3e-3} | learner,
         }
     )
+
+
+async def _learn_and_sync(folder: str) -> tuple[list[float], float]:
+    """The gap after each sync, and how far the probe's log-probs moved from the first to the last."""
+    job = make_job(folder, {}, {})
     fleet = Fleet(job, Models(folder, (folder,), (1,), 256), PROBE)
     await fleet.start()
     try:
