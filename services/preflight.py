@@ -33,6 +33,8 @@ Status = Literal["pass", "warn", "fail"]
 
 ADAM_BYTES_PER_PARAMETER = 12
 """A checkpoint's float32 master weight and two moments."""
+COMPILERS = (os.environ.get("CXX") or "g++", "gcc", "clang")
+"""What torch.compile calls, on CPUs the first."""
 PROMETHEUS_TIMEOUT_S = 3.0
 
 
@@ -214,6 +216,9 @@ def _check_objective(job: Job) -> Iterator[Check]:
     if support == "full" and (len(job.teacher) > 1 or job.teacher[0].backend != "torch"):
         detail = "objective.support: full needs one teacher, with back end torch: its hidden states go to the learner, which has its head"
         yield Check("teacher support", "fail", detail, "name a single such teacher, or set it to sampled, student or teacher", exit_code=2)
+    if job.learner.compile and not any(map(shutil.which, COMPILERS)):
+        detail = f"learner.compile: true, and none of {', '.join(COMPILERS)} is on this machine"
+        yield Check("compiler", "warn", detail, "install one where the learner runs (apt-get install g++), or set it to false")
     for teacher in job.teacher:
         if teacher.backend == "http" and not teacher.url:
             detail = f"teacher {teacher.name}: backend http needs a url"

@@ -124,6 +124,16 @@ def test_mistakes_in_the_job_s_own_files_have_a_code_of_their_own(job, tmp_path,
     assert exit_code(checks) == 2
 
 
+def test_compiled_layers_without_a_compiler_are_warned_of(job, tmp_path, monkeypatch):
+    asked = job(learner={"compile": True})
+    monkeypatch.setattr("services.preflight.shutil.which", lambda name: f"/bin/{name}")
+    assert "compiler" not in {c.name for c in check(asked, tmp_path)}
+    monkeypatch.setattr("services.preflight.shutil.which", lambda name: None)
+    warning = found(check(asked, tmp_path), "compiler")
+    assert warning.status == "warn"
+    assert "learner.compile: true, and none of" in warning.detail
+
+
 def test_an_eval_file_is_checked_with_its_verifier(job, tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text('{"prompt": "1+1?", "answer": "(2"}\n')
