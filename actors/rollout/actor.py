@@ -280,7 +280,7 @@ class RayEngine:
                 group = rows_of(table)
                 num_open -= len(group)
                 yield group
-        except BaseException:
+        except BaseException:  # also a cancellation: nobody waits any more, the engine must not sample on
             self.actor.drop.remote(ticket)
             raise
 

@@ -1,7 +1,7 @@
 """One vLLM engine that samples the student: generate, receive weights, score a probe.
 
 Weight updates keep requests in flight: their later tokens come from the newer weights over the keys and values that the older ones
-left (computing these anew took as long as a quarter of all sampling; PipelineRL, arXiv 2509.19128, found no harm in keeping them).
+left, as in PipelineRL (arXiv 2509.19128): computing these anew would be a pass over every prompt and response under way.
 Each token's log-prob is that of the distribution it was drawn from. The version at a request's first token is on its trajectory.
 """
 
@@ -83,6 +83,8 @@ class Engine:
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._request_ids = itertools.count()
         self.weight_version = -1
+        self._num_updates = 0
+        """Unlike the version it never comes again: a learner that went back to a checkpoint takes its steps anew, to other weights."""
         self.context_tokens: int = self._llm.model_config.max_model_len
 
     async def generate(self, prompt_token_ids: list[int], params: SamplingParams) -> Completion:
@@ -122,7 +124,7 @@ class Engine:
     async def _add(self, prompt_token_ids: list[int], params: SamplingParams) -> Coroutine[None, None, RequestOutput]:
         request_id = str(next(self._request_ids))
         # The salt keeps a request from a prefix that other weights have left in the cache.
-        prompt = {"prompt_token_ids": prompt_token_ids, "cache_salt": str(self.weight_version)}
+        prompt = {"prompt_token_ids": prompt_token_ids, "cache_salt": str(self._num_updates)}
         collector = await self._llm.add_request(request_id, prompt, params)
 
         async def last_output() -> RequestOutput:
@@ -147,7 +149,7 @@ class Engine:
         """A whole update out of a safetensors file ("file" back end)."""
         await self._pause("keep")
         await self._llm.collective_rpc("load_file", args=(path,))
-        self.weight_version = weight_version
+        self._updated(weight_version)
         await self._llm.resume_generation()
 
     async def start_update(self) -> None:
@@ -162,8 +164,12 @@ class Engine:
     async def finish_update(self, weight_version: int) -> None:
         """Put the new weights into force and let the requests go on."""
         await self._llm.finish_weight_update()
-        self.weight_version = weight_version
+        self._updated(weight_version)
         await self._llm.resume_generation()
+
+    def _updated(self, weight_version: int) -> None:
+        self.weight_version = weight_version
+        self._num_updates += 1
 
     def shutdown(self) -> None:
         """End the engine's processes."""
