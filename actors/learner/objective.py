@@ -153,9 +153,11 @@ def chunked_objective(
             reference_CV = reference.head(reference.hidden_NH[index]) if reference and reference_kl_weight > 0 else None
         chunk = fields.select(index)
         losses = token_losses(student.head(hidden_CH), chunk, settings, stop_ids_E, teacher_CV, reference_CV)
-        total = (chunk.weight_N * (losses.loss_N + reference_kl_weight * losses.reference_kl_N)).sum()
-        # On a golden token -log p of the action is the cross-entropy with the stop as one event.
-        total = total - (chunk.golden_weight_N * losses.action_logp_N).sum()
+        loss_N = losses.loss_N + reference_kl_weight * losses.reference_kl_N if reference_CV is not None else losses.loss_N
+        total = (chunk.weight_N * loss_N).sum()
+        if chunk.golden_weight_N.any():
+            # On a golden token -log p of the action is the cross-entropy with the stop as one event.
+            total = total - (chunk.golden_weight_N * losses.action_logp_N).sum()
         return total, losses.detach()
 
     parts: list[TokenLosses] = []
@@ -210,18 +212,21 @@ def token_losses(
     Vocabularies of different padded sizes are compared on their common prefix; ids outside the student's are ignored.
     """
     logp_CV = _log_softmax(student_logits_CV)
+    p_CV = logp_CV.detach().exp()
     stop_ids_E = stop_ids_E[stop_ids_E < logp_CV.shape[-1]]
     assert stop_ids_E.numel() > 0, "no stop id inside the student's vocabulary"
-    logp_C = _gather(logp_CV, fields.sampled_ids_N)
-    stop_logp_C = logp_CV[:, stop_ids_E].logsumexp(-1)
+    # Picked at once: the gradient of each gather is a tensor as large as the logits.
+    picked_ids_CX = torch.cat([fields.sampled_ids_N[:, None], stop_ids_E.expand(len(fields), -1)], -1)
+    picked_CX = _gather(logp_CV, picked_ids_CX)
+    logp_C, stop_logp_C = picked_CX[:, 0], picked_CX[:, 1:].logsumexp(-1)
 
     if settings.support == "full":
         assert teacher_logits_CV is not None
         num_ids = min(student_logits_CV.shape[-1], teacher_logits_CV.shape[-1])
         with torch.no_grad():
-            teacher_CX = _log_softmax(teacher_logits_CV[:, :num_ids]).clamp(min=LOWEST_LOGP)
-            teacher_logp_C = _gather(teacher_CX, fields.sampled_ids_N)
-            teacher_stop_logp_C = teacher_CX[:, stop_ids_E[stop_ids_E < num_ids]].logsumexp(-1).clamp(min=LOWEST_LOGP)
+            teacher_CX = _log_softmax(teacher_logits_CV[:, :num_ids]).clamp_(min=LOWEST_LOGP)
+            picked_CX = _gather(teacher_CX, picked_ids_CX)
+            teacher_logp_C, teacher_stop_logp_C = picked_CX[:, 0], picked_CX[:, 1:].logsumexp(-1)
     else:
         teacher_logp_C = fields.teacher_logp_N.to(logp_CV.dtype).clamp(min=LOWEST_LOGP)
         teacher_stop_logp_C = fields.teacher_stop_logp_N.to(logp_CV.dtype).clamp(min=LOWEST_LOGP)
@@ -240,7 +245,8 @@ def token_losses(
     else:
         if settings.support == "full":
             student_CX = logp_CV[:, :num_ids]
-            ids_CX, valid_CX = torch.arange(num_ids, device=logp_CV.device)[None], torch.ones_like(student_CX[:1], dtype=torch.bool)
+            ids_CX = torch.arange(num_ids, device=logp_CV.device)[None]
+            valid_CX = torch.ones_like(ids_CX, dtype=torch.bool)
         else:
             ids_CX, student_CX, teacher_CX, valid_CX = _support(logp_CV, teacher_logp_C, fields)
         stop_CX = torch.isin(ids_CX, stop_ids_E)
@@ -255,16 +261,19 @@ def token_losses(
         if not whole or not valid_CX.all():  # else both are distributions as they are
             tail = settings.tail_bucket and settings.support != "full"
             student_CX, teacher_CX = _normalise(student_CX, valid_CX, tail), _normalise(teacher_CX, valid_CX, tail)
-        loss_C, clipped_C = _divergence(student_CX, teacher_CX, settings), torch.zeros_like(gap_C)
+            p_CX = student_CX.detach().exp()
+        else:
+            p_CX = p_CV
+        loss_C, clipped_C = _divergence(student_CX, p_CX, teacher_CX, settings), torch.zeros_like(gap_C)
 
     return TokenLosses(
         loss_N=loss_C,
-        reference_kl_N=_reference_kl(logp_CV, logp_C, reference_logits_CV, fields, settings),
+        reference_kl_N=_reference_kl(logp_CV, p_CV, logp_C, reference_logits_CV, fields, settings),
         action_logp_N=action_logp_C,
         logp_N=logp_C,
         kl_N=-gap_C,
         clipped_N=clipped_C,
-        entropy_N=_entropy(logp_CV),
+        entropy_N=-p_CV.mul_(logp_CV.detach()).sum(-1),  # p is not needed any more
         student_stop_logp_N=stop_logp_C,
         teacher_logp_N=teacher_logp_C,
         teacher_stop_logp_N=teacher_stop_logp_C,
@@ -275,15 +284,10 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _gather(logp_CV: Tensor, ids_C: Tensor) -> Tensor:
-    """Log-prob of one id per row; an id outside the vocabulary has none."""
-    inside_C = ids_C < logp_CV.shape[-1]
-    return logp_CV.gather(-1, torch.where(inside_C, ids_C, 0)[:, None]).squeeze(-1).masked_fill(~inside_C, LOWEST_LOGP)
-
-
-@torch.no_grad()
-def _entropy(logp_CV: Tensor) -> Tensor:
-    return -(logp_CV.exp() * logp_CV).sum(-1)
+def _gather(logp_CV: Tensor, ids_CX: Tensor) -> Tensor:
+    """Log-probs of some ids per row; an id outside the vocabulary has none."""
+    inside_CX = ids_CX < logp_CV.shape[-1]
+    return logp_CV.gather(-1, torch.where(inside_CX, ids_CX, 0)).masked_fill(~inside_CX, LOWEST_LOGP)
 
 
 def _importance_weight(logp_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings") -> Tensor:
@@ -342,31 +346,43 @@ def _normalise(logp_CX: Tensor, valid_CX: Tensor, tail: bool) -> Tensor:
     return logp_CX.log_softmax(-1)
 
 
-def _divergence(student_CX: Tensor, teacher_CX: Tensor, settings: "ObjectiveSettings") -> Tensor:
-    """A divergence between two normalised rows of log-probs, with its exact gradient.
+def _divergence(student_CX: Tensor, p_CX: Tensor, teacher_CX: Tensor, settings: "ObjectiveSettings") -> Tensor:
+    """A divergence between two normalised rows of log-probs, with its exact gradient; `p_CX`: the student's probabilities.
 
     The gradient is built by hand as sum of g_X d(log p_X). As sum of p_X d(log p_X) is 0, any multiple of p may be taken
     from g; the one taken here makes g exactly 0 where the rows are equal, so equal models get no gradient, not even noise.
     """
-    value_C, slope_CX = _value_and_slope(student_CX.detach(), teacher_CX, settings)
-    surrogate_C = (slope_CX * student_CX).sum(-1)
-    return value_C + (surrogate_C - surrogate_C.detach())
+    return _WithSlope.apply(student_CX, *_value_and_slope(student_CX.detach(), p_CX, teacher_CX, settings))
 
 
-def _value_and_slope(logp_CX: Tensor, logq_CX: Tensor, settings: "ObjectiveSettings") -> tuple[Tensor, Tensor]:
+class _WithSlope(torch.autograd.Function):
+    """value [C] as a function of logp [C, X] whose gradient is slope [C, X]."""
+
+    @staticmethod
+    def forward(ctx: Any, logp_CX: Tensor, value_C: Tensor, slope_CX: Tensor) -> Tensor:
+        ctx.save_for_backward(slope_CX)
+        return value_C.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_C: Tensor) -> tuple[Tensor, None, None]:
+        (slope_CX,) = ctx.saved_tensors
+        return slope_CX * upstream_C[:, None], None, None
+
+
+def _value_and_slope(logp_CX: Tensor, p: Tensor, logq_CX: Tensor, settings: "ObjectiveSettings") -> tuple[Tensor, Tensor]:
     """p student, q teacher: the divergence [C] and g [C, X], its derivative by log p up to a multiple of p.
 
     Sources: forward/reverse mixture and generalised JSD, GKD (arXiv 2306.13649); skew KL, DistiLLM (arXiv 2402.03898).
     """
-    p, gap = logp_CX.exp(), logq_CX - logp_CX
 
     def reverse() -> tuple[Tensor, Tensor]:
-        slope = p * -gap
+        slope = (logp_CX - logq_CX).mul_(p)
         return slope.sum(-1), slope
 
     def forward() -> tuple[Tensor, Tensor]:
         q = logq_CX.exp()
-        return (q * gap).sum(-1), p - q
+        return (logq_CX - logp_CX).mul_(q).sum(-1), p - q
 
     match settings.loss:
         case "reverse_kl":
@@ -378,11 +394,11 @@ def _value_and_slope(logp_CX: Tensor, logq_CX: Tensor, settings: "ObjectiveSetti
             return share * r + (1 - share) * f, share * r_slope + (1 - share) * f_slope
         case "jsd":
             beta, q = settings.jsd_beta, logq_CX.exp()
-            to_p, to_q = _log_mixture(gap, beta)
+            to_p, to_q = _log_mixture(logq_CX - logp_CX, beta)
             return -(beta * q * to_q + (1 - beta) * p * to_p).sum(-1), -(1 - beta) * p * to_p
         case "skew_kl":
             alpha, q = settings.skew_alpha, logq_CX.exp()
-            _, to_q = _log_mixture(gap, alpha)
+            _, to_q = _log_mixture(logq_CX - logp_CX, alpha)
             return -(q * to_q).sum(-1), -(1 - alpha) * p * torch.expm1(-to_q)
 
 
@@ -394,7 +410,7 @@ def _log_mixture(gap: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def _reference_kl(
-    logp_CV: Tensor, logp_C: Tensor, reference_logits_CV: Tensor | None, fields: TokenFields, settings: "ObjectiveSettings"
+    logp_CV: Tensor, p_CV: Tensor, logp_C: Tensor, reference_logits_CV: Tensor | None, fields: TokenFields, settings: "ObjectiveSettings"
 ) -> Tensor:
     """KL(student || reference) on raw ids, so the student keeps its own split of the stop mass.
 
@@ -407,10 +423,9 @@ def _reference_kl(
     with torch.no_grad():
         reference_CV = _log_softmax(reference_logits_CV)
     if settings.reference_kl == "exact":
-        slope_CV = (logp_CV.exp() * (logp_CV - reference_CV)).detach()
-        surrogate_C = (slope_CV * logp_CV).sum(-1)
-        return slope_CV.sum(-1) + (surrogate_C - surrogate_C.detach())
-    r_C = _gather(reference_CV, fields.sampled_ids_N) - logp_C
+        slope_CV = (logp_CV.detach() - reference_CV).mul_(p_CV)
+        return _WithSlope.apply(logp_CV, slope_CV.sum(-1), slope_CV)
+    r_C = _gather(reference_CV, fields.sampled_ids_N[:, None]).squeeze(-1) - logp_C
     k2_C = r_C.square() / 2
     k3_C = (torch.expm1(r_C) - r_C).detach()
     return _importance_weight(logp_C, fields, settings) * (k3_C + (k2_C - k2_C.detach()))

@@ -112,6 +112,8 @@ def our_overrides(work: Workload) -> list[str]:
         f"rollout.dtype={work.dtype}",
         f"learner.dtype={work.dtype}",
         f"teacher.dtype={work.dtype}",
+        # In bfloat16 larger products pay, in float32 what fits the cache does.
+        *(["learner.micro_batch_tokens=1024"] if work.dtype == "bfloat16" else []),
         f"rollout.prompts_per_step={work.rollouts_per_step}",
         f"rollout.max_new_tokens={work.max_new_tokens}",
         "rollout.samples_per_prompt=1",
