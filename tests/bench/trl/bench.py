@@ -9,7 +9,8 @@ how busy the cores were with anything else. Afterwards each side's students are 
 teacher) over the whole vocabulary on answers the student itself samples to held-out prompts.
 
 Both take reverse KL over the whole vocabulary. What differs: TRL generates with transformers and decodes the whole batch to its
-longest answer; this service samples with vLLM, and samples step n + 1 while it learns step n (`max_staleness: 1`, its default).
+longest answer; this service samples with vLLM, and samples the next steps while it learns this one (`max_staleness`). Whether that
+costs anything in what is learnt is what the held-out measure is for.
 """
 
 import argparse
@@ -35,8 +36,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 RESULTS = HERE / "results"
 TRL_PYTHON = ROOT / ".venv-trl/bin/python"
-WARMUP_STEPS = 2
-"""Dropped from the medians: the first step compiles and allocates, and the second still waits for rollouts nobody hid."""
 SIDES = ("trl", "ours")
 HELDOUT_BATCH_TOKENS = 2048
 
@@ -61,6 +60,15 @@ class Workload:
     heldout_prompts: int
     heldout_answers: int
     """Of each prompt."""
+    max_staleness: int
+    """Ours. The least at which the learner (smollm2) or the engine (sums) is hardly ever without work."""
+
+    @property
+    def batches_under_way(self) -> int:
+        """Ours, at once. They may end together: a long step is followed by short ones, and only so many steps say how long one takes.
+        So many are also left out as warm-up: they begin together, with nothing to do beside them."""
+        return self.max_staleness + 1
+
     seed: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
@@ -78,13 +86,14 @@ WORKLOADS = {
         max_new_tokens=128,
         learning_rate=5e-5,
         freeze_embeddings=True,
-        steps=8,
-        save_steps=(8,),
+        steps=10,
+        save_steps=(10,),
         trl_micro_batch=16,
         threads=2,
         heldout="deploy/prompts/questions_eval.jsonl",
         heldout_prompts=64,
         heldout_answers=3,
+        max_staleness=2,
     ),
     "sums": Workload(
         pair="sums",
@@ -101,6 +110,7 @@ WORKLOADS = {
         heldout="deploy/sums/eval_3_9.jsonl",
         heldout_prompts=256,
         heldout_answers=1,
+        max_staleness=3,
     ),
 }
 
@@ -117,6 +127,8 @@ def our_overrides(work: Workload) -> list[str]:
         f"rollout.prompts_per_step={work.rollouts_per_step}",
         f"rollout.max_new_tokens={work.max_new_tokens}",
         "rollout.samples_per_prompt=1",
+        f"rollout.max_staleness={work.max_staleness}",
+        f"rollout.max_num_seqs={work.rollouts_per_step * work.batches_under_way}",
         f"learner.total_steps={work.steps}",
         f"learner.learning_rate={work.learning_rate}",
         "learner.warmup_steps=0",
@@ -325,32 +337,30 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
 # ---- results
 
 
-def summarise(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians and quartiles over each two steps after warm-up."""
-    measured = after_warm_up(steps)
-    if len(measured) < 3:
-        raise ValueError(f"{len(steps)} steps leave {len(measured)} after {WARMUP_STEPS} of warm-up; run at least {WARMUP_STEPS + 3}")
-    twos = by_twos(steps)
+def summarise(steps: list[dict[str, Any]], work: Workload) -> dict[str, Any]:
+    """Medians and quartiles over each few steps after warm-up."""
+    measured, few = after_warm_up(steps, work), work.batches_under_way
+    if len(measured) < few + 1:
+        raise ValueError(f"{len(steps)} steps leave {len(measured)} after {few} of warm-up; run at least {2 * few + 1}")
+    spans = by_few(steps, work)
     return {
         "measured_steps": len(measured),
-        "step_s": quartiles([seconds / 2 for seconds, _ in twos]),
-        "tokens_per_s": quartiles([tokens / seconds for seconds, tokens in twos]),
+        "step_s": quartiles([seconds / few for seconds, _ in spans]),
+        "tokens_per_s": quartiles([tokens / seconds for seconds, tokens in spans]),
         "tokens_per_step": statistics.mean(step["tokens"] for step in measured),
         "overall_tokens_per_s": sum(step["tokens"] for step in measured) / sum(step["seconds"] for step in measured),
     }
 
 
-def after_warm_up(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [step for step in steps if step["step"] > WARMUP_STEPS]
+def after_warm_up(steps: Sequence[dict[str, Any]], work: Workload) -> list[dict[str, Any]]:
+    return [step for step in steps if step["step"] > work.batches_under_way]
 
 
-def by_twos(steps: Sequence[dict[str, Any]]) -> list[tuple[float, int]]:
-    """Seconds and tokens of each two consecutive steps after warm-up.
-
-    At staleness 1 two batches are under way, and where they end together a long step is followed by a short one: the median step
-    would be anything between the two.
-    """
-    return [(one["seconds"] + other["seconds"], one["tokens"] + other["tokens"]) for one, other in pairwise(after_warm_up(steps))]
+def by_few(steps: Sequence[dict[str, Any]], work: Workload) -> list[tuple[float, int]]:
+    """Seconds and tokens of every `batches_under_way` consecutive steps after warm-up."""
+    measured, few = after_warm_up(steps, work), work.batches_under_way
+    spans = [measured[first : first + few] for first in range(len(measured) - few + 1)]
+    return [(sum(step["seconds"] for step in span), sum(step["tokens"] for step in span)) for span in spans]
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -405,7 +415,7 @@ def keep(
         start.write_text(json.dumps(measure(prepared.student, prepared), indent=1) + "\n")
     heldout = {step: measure(folder, prepared) for step, folder in result["students"].items()}
     kept = {name: value for name, value in result.items() if name != "students"}
-    kept |= {"heldout": heldout, "side": side, "workload": asdict(work), "machine": machine(), "summary": summarise(result["steps"])}
+    kept |= {"heldout": heldout, "side": side, "workload": asdict(work), "machine": machine(), "summary": summarise(result["steps"], work)}
     (results / f"{work.pair}-{work.dtype}-{side}-{number}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
@@ -424,7 +434,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(results: Path) -> str:
-    """Markdown: a line for each pair, precision and side: medians (quartiles) over rounds and each two steps, ratios to TRL in that
+    """Markdown: a line for each pair, precision and side: medians (quartiles) over rounds and each few steps, ratios to TRL in that
     precision."""
     kept: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     starts = {path.name.removesuffix("-start.json"): json.loads(path.read_text()) for path in results.glob("*-start.json")}
@@ -438,7 +448,8 @@ def table(results: Path) -> str:
     lines = [header]
     for (pair, dtype, side), rounds in kept.items():
         rate = quartiles(_rates(rounds))
-        seconds = quartiles([seconds / 2 for result in rounds for seconds, _ in by_twos(result["steps"])])
+        work = WORKLOADS[pair]
+        seconds = quartiles([seconds / work.batches_under_way for result in rounds for seconds, _ in by_few(result["steps"], work)])
         theirs = kept.get((pair, dtype, "trl"))
         ratio = "" if side == "trl" or not theirs else f"{rate[1] / quartiles(_rates(theirs))[1]:.1f}"
         kls = "; ".join(
@@ -471,7 +482,7 @@ def _last_kl(result: dict[str, Any]) -> float:
 
 
 def _rates(rounds: list[dict[str, Any]]) -> list[float]:
-    return [tokens / seconds for result in rounds for seconds, tokens in by_twos(result["steps"])]
+    return [tokens / seconds for result in rounds for seconds, tokens in by_few(result["steps"], WORKLOADS[result["workload"]["pair"]])]
 
 
 def main() -> None:

@@ -13,24 +13,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bench
 
 WORK = replace(bench.WORKLOADS["sums"], steps=4, save_steps=(4,))
+WARM_UP = WORK.batches_under_way
 
 
 def steps(seconds: float) -> list[dict[str, Any]]:
-    return [{"step": step, "seconds": seconds * (9 if step <= 2 else 1), "tokens": 100, "truncation": 0.0} for step in range(1, 6)]
+    return [{"step": step, "seconds": seconds * (9 if step <= WARM_UP else 1), "tokens": 100, "truncation": 0.0} for step in range(1, 11)]
 
 
 def test_warm_up_is_left_out_of_the_medians():
-    summary = bench.summarise(steps(2.0))
-    assert summary["measured_steps"] == 3
+    summary = bench.summarise(steps(2.0), WORK)
+    assert summary["measured_steps"] == 6
     assert summary["step_s"][1] == 2.0
     assert summary["tokens_per_s"][1] == 50.0
-    with pytest.raises(ValueError, match="run at least 5"):
-        bench.summarise(steps(2.0)[:2])
+    with pytest.raises(ValueError, match="run at least 9"):
+        bench.summarise(steps(2.0)[:6], WORK)
 
 
-def test_a_long_step_and_the_short_one_after_it_count_as_two_of_their_mean():
-    uneven = [{"step": n, "seconds": 1.0 if n % 2 else 3.0, "tokens": 100, "truncation": 0.0} for n in range(1, 10)]
-    summary = bench.summarise(uneven)
+def test_a_long_step_and_the_short_ones_after_it_count_as_so_many_of_their_mean():
+    uneven = [{"step": n, "seconds": 5.0 if n % WARM_UP == 0 else 1.0, "tokens": 100, "truncation": 0.0} for n in range(1, 14)]
+    summary = bench.summarise(uneven, WORK)
     assert summary["step_s"] == [2.0, 2.0, 2.0]
     assert summary["tokens_per_s"] == [50.0, 50.0, 50.0]
 
@@ -62,7 +63,7 @@ def test_both_sides_run_are_measured_and_stand_in_the_table(tmp_path, monkeypatc
     bench.run(WORK, bench.SIDES, 2, tmp_path, runners, measure)
     assert len(list(tmp_path.glob("sums-float32-*.json"))) == 4
     ours = next(line for line in bench.table(tmp_path).splitlines() if "| ours |" in line)
-    assert [cell.strip() for cell in ours.split("|")[4:8]] == ["2.00 (2.00-2.00)", "50 (50-50)", "2.0", "4.0"]
+    assert [cell.strip() for cell in ours.split("|")[4:8]] == ["2.00 (2.00-2.00)", "50 (50-50)", "2.0", "2.0"]
     assert "0.400 ± 0.010 (4)" in ours
     assert "7 (to 0.500)" in ours  # 0.5 lies at step 3.33 of 2 s each
     assert json.loads((tmp_path / "sums-start.json").read_text())["kl_nats"] == 1.0
