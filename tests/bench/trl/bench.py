@@ -61,13 +61,9 @@ class Workload:
     heldout_answers: int
     """Of each prompt."""
     max_staleness: int
-    """Ours. The least at which the learner (smollm2) or the engine (sums) is hardly ever without work."""
-
-    @property
-    def batches_under_way(self) -> int:
-        """Ours, at once. They may end together: a long step is followed by short ones, and only so many steps say how long one takes.
-        So many are also left out as warm-up: they begin together, with nothing to do beside them."""
-        return self.max_staleness + 1
+    """Ours. Enough that the learner (smollm2) or the engine (sums) is hardly ever without work."""
+    compiled_engine: bool = False
+    """Ours. A tiny model's pass is Python between operations, of which a compiled one has fewer."""
 
     seed: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -75,6 +71,12 @@ class Workload:
     student: str = ""
     teacher: str = ""
     prompts: str = ""
+
+    @property
+    def batches_under_way(self) -> int:
+        """Ours, at once. They may end together: a long step is followed by short ones, and only so many steps say how long one takes.
+        So many are also left out as warm-up: they begin together, with nothing to do beside them."""
+        return self.max_staleness + 1
 
 
 WORKLOADS = {
@@ -110,7 +112,8 @@ WORKLOADS = {
         heldout="deploy/sums/eval_3_9.jsonl",
         heldout_prompts=256,
         heldout_answers=1,
-        max_staleness=3,
+        max_staleness=5,
+        compiled_engine=True,
     ),
 }
 
@@ -129,6 +132,7 @@ def our_overrides(work: Workload) -> list[str]:
         "rollout.samples_per_prompt=1",
         f"rollout.max_staleness={work.max_staleness}",
         f"rollout.max_num_seqs={work.rollouts_per_step * work.batches_under_way}",
+        f"rollout.enforce_eager={json.dumps(not work.compiled_engine)}",
         f"learner.total_steps={work.steps}",
         f"learner.learning_rate={work.learning_rate}",
         "learner.warmup_steps=0",
@@ -448,7 +452,7 @@ def table(results: Path) -> str:
     lines = [header]
     for (pair, dtype, side), rounds in kept.items():
         rate = quartiles(_rates(rounds))
-        work = WORKLOADS[pair]
+        work = Workload(**rounds[0]["workload"])
         seconds = quartiles([seconds / work.batches_under_way for result in rounds for seconds, _ in by_few(result["steps"], work)])
         theirs = kept.get((pair, dtype, "trl"))
         ratio = "" if side == "trl" or not theirs else f"{rate[1] / quartiles(_rates(theirs))[1]:.1f}"
@@ -482,7 +486,7 @@ def _last_kl(result: dict[str, Any]) -> float:
 
 
 def _rates(rounds: list[dict[str, Any]]) -> list[float]:
-    return [tokens / seconds for result in rounds for seconds, tokens in by_few(result["steps"], WORKLOADS[result["workload"]["pair"]])]
+    return [tokens / seconds for result in rounds for seconds, tokens in by_few(result["steps"], Workload(**result["workload"]))]
 
 
 def main() -> None:

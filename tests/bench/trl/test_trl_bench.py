@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import bench
 
-WORK = replace(bench.WORKLOADS["sums"], steps=4, save_steps=(4,))
+WORK = replace(bench.WORKLOADS["sums"], steps=4, save_steps=(4,), max_staleness=3)
 WARM_UP = WORK.batches_under_way
 
 
