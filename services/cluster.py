@@ -22,7 +22,7 @@ NAMESPACE = "opd"
 ACTOR_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Huge pages for large tensors on CPUs: a learner step over a vocabulary of 49,000 spends a tenth of its time on page faults without.
+    # Huge pages for large tensors on CPUs: a loss over a vocabulary of 49,000 spends a fifth of its time on page faults without.
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 """What every actor starts with, unless the run's own environment says otherwise."""

@@ -40,7 +40,7 @@ LEFT = """## What is left, and why
 
 - The floor of a phase gives it every core. In a run each role has one thread, and all roles share the cores: with as many busy roles as
   cores no phase comes near its own floor, and what can be asked for is that the step as a whole comes near the sum of the floors.
-- Rollouts: every pass over the model (one token of each sequence) costs the engine some 2 ms of Python and sampling whatever the model's
+- Rollouts: every pass over the model (one token of each sequence) costs the engine 2 to 5 ms of Python and sampling whatever the model's
   size. A tiny model's rollouts are nothing else. A larger one reads all its weights in each pass: more sequences at once cost little.
 - Learning and scoring: a tiny model's matrices are too small for the matmul peak, and dispatching an operation costs more than computing
   it. A larger one's run near the peak of one thread when they are alone; beside the others they share caches and memory with them.
