@@ -105,7 +105,7 @@ class Learner:
         # A student of several ranks is loaded on the CPU: whole, it may not fit one rank's device.
         self._student = self._load(model, "float32", device="cpu" if settings.num_ranks > 1 else None)
         self._student.model.train()
-        if settings.dtype == "bfloat16" and self._student.device.type == "cpu":
+        if settings.dtype == "bfloat16" and not torch.cuda.is_available():
             # On CPUs torch's flash kernel takes three times as long backward in bfloat16 as products and a softmax do.
             self._student.model.set_attn_implementation("eager")
         if settings.gradient_checkpointing:
