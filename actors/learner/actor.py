@@ -38,6 +38,8 @@ COUNTERS = "learner.json"
 HEAD = "lm_head.weight"
 """What engines call the output head."""
 RANDOM = "random.safetensors"
+EAGER_ROW_TOKENS = 256
+"""Longest rows whose attention is done in plain products (see `Learner._choose_attention`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +107,7 @@ class Learner:
         # A student of several ranks is loaded on the CPU: whole, it may not fit one rank's device.
         self._student = self._load(model, "float32", device="cpu" if settings.num_ranks > 1 else None)
         self._student.model.train()
-        if settings.dtype == "bfloat16" and not torch.cuda.is_available():
-            # On CPUs torch's flash kernel takes three times as long backward in bfloat16 as products and a softmax do.
-            self._student.model.set_attn_implementation("eager")
+        self._attention = self._student.model.config._attn_implementation
         if settings.gradient_checkpointing:
             self._student.model.gradient_checkpointing_enable()
         if settings.freeze_embeddings:
@@ -224,6 +224,7 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         total, parts = 0.0, []
         for micro in micro_batches:
+            self._choose_attention(micro.student.input_ids_BL.shape[1])
             loss, losses = self._run(partial(self._loss, micro.student, micro.fields, limits))
             loss.backward()
             total += float(loss.detach())
@@ -231,6 +232,12 @@ class Learner:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm)))
         return summed(total, self._student.device), grad_norm, parts
+
+    def _choose_attention(self, row_tokens: int) -> None:
+        """On CPUs torch's flash kernel takes three times as long backward in bfloat16 as products and a softmax do. These keep a
+        probability for every pair of tokens, so longer rows have the flash kernel."""
+        if self._settings.dtype == "bfloat16" and not torch.cuda.is_available():
+            self._student.model.set_attn_implementation("eager" if row_tokens <= EAGER_ROW_TOKENS else self._attention)
 
     def _loss(self, inputs: ModelInputs, fields: TokenFields, limits: LengthLimits) -> tuple[torch.Tensor, TokenLosses]:
         reference = self._reference if limits.reference_kl_weight > 0 else None

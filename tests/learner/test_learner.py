@@ -78,13 +78,18 @@ def test_compiled_layers_take_the_same_steps(folders: tuple[Path, Path]) -> None
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_step_in_bfloat16_is_that_of_float32_within_its_rounding(tmp_path: Path, architecture: Architecture) -> None:
-    """Rows alone and rows that share padded batches, for the attention is another one there."""
+@pytest.mark.parametrize("eager_row_tokens", [0, 10, 256])
+def test_a_step_in_bfloat16_is_that_of_float32_within_its_rounding(
+    tmp_path: Path, architecture: Architecture, eager_row_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows alone and rows that share padded batches, with either attention and with both in one step."""
+    monkeypatch.setattr("actors.learner.actor.EAGER_ROW_TOKENS", eager_row_tokens)
     folders = build_tiny(tmp_path / "student", architecture, seed=1), build_tiny(tmp_path / "teacher", architecture, seed=2)
     rollouts, objective = batch(*folders), ObjectiveSettings(support="teacher", top_k=8)
     exact = learner(folders[0], objective).step(rollouts, [], LIMITS, 10.0)
     for micro_batch_tokens in (16, 8192):
-        rounded = learner(folders[0], objective, dtype="bfloat16", micro_batch_tokens=micro_batch_tokens).step(rollouts, [], LIMITS, 10.0)
+        actor = learner(folders[0], objective, dtype="bfloat16", micro_batch_tokens=micro_batch_tokens)
+        rounded = actor.step(rollouts, [], LIMITS, 10.0)
         assert rounded.loss == pytest.approx(exact.loss, rel=0.03)
         assert rounded.grad_norm == pytest.approx(exact.grad_norm, rel=0.03)
 
