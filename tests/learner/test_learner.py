@@ -78,7 +78,7 @@ def test_compiled_layers_take_the_same_steps(folders: tuple[Path, Path]) -> None
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("eager_row_tokens", [0, 10, 256])
+@pytest.mark.parametrize("eager_row_tokens", [10, 256])
 def test_a_step_in_bfloat16_is_that_of_float32_within_its_rounding(
     tmp_path: Path, architecture: Architecture, eager_row_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
