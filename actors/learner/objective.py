@@ -153,8 +153,7 @@ def chunked_objective(
             reference_CV = reference.head(reference.hidden_NH[index]) if reference and reference_kl_weight > 0 else None
         chunk = fields.select(index)
         losses = token_losses(student.head(hidden_CH), chunk, settings, stop_ids_E, teacher_CV, reference_CV)
-        loss_N = losses.loss_N + reference_kl_weight * losses.reference_kl_N if reference_CV is not None else losses.loss_N
-        total = (chunk.weight_N * loss_N).sum()
+        total = (chunk.weight_N * (losses.loss_N + reference_kl_weight * losses.reference_kl_N)).sum()
         if chunk.golden_weight_N.any():
             # On a golden token -log p of the action is the cross-entropy with the stop as one event.
             total = total - (chunk.golden_weight_N * losses.action_logp_N).sum()
@@ -266,14 +265,16 @@ def token_losses(
             p_CX = p_CV
         loss_C, clipped_C = _divergence(student_CX, p_CX, teacher_CX, settings), torch.zeros_like(gap_C)
 
+    reference_kl_C = _reference_kl(logp_CV, p_CV, logp_C, reference_logits_CV, fields, settings)
+    entropy_C = -p_CV.mul_(logp_CV.detach()).sum(-1)  # in place, and so the last to use p
     return TokenLosses(
         loss_N=loss_C,
-        reference_kl_N=_reference_kl(logp_CV, p_CV, logp_C, reference_logits_CV, fields, settings),
+        reference_kl_N=reference_kl_C,
         action_logp_N=action_logp_C,
         logp_N=logp_C,
         kl_N=-gap_C,
         clipped_N=clipped_C,
-        entropy_N=-p_CV.mul_(logp_CV.detach()).sum(-1),  # p is not needed any more
+        entropy_N=entropy_C,
         student_stop_logp_N=stop_logp_C,
         teacher_logp_N=teacher_logp_C,
         teacher_stop_logp_N=teacher_stop_logp_C,
