@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bench
+import watch
 
 WORK = replace(bench.WORKLOADS["sums"], steps=4, save_steps=(4,), max_staleness=3)
 WARM_UP = WORK.batches_under_way
@@ -50,7 +51,7 @@ def test_time_to_a_kl_is_between_the_steps_it_was_measured_at():
 
 def test_both_sides_run_are_measured_and_stand_in_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "prepare", lambda work, scratch: replace(work, student="start"))
-    usage = asdict(bench.Usage(peak_pss_gib=1.5, cpu_s=20.0, wall_s=9.0, others_cores=0.01))
+    usage = asdict(watch.Usage(peak_pss_gib=1.5, cpu_s=20.0, wall_s=9.0, others_cores=0.01))
     runners = {
         side: lambda work, scratch, side=side, seconds=seconds: {"steps": steps(seconds), "students": {4: side}, "usage": usage}
         for side, seconds in (("trl", 4.0), ("ours", 2.0))
@@ -70,11 +71,11 @@ def test_both_sides_run_are_measured_and_stand_in_the_table(tmp_path, monkeypatc
 
 
 def test_a_process_tree_is_watched_with_its_memory_and_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.Watch, "PERIOD_S", 0.05)
+    monkeypatch.setattr(watch.Watch, "PERIOD_S", 0.05)
     child = "x = bytearray(64 << 20); t = __import__('time')\nwhile t.process_time() < 0.6: pass"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     started = time.monotonic()
-    usage = bench.watched([sys.executable, "-c", code], {}, tmp_path / "log")
+    usage = watch.watched([sys.executable, "-c", code], {}, tmp_path / "log")
     assert usage.wall_s == pytest.approx(time.monotonic() - started, abs=0.2)
     assert 0.3 < usage.cpu_s < 2 * usage.wall_s
     assert 0.06 < usage.peak_pss_gib < 0.5
@@ -82,4 +83,4 @@ def test_a_process_tree_is_watched_with_its_memory_and_time(tmp_path, monkeypatc
 
 def test_a_side_that_fails_ends_the_bench_with_its_log(tmp_path):
     with pytest.raises(SystemExit, match="no such luck"):
-        bench.watched([sys.executable, "-c", "raise SystemExit('no such luck')"], {}, tmp_path / "log")
+        watch.watched([sys.executable, "-c", "raise SystemExit('no such luck')"], {}, tmp_path / "log")
