@@ -26,7 +26,7 @@ class LiveRun:
 
     def __init__(self, out: Path, *sets: str, resume: bool = False, job: Path = JOB) -> None:
         self.out = out
-        command = [sys.executable, "-m", "services.cli", "run", str(job), "--out", str(out)]
+        command = [sys.executable, "-m", "opd_governor", "run", str(job), "--out", str(out)]
         command += [part for override in sets for part in ("--set", override)] + (["--resume"] if resume else [])
         self.log = out.parent / f"{out.name}.log"
         with self.log.open("w") as log:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from actors.deadlines import FIRST_S, HungError, Pace, within
+from opd_governor.actors.deadlines import FIRST_S, HungError, Pace, within
 
 
 def test_a_deadline_grows_with_the_work_and_never_falls_below_the_floor() -> None:

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.packing import like_lengths
+from opd_governor.actors.packing import like_lengths
 
 lengths_of = st.lists(st.integers(min_value=1, max_value=300), max_size=40)
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from actors.governor.law import decide, start
-from actors.governor.policy import Policy
-from actors.governor.signals import Signals, Snapshot, compute, read_reference
-from actors.governor.sources import MetricsSource, SourceDownError
-from actors.governor.state import Decision, State
-from actors.trajectory import LengthLimits
+from opd_governor.actors.governor.law import decide, start
+from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.governor.signals import Signals, Snapshot, compute, read_reference
+from opd_governor.actors.governor.sources import MetricsSource, SourceDownError
+from opd_governor.actors.governor.state import Decision, State
+from opd_governor.actors.trajectory import LengthLimits
 
 CLOCK_TOLERANCE_S = 5.0
 """A scrape further than this in the future means that a clock jumped."""

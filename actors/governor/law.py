@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from actors.governor.limits import LIMIT_NAMES, propose, settle
-from actors.governor.policy import Policy
-from actors.governor.signals import Signals
-from actors.governor.state import Action, Command, Decision, Reading, State
-from actors.trajectory import LengthLimits
+from opd_governor.actors.governor.limits import LIMIT_NAMES, propose, settle
+from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.governor.signals import Signals
+from opd_governor.actors.governor.state import Action, Command, Decision, Reading, State
+from opd_governor.actors.trajectory import LengthLimits
 
 KL_FLOOR_NATS = 0.03
 """Running levels of KL below this don't count: ratios to next to nothing are noise."""

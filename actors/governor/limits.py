@@ -3,9 +3,9 @@
 import math
 from dataclasses import replace
 
-from actors.governor.policy import Policy
-from actors.governor.state import State
-from actors.trajectory import LengthLimits
+from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.governor.state import State
+from opd_governor.actors.trajectory import LengthLimits
 
 LIMIT_NAMES = {
     "cap_tokens": "cap",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from actors.settings import Settings
+from opd_governor.actors.settings import Settings
 
 Actuator = Literal[
     "golden_weight",

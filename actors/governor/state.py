@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from actors.governor.signals import Reference, Signals
-from actors.trajectory import LengthLimits
+from opd_governor.actors.governor.signals import Reference, Signals
+from opd_governor.actors.trajectory import LengthLimits
 
 Action = Literal["hold", "tighten", "release", "fallback", "rollback", "stop"]
 Command = Literal["rollback", "stop"]

@@ -23,16 +23,16 @@ from safetensors.torch import load_file, save, save_file
 from torch.distributed import TCPStore
 from transformers import AutoTokenizer
 
-from actors.causal_lm import CausalLM, compile_layers
-from actors.learner.batching import MicroBatch, ModelInputs, build_micro_batches
-from actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
-from actors.learner.metrics import BatchMetrics, summarise
-from actors.learner.objective import LazyLogits, TokenFields, TokenLosses, chunked_objective
-from actors.learner.optimizer import build_optimizer, learning_rate_at
-from actors.learner.settings import LearnerSettings, ObjectiveSettings
-from actors.learner.sharding import gather, join, of_every_rank, open_rendezvous, rank_and_size, scatter, shard, summed, whole
-from actors.trajectory import LengthLimits, Prompt, ScoredRollout
-from actors.wire import rows_of, unpack
+from opd_governor.actors.causal_lm import CausalLM, compile_layers
+from opd_governor.actors.learner.batching import MicroBatch, ModelInputs, build_micro_batches
+from opd_governor.actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
+from opd_governor.actors.learner.metrics import BatchMetrics, summarise
+from opd_governor.actors.learner.objective import LazyLogits, TokenFields, TokenLosses, chunked_objective
+from opd_governor.actors.learner.optimizer import build_optimizer, learning_rate_at
+from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.learner.sharding import gather, join, of_every_rank, open_rendezvous, rank_and_size, scatter, shard, summed, whole
+from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout
+from opd_governor.actors.wire import rows_of, unpack
 
 COUNTERS = "learner.json"
 HEAD = "lm_head.weight"
@@ -288,7 +288,10 @@ class Learner:
 
     def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
         """The same weights to every engine over GPUs: `backend` nccl or ipc. Rank 0 sends, the others help to gather."""
-        from actors.learner.transfer import StudentSource, open_trainer  # vllm takes seconds to import and is needed on GPUs only
+        from opd_governor.actors.learner.transfer import (  # vllm takes seconds to import and is needed on GPUs only
+            StudentSource,
+            open_trainer,
+        )
 
         rank, _ = rank_and_size()
         if rank > 0:

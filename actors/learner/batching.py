@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.learner.objective import TokenFields
-from actors.learner.settings import ObjectiveSettings
-from actors.packing import like_lengths
-from actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
+from opd_governor.actors.learner.objective import TokenFields
+from opd_governor.actors.learner.settings import ObjectiveSettings
+from opd_governor.actors.packing import like_lengths
+from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
 
 
 @dataclass(frozen=True, slots=True)

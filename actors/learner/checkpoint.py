@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from actors.learner.sharding import gather, scatter
+from opd_governor.actors.learner.sharding import gather, scatter
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

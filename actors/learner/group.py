@@ -14,9 +14,9 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
-from actors.learner.actor import StepReport
-from actors.trajectory import LengthLimits, Prompt, ScoredRollout
-from actors.wire import pack, tabulate
+from opd_governor.actors.learner.actor import StepReport
+from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout
+from opd_governor.actors.wire import pack, tabulate
 
 T = TypeVar("T")
 

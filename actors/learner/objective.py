@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from actors.learner.settings import ObjectiveSettings
+    from opd_governor.actors.learner.settings import ObjectiveSettings
 
 LOWEST_LOGP = -1000.0
 """Stands in for log 0 of a teacher: exp of it is 0, and its distance from any log-prob is finite."""

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from actors.learner.settings import LearnerSettings
+from opd_governor.actors.learner.settings import LearnerSettings
 
 
 def build_optimizer(parameters: list[torch.nn.Parameter], settings: LearnerSettings) -> torch.optim.AdamW:

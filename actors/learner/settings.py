@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from actors.settings import Settings
+from opd_governor.actors.settings import Settings
 
 Loss = Literal["reverse_kl", "forward_kl", "mixed_kl", "jsd", "skew_kl"]
 Support = Literal["sampled", "student", "teacher", "union", "full"]

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from actors.causal_lm import CausalLM, decoder_layers
+from opd_governor.actors.causal_lm import CausalLM, decoder_layers
 
 T = TypeVar("T")
 

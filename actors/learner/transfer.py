@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
-from actors.learner.sharding import whole
+from opd_governor.actors.learner.sharding import whole
 
 
 class StudentSource(WeightSource):

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from actors.rollout.settings import RolloutSettings
-from actors.trajectory import LengthLimits, Prompt, Trajectory
-from actors.wire import pack, rows_of, tabulate, unpack
+from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
+from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
 
 if TYPE_CHECKING:
-    from actors.rollout.engine import Completion
+    from opd_governor.actors.rollout.engine import Completion
 
 Rollout = Callable[..., AsyncGenerator[list[Trajectory], None]]
 """(requests, limits, step, settings, greedy=) -> finished trajectories."""
@@ -67,7 +67,7 @@ class RolloutActor:
         # On CPUs: the model in the engine's own process. As a worker of its own the two spin while they wait for each other,
         # which takes a core from teacher and learner, and one more process has to import torch.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        from actors.rollout.engine import Engine  # importing vllm takes seconds: not before the actor has its own process
+        from opd_governor.actors.rollout.engine import Engine  # importing vllm takes seconds: not before the actor has its own process
 
         self._engine = Engine(self._model, self._settings, weight_transfer=self._weight_transfer, seed=self._seed, max_logprobs=self._top_k)
         return self._engine.context_tokens
@@ -106,7 +106,7 @@ class RolloutActor:
         self, prompt: Prompt, sample: int, limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool
     ) -> Coroutine[None, None, Trajectory]:
         """Put one request into the engine's queue; what is returned waits for its trajectory."""
-        from actors.rollout.sampling import greedy_params, sampling_params
+        from opd_governor.actors.rollout.sampling import greedy_params, sampling_params
 
         terms: dict[str, Any] = {"stop_ids": self._stop_ids, "context_tokens": self._engine.context_tokens}
         if greedy:
@@ -126,8 +126,8 @@ class RolloutActor:
     def _trajectory(
         self, completion: "Completion", prompt: Prompt, sample: int, limits: LengthLimits, step: int, settings: RolloutSettings
     ) -> Trajectory:
-        from actors.rollout.loops import find_loop
-        from actors.rollout.sampling import budget_tokens
+        from opd_governor.actors.rollout.loops import find_loop
+        from opd_governor.actors.rollout.sampling import budget_tokens
 
         token_ids = completion.token_ids
         spoken = token_ids[:-1] if token_ids and token_ids[-1] in self._stop_ids else token_ids

@@ -24,8 +24,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import PauseMode
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from actors.rollout.logits import LOGITS_PROCESSORS
-from actors.rollout.settings import RolloutSettings
+from opd_governor.actors.rollout.logits import LOGITS_PROCESSORS
+from opd_governor.actors.rollout.settings import RolloutSettings
 
 OWNER = "OPD_ENGINE_OWNER"
 """Environment variable: process id of whoever started the engine (see worker.py)."""
@@ -68,7 +68,7 @@ class Engine:
             "max_logprobs": max(max_logprobs, 20),
             "weight_transfer_config": WeightTransferConfig(backend=weight_transfer),
             "disable_log_stats": True,
-            "worker_extension_cls": "actors.rollout.worker.EngineWorker",
+            "worker_extension_cls": "opd_governor.actors.rollout.worker.EngineWorker",
         }
         if current_platform.is_cpu():
             # Requests that make room in a full KV cache go back to prefill. Where they do not fit into one batch a chunked prefill

@@ -19,7 +19,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from actors.rollout.sampling import NO_REPEAT_NGRAM, STOP_RAMP
+from opd_governor.actors.rollout.sampling import NO_REPEAT_NGRAM, STOP_RAMP
 
 LOGITS_PROCESSORS = (f"{__name__}:StopRamp", f"{__name__}:NoRepeatNgram")
 

@@ -17,9 +17,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from actors.deadlines import FIRST_S, FLOOR_S, ActorLostError, Pace, Reason, Say, first_line, reason_of, within
-from actors.rollout.settings import RolloutSettings
-from actors.trajectory import LengthLimits, Prompt, Trajectory
+from opd_governor.actors.deadlines import FIRST_S, FLOOR_S, ActorLostError, Pace, Reason, Say, first_line, reason_of, within
+from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 
 Request = tuple[Prompt, int]
 """A prompt and which of its samples."""

@@ -6,8 +6,8 @@ vLLM is imported inside the functions that need it: it costs seconds, and refuse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from actors.rollout.settings import LoopStop, RolloutSettings
-from actors.trajectory import LengthLimits, Prompt
+from opd_governor.actors.rollout.settings import LoopStop, RolloutSettings
+from opd_governor.actors.trajectory import LengthLimits, Prompt
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from actors.settings import Settings
+from opd_governor.actors.settings import Settings
 
 
 class LoopStop(Settings):

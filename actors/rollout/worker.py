@@ -5,8 +5,8 @@ import select
 import threading
 from typing import Any
 
-import actors.rollout.transfer  # noqa: F401  registers the file back end
-from actors.rollout.engine import OWNER
+import opd_governor.actors.rollout.transfer  # noqa: F401  registers the file back end
+from opd_governor.actors.rollout.engine import OWNER
 
 
 class EngineWorker:

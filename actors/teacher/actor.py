@@ -8,12 +8,12 @@ from typing import Any
 import ray
 import torch
 
-from actors.teacher.http_scorer import HttpScorer
-from actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest, TorchScorer, digest_weights
-from actors.teacher.settings import TeacherSettings
-from actors.teacher.vllm_scorer import VllmScorer
-from actors.trajectory import TokenScores
-from actors.wire import pack, rows_of, tabulate, unpack
+from opd_governor.actors.teacher.http_scorer import HttpScorer
+from opd_governor.actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest, TorchScorer, digest_weights
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.teacher.vllm_scorer import VllmScorer
+from opd_governor.actors.trajectory import TokenScores
+from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
 
 
 def load_scorer(settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int) -> Scorer:

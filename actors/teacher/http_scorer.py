@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 
-from actors.teacher.scorers import GenerateOptions, ScoreRequest, cut_at_stop, generate_timeout_s, score_logp
-from actors.teacher.settings import TeacherSettings
-from actors.trajectory import TokenScores
+from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, cut_at_stop, generate_timeout_s, score_logp
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import TokenScores
 
 MAX_FULL_VOCABULARY = 4096
 """Largest vocabulary asked for whole: beyond it an answer is megabytes of JSON per token."""

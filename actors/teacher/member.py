@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from actors.deadlines import FLOOR_S, Pace, Reason, Say, first_line, within
-from actors.teacher.scorers import GenerateOptions, ScoreRequest, generate_timeout_s
-from actors.teacher.settings import TeacherSettings
-from actors.trajectory import TokenScores
+from opd_governor.actors.deadlines import FLOOR_S, Pace, Reason, Say, first_line, within
+from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, generate_timeout_s
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import TokenScores
 
 OnRestart = Callable[[str, str], None]
 """Called with (teacher, reason) when an actor answers as another process than before: reason is crash or hang."""

@@ -17,11 +17,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from actors.deadlines import FLOOR_S, Say
-from actors.teacher.member import COOLDOWN_S, Member, OnRestart, TeacherHandle
-from actors.teacher.scorers import GenerateOptions, ScoreRequest
-from actors.teacher.settings import TeacherSettings
-from actors.trajectory import Prompt, TokenScores, Trajectory
+from opd_governor.actors.deadlines import FLOOR_S, Say
+from opd_governor.actors.teacher.member import COOLDOWN_S, Member, OnRestart, TeacherHandle
+from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import Prompt, TokenScores, Trajectory
 
 T = TypeVar("T")
 Result = Literal["ok", "nonfinite", "error", "timeout", "unscored"]

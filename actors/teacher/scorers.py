@@ -15,11 +15,11 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
-from actors.causal_lm import CausalLM
-from actors.packing import like_lengths
-from actors.teacher.scoring import PAD_ID, score_positions
-from actors.teacher.settings import TeacherSettings
-from actors.trajectory import TokenScores
+from opd_governor.actors.causal_lm import CausalLM
+from opd_governor.actors.packing import like_lengths
+from opd_governor.actors.teacher.scoring import PAD_ID, score_positions
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import TokenScores
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from actors.settings import Settings, Url
+from opd_governor.actors.settings import Settings, Url
 
 
 class TeacherSettings(Settings):

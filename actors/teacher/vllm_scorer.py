@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
-from actors.packing import like_lengths
-from actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, require_stop_ids, score_logp
-from actors.teacher.settings import TeacherSettings
-from actors.trajectory import TokenScores
+from opd_governor.actors.packing import like_lengths
+from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, require_stop_ids, score_logp
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import TokenScores
 
 MAX_FULL_VOCABULARY = 4096
 """Largest vocabulary read whole, one Python float per entry: beyond it a single response costs seconds and hundreds of MB."""

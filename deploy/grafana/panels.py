@@ -1,6 +1,6 @@
 """What a Grafana panel is made of: PromQL over declared metrics, the panel, and dashboards that lay panels out.
 
-A metric that services/telemetry.py does not declare (nor FOREIGN_METRICS) is refused here, so a rename cannot leave a dead panel.
+A metric that services/record/telemetry.py does not declare (nor FOREIGN_METRICS) is refused here, so a rename cannot leave a dead panel.
 """
 
 import re
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from services.telemetry import METRICS
+from opd_governor.services.record.telemetry import METRICS
 
 DECLARED = {metric.name: metric for metric in METRICS}
 FOREIGN_METRICS = {
@@ -52,7 +52,7 @@ def of(name: str, **labels: str) -> str:
     """A selector over the chosen runs: of("opd_weight_version", role="rollout"). A histogram's part is named by its suffix."""
     base = re.sub(r"_(bucket|sum|count)$", "", name)
     if name not in DECLARED and not (base in DECLARED and DECLARED[base].kind == "histogram"):
-        raise ValueError(f"{name} is not declared in services/telemetry.py: declare it or correct the name")
+        raise ValueError(f"{name} is not declared in services/record/telemetry.py: declare it or correct the name")
     matchers = ['run=~"$run"', *(f'{key}="{value}"' for key, value in labels.items())]
     return f"{name}{{{','.join(matchers)}}}"
 

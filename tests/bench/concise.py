@@ -42,7 +42,7 @@ SETTINGS = {
 
 def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "services.cli", "run", "deploy/jobs/smollm2.yaml", "--out", out]
+        command = [sys.executable, "-m", "opd_governor", "run", "deploy/jobs/smollm2.yaml", "--out", out]
         command += [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
         subprocess.run(command, cwd=ROOT, check=True)
         records = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]

@@ -37,22 +37,22 @@ from prometheus_client import generate_latest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from actors.learner.actor import StepReport
-from actors.learner.group import LearnerGroup
-from actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
-from actors.rollout.actor import Deliveries, RayEngine, hand_on_s
-from actors.teacher.actor import RayTeacher
-from actors.teacher.pool import TeacherPool
-from actors.teacher.settings import TeacherSettings
-from actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
-from actors.wire import pack, rows_of, tabulate, unpack
-from services.distill import Distillation, base_limits
-from services.fleet import Fleet, Models
-from services.job import Job
-from services.monitor import RunMonitor
-from services.rundir import Record, RunDirectory, read_records
-from services.telemetry import Telemetry
-from services.tunables import ConfigStore
+from opd_governor.actors.learner.actor import StepReport
+from opd_governor.actors.learner.group import LearnerGroup
+from opd_governor.actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
+from opd_governor.actors.rollout.actor import Deliveries, RayEngine, hand_on_s
+from opd_governor.actors.teacher.actor import RayTeacher
+from opd_governor.actors.teacher.pool import TeacherPool
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
+from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
+from opd_governor.services.job.settings import Job
+from opd_governor.services.job.tunables import ConfigStore
+from opd_governor.services.record.monitor import RunMonitor
+from opd_governor.services.record.rundir import Record, RunDirectory, read_records
+from opd_governor.services.record.telemetry import Telemetry
+from opd_governor.services.run.distill import Distillation, base_limits
+from opd_governor.services.run.fleet import Fleet, Models
 
 SEED = 0
 SLOTS, TOKENS_PER_S = 16, 128

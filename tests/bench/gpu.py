@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from actors.causal_lm import compile_layers
-from actors.learner.objective import LazyLogits, TokenFields, chunked_objective
-from actors.teacher.scoring import score_positions
+from opd_governor.actors.causal_lm import compile_layers
+from opd_governor.actors.learner.objective import LazyLogits, TokenFields, chunked_objective
+from opd_governor.actors.teacher.scoring import score_positions
 
 SEED, ROUNDS = 0, 5
 FULL = {"hidden": 2048, "inner": 6144, "layers": 28, "heads": 16, "kv_heads": 8, "vocabulary": 150_000, "batch": 8, "tokens": 1024}

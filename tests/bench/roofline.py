@@ -29,9 +29,9 @@ from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from services.models import resolve_model
-from services.prune import resolve_student
-from services.rundir import read_records
+from opd_governor.services.inputs.models import resolve_model
+from opd_governor.services.inputs.prune import resolve_student
+from opd_governor.services.record.rundir import read_records
 
 HERE = Path(__file__).parent
 SPEED = HERE / "speed/speed.json"
@@ -95,7 +95,7 @@ def page(directory: Path, peak: dict[str, float]) -> dict[str, Any]:
     characters = statistics.mean(len(str(prompt[column])) for prompt in prompts)
     student_path = job["student"]["model"]
     if student_path.startswith("pruned:"):
-        from services.job import PromptSource
+        from opd_governor.services.job.settings import PromptSource
 
         student_path = resolve_student(student_path, PromptSource(**job["data"]["prompts"]))
     student, teacher = weights_and_width(student_path), weights_and_width(resolve_model(job["teacher"][0]["model"]))

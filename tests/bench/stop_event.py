@@ -52,7 +52,7 @@ def run(stop_event: str, seed: int, teacher: Path, steps: int, scratch: Path) ->
         f"objective.stop_event={stop_event}", f"seed={seed}", f"teacher.model={teacher}", f"learner.total_steps={steps}",
         "learner.schedule=constant", "preset=plain-opd", "governor.mode=observe", "data.eval.path=null",
     )  # fmt: skip
-    command = [sys.executable, "-m", "services.cli", "run", str(JOB), "--out", str(out)]
+    command = [sys.executable, "-m", "opd_governor", "run", str(JOB), "--out", str(out)]
     command += [part for override in overrides for part in ("--set", override)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from services.job import load_job
-from services.rundir import RunDirectory
+from opd_governor.services.job.settings import load_job
+from opd_governor.services.record.rundir import RunDirectory
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -9,13 +9,13 @@ from typing import Any
 import httpx
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "services"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "services/control"))
 
 from fake_run import FakeRun, make_job, make_step
 
-from services.control import create_app
-from services.server import ControlServer, bind
-from services.tunables import ConfigStore
+from opd_governor.services.control.app import create_app
+from opd_governor.services.control.server import ControlServer, bind
+from opd_governor.services.job.tunables import ConfigStore
 
 FLAGS = (
     "--headless",

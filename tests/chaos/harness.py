@@ -21,12 +21,12 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.cluster import end_processes
-from services.data import open_prompts
-from services.job import load_job
-from services.launch import resolve_models
-from services.record import CLOCK_FIELDS
-from services.rundir import read_records
+from opd_governor.services.inputs.prompts import open_prompts
+from opd_governor.services.job.settings import load_job
+from opd_governor.services.record.rundir import read_records
+from opd_governor.services.record.steps import CLOCK_FIELDS
+from opd_governor.services.run.cluster import end_processes
+from opd_governor.services.run.launch import resolve_models
 from tests.live_run import JOB, LiveRun
 
 TITLES = {

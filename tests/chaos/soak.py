@@ -37,7 +37,7 @@ import httpx
 import matplotlib.pyplot as plt
 import psutil
 
-from services.rundir import read_records
+from opd_governor.services.record.rundir import read_records
 from tests.chaos.harness import ORPHANS_S, ChaosRun, Kill, check, role_of
 
 KEPT = Path(__file__).parents[1] / "bench/soak.json"

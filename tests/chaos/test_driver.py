@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from services.rundir import read_records
+from opd_governor.services.record.rundir import read_records
 from tests.integration.ray_head import ray_head
 from tests.integration.test_submitted_runs import home, make_job_file, said, wait_for, wait_for_steps  # noqa: F401
 

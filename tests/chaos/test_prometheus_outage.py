@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.rundir import Record, read_records
+from opd_governor.services.record.rundir import Record, read_records
 from tests.governor.metrics_server import Prometheus
 from tests.integration.ray_head import free_ports
 from tests.live_run import LiveRun

@@ -3,7 +3,7 @@
 import promql_parser
 from promql_parser import MatrixSelector, VectorSelector
 
-from services.telemetry import METRICS
+from opd_governor.services.record.telemetry import METRICS
 
 SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge": ("",)}
 DECLARED_SERIES = {metric.name + suffix for metric in METRICS for suffix in SUFFIXES[metric.kind]}

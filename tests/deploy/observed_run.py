@@ -17,12 +17,12 @@ import numpy as np
 import yaml
 from prometheus_client import start_http_server
 
-from actors.learner.actor import StepReport
-from actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
-from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
-from services.collect import Batch
-from services.record import StepTimes, record_batch
-from services.telemetry import Telemetry
+from opd_governor.actors.learner.actor import StepReport
+from opd_governor.actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
+from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.services.record.batch import Batch
+from opd_governor.services.record.steps import StepTimes, record_batch
+from opd_governor.services.record.telemetry import Telemetry
 
 CONFIG = Path(__file__).parents[2] / "deploy/prometheus/prometheus.yml"
 CAP_TOKENS = 192

@@ -16,9 +16,9 @@ import typer
 import yaml
 
 from deploy.kuberay import prometheusrule
-from services.cli import app
-from services.cluster import Role, require_roles, role_resources
-from services.job import Job
+from opd_governor.services.cli.app import app
+from opd_governor.services.job.settings import Job
+from opd_governor.services.run.cluster import Role, require_roles, role_resources
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
@@ -126,7 +126,7 @@ def _source(package: str, place: str) -> str:
 
 
 def test_routes_that_are_probed_exist() -> None:
-    control = (ROOT / "services/control.py").read_text()
+    control = (ROOT / "services/control/app.py").read_text()
     assert SERVICES["run"]["healthcheck"]["test"][-1].endswith(f":{PORT}/healthz")
     assert '"/healthz"' in control
     assert KUBERAY["podmonitor"][0]["spec"]["podMetricsEndpoints"][0]["path"] == "/metrics"

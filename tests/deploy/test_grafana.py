@@ -16,7 +16,7 @@ import yaml
 
 from deploy.grafana.dashboards import BOARDS, dashboards, render
 from deploy.grafana.panels import FOREIGN_METRICS, GRID_COLUMNS, RECORDED, Panel, of
-from services.telemetry import METRICS
+from opd_governor.services.record.telemetry import METRICS
 from tests.deploy.foreign_exporter import ForeignExporter
 from tests.deploy.metric_names import DECLARED_SERIES, names_in, substituted
 from tests.deploy.observed_run import ObservedRun, Prometheus

@@ -10,7 +10,7 @@ import promql_parser
 import pytest
 import yaml
 
-from services.job import Job
+from opd_governor.services.job.settings import Job
 from tests.deploy.metric_names import DECLARED_SERIES, names_in
 
 ROOT = Path(__file__).parents[2]
@@ -122,4 +122,4 @@ def test_runs_are_found_by_the_file_they_write() -> None:
     scrapes = {scrape["job_name"]: scrape for scrape in yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]}
     assert scrapes["opd"]["file_sd_configs"][0]["files"][0].endswith("/opd-*.json")
     assert scrapes["opd"]["honor_labels"] is True
-    assert "opd-{self.job.name}.json" in (ROOT / "services/launch.py").read_text()
+    assert "opd-{self.job.name}.json" in (ROOT / "services/run/launch.py").read_text()

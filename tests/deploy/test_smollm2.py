@@ -3,8 +3,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from services.data import load_problems, open_prompts
-from services.job import load_job
+from opd_governor.services.inputs.prompts import load_problems, open_prompts
+from opd_governor.services.job.settings import load_job
 from tests.tiny import tiny_tokenizer
 
 JOB = Path("deploy/jobs/smollm2.yaml")

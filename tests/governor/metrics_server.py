@@ -13,10 +13,10 @@ import httpx
 import numpy as np
 from prometheus_client import start_http_server
 
-from actors.governor.signals import Snapshot
-from actors.governor.sources import SourceDownError
-from actors.trajectory import FinishReason, Prompt, Trajectory
-from services.telemetry import Telemetry
+from opd_governor.actors.governor.signals import Snapshot
+from opd_governor.actors.governor.sources import SourceDownError
+from opd_governor.actors.trajectory import FinishReason, Prompt, Trajectory
+from opd_governor.services.record.telemetry import Telemetry
 
 
 class Run:

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.governor.actor import Governor
-from actors.governor.policy import Policy
-from actors.governor.signals import Snapshot
-from actors.trajectory import LengthLimits
-from services.replay import replay
+from opd_governor.actors.governor.actor import Governor
+from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.governor.signals import Snapshot
+from opd_governor.actors.trajectory import LengthLimits
+from opd_governor.services.report.replay import replay
 from tests.governor.metrics_server import ScriptedSource
 
 BASE = LengthLimits(cap_tokens=192, golden_weight=0.1)

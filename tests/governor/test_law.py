@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.governor.law import decide, start
-from actors.governor.limits import propose
-from actors.governor.policy import Policy
-from actors.governor.signals import Signals
-from actors.governor.state import Decision, State
-from actors.trajectory import LengthLimits
+from opd_governor.actors.governor.law import decide, start
+from opd_governor.actors.governor.limits import propose
+from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.governor.signals import Signals
+from opd_governor.actors.governor.state import Decision, State
+from opd_governor.actors.trajectory import LengthLimits
 
 BASE = LengthLimits(cap_tokens=192, golden_weight=0.1, reference_kl_weight=0.01)
 HEALTHY = Signals(

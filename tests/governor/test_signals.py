@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.governor.signals import Reference, Signals, Snapshot, compute, read_reference
+from opd_governor.actors.governor.signals import Reference, Signals, Snapshot, compute, read_reference
 
 REFERENCE = Reference(mean_tokens=40.0, p99_tokens=60.0)
 EDGES = [float(edge) for edge in range(1, 193)]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from actors.governor.actor import Governor
-from actors.governor.policy import Policy
-from actors.governor.signals import Reference, Snapshot, compute, read_reference
-from actors.governor.sources import OwnMetrics, PrometheusServer, SourceDownError
-from actors.trajectory import LengthLimits
+from opd_governor.actors.governor.actor import Governor
+from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.governor.signals import Reference, Snapshot, compute, read_reference
+from opd_governor.actors.governor.sources import OwnMetrics, PrometheusServer, SourceDownError
+from opd_governor.actors.trajectory import LengthLimits
 from tests.governor.metrics_server import Prometheus, Run, wait_until
 
 BASE = LengthLimits(cap_tokens=192, golden_weight=0.1)

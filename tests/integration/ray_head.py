@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from services.cluster import end_processes
+from opd_governor.services.run.cluster import end_processes
 
 ROOT = Path(__file__).parents[2]
 START_S = 90
@@ -35,7 +35,7 @@ class RayHead:
 
     def opd(self, *words: object) -> subprocess.CompletedProcess[str]:
         """One `opd` command as typed on a laptop."""
-        command = [sys.executable, "-m", "services.cli", *map(str, words)]
+        command = [sys.executable, "-m", "opd_governor", *map(str, words)]
         environment = self.environment | {"RAY_ADDRESS": self.address}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from services.rundir import read_records
+from opd_governor.services.record.rundir import read_records
 from tests.live_run import ROOT, LiveRun
 
 pytestmark = pytest.mark.integration

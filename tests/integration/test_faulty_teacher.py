@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from services.record import CLOCK_FIELDS
-from services.rundir import Record, read_records
+from opd_governor.services.record.rundir import Record, read_records
+from opd_governor.services.record.steps import CLOCK_FIELDS
 from tests.live_run import JOB, LiveRun
 from tests.teacher.faulty_proxy import CURED, Choose, FaultyProxy, cured, faulty_proxy
 from tests.teacher.vllm_server import vllm_server

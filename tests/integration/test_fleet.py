@@ -14,13 +14,13 @@ import psutil
 import pytest
 import ray
 
-import services.fleet
-from actors.deadlines import ActorLostError
-from actors.rollout.actor import Deliveries, RolloutActor
-from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
-from services.cluster import connect
-from services.fleet import Fleet, Models
-from services.job import Job
+import opd_governor.services.run.fleet
+from opd_governor.actors.deadlines import ActorLostError
+from opd_governor.actors.rollout.actor import Deliveries, RolloutActor
+from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.services.job.settings import Job
+from opd_governor.services.run.cluster import connect
+from opd_governor.services.run.fleet import Fleet, Models
 from tests.tiny import build_tiny
 
 pytestmark = pytest.mark.integration
@@ -125,7 +125,7 @@ def ray_here() -> Iterator[None]:
 async def test_dead_and_silent_processes_are_replaced_and_nothing_is_lost(
     ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services.fleet, "RolloutActor", StandInEngine)
+    monkeypatch.setattr(opd_governor.services.run.fleet, "RolloutActor", StandInEngine)
     live = Live(tmp_path)
     fleet = live.fleet
     await fleet.start()
@@ -169,7 +169,7 @@ async def test_dead_and_silent_processes_are_replaced_and_nothing_is_lost(
 async def test_a_learner_of_two_ranks_is_started_anew_as_a_whole_whichever_rank_goes(
     ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services.fleet, "RolloutActor", StandInEngine)
+    monkeypatch.setattr(opd_governor.services.run.fleet, "RolloutActor", StandInEngine)
     live = Live(tmp_path, num_ranks=2)
     fleet = live.fleet
     await fleet.start()

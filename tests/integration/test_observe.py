@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from services.record import CLOCK_FIELDS
-from services.rundir import read_records
+from opd_governor.services.record.rundir import read_records
+from opd_governor.services.record.steps import CLOCK_FIELDS
 from tests.live_run import LiveRun
 
 pytestmark = pytest.mark.integration

@@ -15,8 +15,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.rundir import read_records
-from services.telemetry import METRICS
+from opd_governor.services.record.rundir import read_records
+from opd_governor.services.record.telemetry import METRICS
 from tests.chaos.harness import prompts_due
 from tests.live_run import JOB, ROOT, LiveRun
 
@@ -166,7 +166,7 @@ def test_ctrl_c_twice_leaves_no_process(tmp_path: Path, delay_s: float) -> None:
 def test_a_run_directory_in_use_is_refused_with_one_line(finished: tuple[LiveRun, dict[str, Any]]) -> None:
     live, _ = finished
     again = subprocess.run(
-        [sys.executable, "-m", "services.cli", "run", str(JOB), "--out", str(live.out)],
+        [sys.executable, "-m", "opd_governor", "run", str(JOB), "--out", str(live.out)],
         cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=120, check=False,
     )  # fmt: skip
     assert again.returncode in (2, 3)

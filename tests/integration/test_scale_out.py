@@ -14,12 +14,12 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnNode
 from tiny import build_tiny
 
-from actors.trajectory import LengthLimits, Prompt
-from services.cluster import connect
-from services.fleet import Fleet, Models
-from services.job import Job, JobError
-from services.placement import place
-from services.rundir import read_records
+from opd_governor.actors.trajectory import LengthLimits, Prompt
+from opd_governor.services.job.settings import Job, JobError
+from opd_governor.services.record.rundir import read_records
+from opd_governor.services.run.cluster import connect
+from opd_governor.services.run.fleet import Fleet, Models
+from opd_governor.services.run.placement import place
 
 pytestmark = pytest.mark.integration
 
@@ -35,7 +35,7 @@ def test_the_quickstart_takes_the_same_steps_on_one_rank_and_on_two(tmp_path: Pa
             "learner.total_steps=6", f"learner.num_ranks={num_ranks}", "rollout.max_staleness=0", "data.eval.path=null",
             "data.golden.num_prompts=32",
         )  # fmt: skip
-        command = [sys.executable, "-m", "services.cli", "run", str(ROOT / "deploy/jobs/sums.yaml"), "--out", str(out)]
+        command = [sys.executable, "-m", "opd_governor", "run", str(ROOT / "deploy/jobs/sums.yaml"), "--out", str(out)]
         command += [part for override in sets for part in ("--set", override)]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
@@ -124,6 +124,6 @@ def test_weights_travel_once_to_each_node_however_many_engines_it_has(two_nodes:
 def test_actors_that_reserve_nothing_cannot_be_placed_and_no_room_is_one_line(two_nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(JobError, match="cpus_per_actor"):
         asyncio.run(place("rollout", 2, "spread", num_cpus=0, num_gpus=0))
-    monkeypatch.setattr("services.placement.RESERVE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("opd_governor.services.run.placement.RESERVE_TIMEOUT_S", 2.0)
     with pytest.raises(JobError, match=r"cluster\.placement_rollout: no room"):
         asyncio.run(place("rollout", 3, "strict_spread", num_cpus=1, num_gpus=0))

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.rundir import read_records
+from opd_governor.services.record.rundir import read_records
 from tests.integration.ray_head import ROOT, RayHead, ray_head
 from tests.tiny import build_tiny
 
@@ -105,7 +105,7 @@ def test_two_runs_on_a_guarded_cluster_are_steered_by_name(guarded: RayHead, hom
         assert {s.labels["run"] for family in text_string_to_metric_families(metrics) for s in family.samples} == {name}
 
     # The name is in use, from wherever a second run of it comes.
-    taken = [sys.executable, "-m", "services.cli", "run", str(file["one"]), "--out", str(tmp_path / "taken")]
+    taken = [sys.executable, "-m", "opd_governor", "run", str(file["one"]), "--out", str(tmp_path / "taken")]
     environment = head.environment | {"RAY_ADDRESS": head.gcs_address}
     refused = subprocess.run(taken, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert (

@@ -9,10 +9,10 @@ import pytest
 import ray
 from tiny import Architecture, build_tiny
 
-from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
-from services.cluster import connect
-from services.fleet import Fleet, Models
-from services.job import Job
+from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.services.job.settings import Job
+from opd_governor.services.run.cluster import connect
+from opd_governor.services.run.fleet import Fleet, Models
 
 pytestmark = pytest.mark.integration
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.learner.objective import TokenFields
-from actors.learner.settings import ObjectiveSettings
+from opd_governor.actors.learner.objective import TokenFields
+from opd_governor.actors.learner.settings import ObjectiveSettings
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from actors.learner.actor import Learner
+from opd_governor.actors.learner.actor import Learner
 
 
 def serve(connection: Connection) -> None:

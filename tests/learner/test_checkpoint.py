@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.learner.checkpoint import (
+from opd_governor.actors.learner.checkpoint import (
     CheckpointError,
     load_moments,
     moments,

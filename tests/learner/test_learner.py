@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load
 from tiny import ARCHITECTURES, Architecture, build_tiny
 
-from actors.learner.actor import Learner
-from actors.learner.checkpoint import newest_checkpoint, partial_folder, seal_checkpoint
-from actors.learner.settings import LearnerSettings, ObjectiveSettings
-from actors.teacher.scorers import ScoreRequest, TorchScorer
-from actors.teacher.settings import TeacherSettings
-from actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.actors.learner.actor import Learner
+from opd_governor.actors.learner.checkpoint import newest_checkpoint, partial_folder, seal_checkpoint
+from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.teacher.scorers import ScoreRequest, TorchScorer
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
 from tests.disks import small_disk
 
 STOP_IDS = (1, 3)
@@ -83,7 +83,7 @@ def test_a_step_in_bfloat16_is_that_of_float32_within_its_rounding(
     tmp_path: Path, architecture: Architecture, eager_row_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows alone and rows that share padded batches, with either attention and with both in one step."""
-    monkeypatch.setattr("actors.learner.actor.EAGER_ROW_TOKENS", eager_row_tokens)
+    monkeypatch.setattr("opd_governor.actors.learner.actor.EAGER_ROW_TOKENS", eager_row_tokens)
     folders = build_tiny(tmp_path / "student", architecture, seed=1), build_tiny(tmp_path / "teacher", architecture, seed=2)
     rollouts, objective = batch(*folders), ObjectiveSettings(support="teacher", top_k=8)
     exact = learner(folders[0], objective).step(rollouts, [], LIMITS, 10.0)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.learner.batching import token_weights
-from actors.learner.objective import LazyLogits, TokenFields, _policy_gradient, chunked_objective, token_losses
-from actors.learner.settings import ObjectiveSettings
+from opd_governor.actors.learner.batching import token_weights
+from opd_governor.actors.learner.objective import LazyLogits, TokenFields, _policy_gradient, chunked_objective, token_losses
+from opd_governor.actors.learner.settings import ObjectiveSettings
 from tests.learner import brute_force
 
 DENSE_LOSSES = ("reverse_kl", "forward_kl", "mixed_kl", "jsd", "skew_kl")

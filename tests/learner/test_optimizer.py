@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from actors.learner.optimizer import build_optimizer, learning_rate_at
-from actors.learner.settings import LearnerSettings
+from opd_governor.actors.learner.optimizer import build_optimizer, learning_rate_at
+from opd_governor.actors.learner.settings import LearnerSettings
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])

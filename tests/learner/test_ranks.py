@@ -15,10 +15,10 @@ from test_learner import STOP_IDS, batch, weights_of
 from tiny import build_tiny
 from transformers import AutoModelForCausalLM
 
-from actors.learner.actor import Learner
-from actors.learner.batching import build_micro_batches
-from actors.learner.settings import LearnerSettings, ObjectiveSettings
-from actors.trajectory import LengthLimits, Prompt, ScoredRollout
+from opd_governor.actors.learner.actor import Learner
+from opd_governor.actors.learner.batching import build_micro_batches
+from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout
 
 TOLERANCE = 1e-5
 NUM_STEPS = 4

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from actors.learner.batching import stop_tilt
-from actors.learner.objective import TokenFields, token_losses
-from actors.learner.settings import ObjectiveSettings
+from opd_governor.actors.learner.batching import stop_tilt
+from opd_governor.actors.learner.objective import TokenFields, token_losses
+from opd_governor.actors.learner.settings import ObjectiveSettings
 
 VOCABULARY, NUM_STATES, STOP_IDS = 5, 24, torch.tensor([1, 4])
 EVERY_ID = torch.arange(VOCABULARY)

@@ -12,7 +12,7 @@ def test_flat_logprobs_give_what_vllms_dictionaries_give(top_k: int, num_tokens:
     from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput
 
-    from actors.rollout.engine import _completion
+    from opd_governor.actors.rollout.engine import _completion
 
     draw = np.random.default_rng(top_k)
     flat, sampled = FlatLogprobs(), draw.integers(0, 6, num_tokens).tolist()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from actors.rollout.settings import RolloutSettings
+from opd_governor.actors.rollout.settings import RolloutSettings
 from tests.tiny import build_tiny
 
 pytestmark = pytest.mark.integration
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 
 def test_on_a_cpu_no_prompt_is_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk takes back the draw of a seeded request, which vLLM cannot do on a CPU: the engine died in a weight update under load."""
-    import actors.rollout.engine as module
+    import opd_governor.actors.rollout.engine as module
 
     if not module.current_platform.is_cpu():
         pytest.skip("about CPUs")

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.integration
 
 OWNER = """
 import os, subprocess, sys, time
-from actors.rollout.engine import OWNER
+from opd_governor.actors.rollout.engine import OWNER
 os.environ[OWNER] = str(os.getpid())
-engine = "import actors.rollout.worker, time; print('up', flush=True); time.sleep(300)"
+engine = "import opd_governor.actors.rollout.worker, time; print('up', flush=True); time.sleep(300)"
 process = subprocess.Popen([sys.executable, "-c", engine], stdout=subprocess.PIPE, start_new_session=True)
 process.stdout.readline()
 print(process.pid, flush=True)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from actors.rollout.logits import Ngrams, NoRepeatNgram, StopRamp
+from opd_governor.actors.rollout.logits import Ngrams, NoRepeatNgram, StopRamp
 
 CPU = torch.device("cpu")
 NUM_ROWS, VOCAB = 4, 12

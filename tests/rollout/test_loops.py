@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from actors.rollout.loops import PLAIN_FACTOR, PLAIN_UNIT_TOKENS, Loop, find_loop
-from actors.rollout.settings import RolloutSettings
+from opd_governor.actors.rollout.loops import PLAIN_FACTOR, PLAIN_UNIT_TOKENS, Loop, find_loop
+from opd_governor.actors.rollout.settings import RolloutSettings
 
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in sorted((Path(__file__).parent / "texts").iterdir())}
 MIN_REPEATS = RolloutSettings().loop_min_repeats

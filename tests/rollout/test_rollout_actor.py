@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.rollout.actor import Deliveries, RayEngine, RolloutActor
-from actors.rollout.settings import RolloutSettings
-from actors.trajectory import LengthLimits, Prompt, Trajectory
+from opd_governor.actors.rollout.actor import Deliveries, RayEngine, RolloutActor
+from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 
 SHARED = Path("/dev/shm")
 

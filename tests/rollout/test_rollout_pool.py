@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.deadlines import ActorLostError
-from actors.rollout.pool import MAX_FAILURES, MAX_ISSUES, Request, RolloutPool
-from actors.rollout.settings import RolloutSettings
-from actors.trajectory import LengthLimits, Prompt, Trajectory
+from opd_governor.actors.deadlines import ActorLostError
+from opd_governor.actors.rollout.pool import MAX_FAILURES, MAX_ISSUES, Request, RolloutPool
+from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 
 LIMITS = LengthLimits(cap_tokens=8)
 SETTINGS = RolloutSettings()

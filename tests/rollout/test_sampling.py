@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.rollout.sampling import budget_tokens, greedy_params, refuse_if_too_long, sampling_params
-from actors.rollout.settings import LoopStop, RolloutSettings, StopRamp
-from actors.trajectory import LengthLimits, Prompt
+from opd_governor.actors.rollout.sampling import budget_tokens, greedy_params, refuse_if_too_long, sampling_params
+from opd_governor.actors.rollout.settings import LoopStop, RolloutSettings, StopRamp
+from opd_governor.actors.trajectory import LengthLimits, Prompt
 
 
 def params_for(settings: RolloutSettings, *, prompt_tokens: int = 10, cap_tokens: int = 100, **changes: Any) -> Any:

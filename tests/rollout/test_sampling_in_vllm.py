@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from actors.rollout.logits import LOGITS_PROCESSORS
-from actors.rollout.loops import find_loop
-from actors.rollout.sampling import greedy_params, sampling_params
-from actors.rollout.settings import LoopStop, RolloutSettings, StopRamp
-from actors.trajectory import LengthLimits, Prompt
+from opd_governor.actors.rollout.logits import LOGITS_PROCESSORS
+from opd_governor.actors.rollout.loops import find_loop
+from opd_governor.actors.rollout.sampling import greedy_params, sampling_params
+from opd_governor.actors.rollout.settings import LoopStop, RolloutSettings, StopRamp
+from opd_governor.actors.trajectory import LengthLimits, Prompt
 from tests.tiny import build_tiny
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:.*torch.distributed.reduce_op.*:FutureWarning")]

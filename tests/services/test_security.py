@@ -9,11 +9,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from actors.causal_lm import CausalLM
-from services.job import JobError, load_job
-from services.models import config_of, resolve_model
-from services.preflight import check
-from services.rundir import RunDirectory
+from opd_governor.actors.causal_lm import CausalLM
+from opd_governor.services.inputs.models import config_of, resolve_model
+from opd_governor.services.inputs.preflight import check
+from opd_governor.services.job.settings import JobError, load_job
+from opd_governor.services.record.rundir import RunDirectory
 from tests.tiny import build_tiny
 
 ROOT = Path(__file__).parents[2]

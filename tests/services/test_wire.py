@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from actors.trajectory import Prompt, ScoredRollout, TokenScores, Trajectory
-from actors.wire import Ragged, Table, pack, rows_of, tabulate, unpack
+from opd_governor.actors.trajectory import Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.actors.wire import Ragged, Table, pack, rows_of, tabulate, unpack
 
 
 def rollout(index: int, length: int, support: int = 0) -> ScoredRollout:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from actors.teacher.http_scorer import HttpScorer, TeacherUnavailableError, bound_stop
-from actors.teacher.scorers import GenerateOptions, ScoreRequest
-from actors.teacher.scoring import score_positions
-from actors.teacher.settings import TeacherSettings
+from opd_governor.actors.teacher.http_scorer import HttpScorer, TeacherUnavailableError, bound_stop
+from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest
+from opd_governor.actors.teacher.scoring import score_positions
+from opd_governor.actors.teacher.settings import TeacherSettings
 
 VOCABULARY = 30
 STOP_IDS = (1, 3)

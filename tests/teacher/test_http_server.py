@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from actors.teacher.http_scorer import HttpScorer
-from actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer
-from actors.teacher.settings import TeacherSettings
+from opd_governor.actors.teacher.http_scorer import HttpScorer
+from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer
+from opd_governor.actors.teacher.settings import TeacherSettings
 from tests.teacher.vllm_server import vllm_server
 from tests.tiny import build_tiny
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from actors.teacher.member import CALL_BATCHES
-from actors.teacher.pool import Support, TeacherPool, blend_scores
-from actors.teacher.scorers import GenerateOptions, ScoreRequest
-from actors.teacher.settings import TeacherSettings
-from actors.trajectory import Prompt, TokenScores, Trajectory
+from opd_governor.actors.teacher.member import CALL_BATCHES
+from opd_governor.actors.teacher.pool import Support, TeacherPool, blend_scores
+from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import Prompt, TokenScores, Trajectory
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.teacher.scoring import PAD_ID, score_positions
+from opd_governor.actors.teacher.scoring import PAD_ID, score_positions
 
 
 def identity(logits_CV: torch.Tensor) -> torch.Tensor:

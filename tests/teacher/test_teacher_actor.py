@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import ray
 
-from actors.teacher.actor import RayTeacher, start_teacher
-from actors.teacher.pool import Support, TeacherPool
-from actors.teacher.scorers import ScoreRequest, TorchScorer, digest_weights
-from actors.teacher.settings import TeacherSettings
-from actors.trajectory import Prompt, Trajectory
+from opd_governor.actors.teacher.actor import RayTeacher, start_teacher
+from opd_governor.actors.teacher.pool import Support, TeacherPool
+from opd_governor.actors.teacher.scorers import ScoreRequest, TorchScorer, digest_weights
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import Prompt, Trajectory
 from tests.tiny import build_tiny
 
 pytestmark = pytest.mark.integration

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.causal_lm import Head
-from actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer, cut_at_stop, digest_weights
-from actors.teacher.settings import TeacherSettings
+from opd_governor.actors.causal_lm import Head
+from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer, cut_at_stop, digest_weights
+from opd_governor.actors.teacher.settings import TeacherSettings
 from tests.tiny import ARCHITECTURES, build_tiny
 
 STOP_IDS = (1, 3)

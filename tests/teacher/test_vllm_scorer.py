@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer, score_logp
-from actors.teacher.settings import TeacherSettings
-from actors.teacher.vllm_scorer import VllmScorer, ids_asked, scores_by_id
+from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer, score_logp
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.teacher.vllm_scorer import VllmScorer, ids_asked, scores_by_id
 from tests.tiny import build_tiny
 
 STOP_IDS = (1, 3)

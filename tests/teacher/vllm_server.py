@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from services.cluster import end_processes
+from opd_governor.services.run.cluster import end_processes
 from tests.integration.ray_head import free_ports
 
 START_S = 300

@@ -28,15 +28,15 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.causal_lm import CausalLM
-from actors.teacher.scorers import GenerateOptions, TorchScorer
-from actors.teacher.settings import TeacherSettings
 from deploy.sums import recipe
 from deploy.sums.task import draw_problems, draw_stall, held_out_prompts, render_answer, render_prompt
-from services.data import load_problems
-from services.job import load_job
-from services.launch import resolve_models
-from services.models import build_once
+from opd_governor.actors.causal_lm import CausalLM
+from opd_governor.actors.teacher.scorers import GenerateOptions, TorchScorer
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.services.inputs.models import build_once
+from opd_governor.services.inputs.prompts import load_problems
+from opd_governor.services.job.settings import load_job
+from opd_governor.services.run.launch import resolve_models
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -218,7 +218,7 @@ def run_arm(arm: str, seed: int, extra: tuple[str, ...], force: bool) -> None:
         command = [
             sys.executable,
             "-m",
-            "services.cli",
+            "opd_governor",
             "run",
             str(JOBS["smollm2" if arm.startswith("smollm2") else "sums-collapse"]),
             "--out",

@@ -107,7 +107,7 @@ def run_job(job: str, steps: int, settings: tuple[str, ...] = (), keep: Path | N
     with tempfile.TemporaryDirectory(prefix="opd-speed-") as folder:
         out = keep or Path(folder) / "run"
         shutil.rmtree(out, ignore_errors=True)
-        command = [sys.executable, "-m", "services.cli", "run", job, "--out", str(out)]
+        command = [sys.executable, "-m", "opd_governor", "run", job, "--out", str(out)]
         started_at = time.time()
         log = Path(folder) / "log"
         with log.open("w") as file:
@@ -151,7 +151,7 @@ def help_s(times: int = 5) -> float:
     taken = []
     for _ in range(times):
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "services.cli", "--help"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([sys.executable, "-m", "opd_governor", "--help"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True)
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
 

@@ -34,16 +34,16 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
     import psutil
     import torch
 
-    from actors.learner.actor import Learner
-    from actors.learner.batching import build_micro_batches
-    from actors.packing import like_lengths
-    from actors.rollout.actor import RolloutActor
-    from actors.teacher.scorers import ScoreRequest, TorchScorer
-    from actors.trajectory import ScoredRollout, Trajectory
-    from services.data import open_prompts
-    from services.distill import base_limits
-    from services.job import load_job
-    from services.launch import resolve_models
+    from opd_governor.actors.learner.actor import Learner
+    from opd_governor.actors.learner.batching import build_micro_batches
+    from opd_governor.actors.packing import like_lengths
+    from opd_governor.actors.rollout.actor import RolloutActor
+    from opd_governor.actors.teacher.scorers import ScoreRequest, TorchScorer
+    from opd_governor.actors.trajectory import ScoredRollout, Trajectory
+    from opd_governor.services.inputs.prompts import open_prompts
+    from opd_governor.services.job.settings import load_job
+    from opd_governor.services.run.distill import base_limits
+    from opd_governor.services.run.launch import resolve_models
 
     torch.set_num_threads(threads)
     job = load_job(path, overrides)

