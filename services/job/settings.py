@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from opd_governor.actors.deadlines import FLOOR_S
+from opd_governor.actors.extensions import ExtensionError, use_extensions
 from opd_governor.actors.governor.policy import Policy
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.rollout.settings import RolloutSettings
@@ -165,6 +166,9 @@ class Job(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     preset: Literal["plain-opd", "stable-opd", "governed"] | None = None
     """Fills objective and governor; keys given in the file win."""
+    extensions: tuple[str, ...] = ()
+    """Modules or .py files with losses, signals, verifiers and the like of your own; imported before the file is read further. A .py
+    file must lie at the same path on every node."""
     student: StudentSettings
     teacher: tuple[TeacherSettings, ...]
     data: DataSettings
@@ -228,10 +232,23 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     for override in overrides:
         _apply_override(tree, override)
     try:
+        use_extensions(_extensions(tree, path.resolve().parent))
+    except ExtensionError as error:
+        raise JobError(f"{path}: {error}") from None
+    try:
         job = Job.model_validate(tree)
     except ValidationError as error:
         raise JobError("\n".join(f"{path}: {line}" for line in describe_errors(error))) from None
     return _resolve_paths(job, path.resolve().parent)
+
+
+def _extensions(tree: dict[str, Any], base: Path) -> list[str]:
+    """The tree's `extensions` with .py files resolved against the job file's folder; written back, so that job.yaml names them for good."""
+    named = tree.get("extensions") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        return []  # validation names the mistake
+    tree["extensions"] = [str((base / name).resolve()) if name.endswith(".py") else name for name in named]
+    return tree["extensions"]
 
 
 def describe_errors(error: ValidationError) -> list[str]:

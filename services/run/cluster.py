@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import psutil
 import ray
 
+from opd_governor.actors import extensions
 from opd_governor.services.job.settings import Job, JobError
 
 NAME_FREE_S = 30.0
@@ -30,7 +31,8 @@ ACTOR_ENVIRONMENT = {
 
 def connect(address: str | None) -> None:
     """Join the cluster at `address` (or RAY_ADDRESS), else start a private one that ends with this process."""
-    environment = {"env_vars": {name: os.environ.get(name, value) for name, value in ACTOR_ENVIRONMENT.items()}}
+    variables = ACTOR_ENVIRONMENT | {extensions.VARIABLE: ""}
+    environment = {"env_vars": {name: os.environ.get(name, value) for name, value in variables.items()}}
     address = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"runtime_env": environment, "log_to_driver": False, "configure_logging": False}
     logging.getLogger("ray").setLevel(logging.ERROR)

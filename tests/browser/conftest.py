@@ -1,7 +1,6 @@
 """Real Chromium on a service whose run is a fake. Debian's chromium and chromium-driver, selenium from PyPI."""
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "services/control"))
-
-from fake_run import FakeRun, make_job, make_step
-
 from opd_governor.services.control.app import create_app
 from opd_governor.services.control.server import ControlServer, bind
 from opd_governor.services.job.tunables import ConfigStore
+from tests.services.control.fake_run import FakeRun, make_job, make_step
 
 FLAGS = (
     "--headless",

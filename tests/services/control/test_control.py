@@ -8,7 +8,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_run import FakeRun, make_job
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from opd_governor.services.control.app import create_app
 from opd_governor.services.control.problem import MAX_BODY_BYTES
 from opd_governor.services.control.server import ControlServer, bind
 from opd_governor.services.job.tunables import ConfigStore
+from tests.services.control.fake_run import FakeRun, make_job
 
 NUM_BODIES = int(os.environ.get("OPD_FUZZ_EXAMPLES", "150"))
 TOKEN = "a-token-for-tests"

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_run import FakeRun, make_job
 
 from opd_governor.services.control.app import create_app
 from opd_governor.services.control.server import ControlServer, bind
 from opd_governor.services.job.tunables import ConfigStore
+from tests.services.control.fake_run import FakeRun, make_job
 
 NUM_EXAMPLES = int(os.environ.get("OPD_SCHEMATHESIS_EXAMPLES", "10"))
 # Per operation and phase: 10 keep `make check` short, 150 make over 2000 cases.

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_run import FakeRun, make_job
 
 from opd_governor.services.control.app import create_app
 from opd_governor.services.control.server import ControlServer, ServiceError, bind, load_or_create_token
 from opd_governor.services.job.tunables import ConfigStore
+from tests.services.control.fake_run import FakeRun, make_job
 
 
 @pytest.fixture

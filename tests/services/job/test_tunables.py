@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from fake_run import make_job
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -24,6 +23,7 @@ from opd_governor.services.job.tunables import (
     merge_patch,
 )
 from tests.disks import small_disk
+from tests.services.control.fake_run import make_job
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import make_job, make_step
 
 from opd_governor.services.job.settings import JobError
 from opd_governor.services.record.trackers import PACKAGES, Trackers
+from tests.services.control.fake_run import make_job, make_step
 
 
 class FakeModule:

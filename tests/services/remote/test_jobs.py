@@ -13,8 +13,6 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from fake_jobs import FakeJobs
-from fake_run import FakeRun, make_job
 from typer.testing import CliRunner, Result
 
 from opd_governor.services.cli.app import app
@@ -25,6 +23,8 @@ from opd_governor.services.job.tunables import ConfigStore
 from opd_governor.services.record.rundir import ADDRESS
 from opd_governor.services.remote import jobs
 from opd_governor.services.remote.steer import Endpoint, RemoteError, RunClient, parse_changes
+from tests.services.control.fake_run import FakeRun, make_job
+from tests.services.remote.fake_jobs import FakeJobs
 
 Opd = Callable[..., Result]
 TOKEN = "a-secret-token"

@@ -1,10 +1,10 @@
 """Where a run's actors are placed on a cluster of several roles."""
 
 import pytest
-from fake_run import make_job
 
 from opd_governor.services.job.settings import JobError
 from opd_governor.services.run.cluster import require_roles, role_resources
+from tests.services.control.fake_run import make_job
 
 PINNED = make_job(cluster={"pin_roles": True})
 ALL = ("CPU", "opd_rollout", "opd_teacher", "opd_learner")

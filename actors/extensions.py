@@ -1,0 +1,148 @@
+"""Extension points: the parts of each kind by name, and how parts from outside this package come in.
+
+A kind is a mapping from name to declaration. This package's own parts and a stranger's are added the same way:
+
+    LOSSES: Kind[Loss] = Kind("loss")
+
+    @LOSSES.add("reverse_kl")
+    def reverse_kl(...): ...
+
+Code outside the package is imported before a kind is read: modules and files named by the job's `extensions` key, and whatever an
+installed distribution lists under the entry-point group `opd_governor.extensions`. They travel to actors in the environment
+variable OPD_EXTENSIONS, so a file must lie at the same path on every node, like a model folder.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+T = TypeVar("T")
+
+VARIABLE = "OPD_EXTENSIONS"
+"""Modules and .py files to import, separated by os.pathsep."""
+GROUP = "opd_governor.extensions"
+"""Entry-point group of installed distributions."""
+
+_loaded: set[str] = set()
+
+
+class ExtensionError(ValueError):
+    """An extension that cannot be imported, or a name that is taken: one line, a user's mistake."""
+
+
+class Kind(Mapping[str, T]):
+    """The parts of one kind, by name, in the order they were added.
+
+    >>> SHAPES: Kind[int] = Kind("shape")
+    >>> SHAPES.add("square")(4)
+    4
+    >>> SHAPES["square"]
+    4
+    """
+
+    def __init__(self, what: str) -> None:
+        """`what`: the kind in a person's words, for messages."""
+        self.what = what
+        self._parts: dict[str, T] = {}
+
+    def add(self, name: str) -> Callable[[T], T]:
+        """A decorator (or a plain call) that lists a part. Raises ExtensionError where another part has the name."""
+
+        def put(part: T) -> T:
+            if name in self._parts:
+                raise ExtensionError(f"{self.what} {name!r} exists already; give yours another name")
+            self._parts[name] = part
+            return part
+
+        return put
+
+    def __getitem__(self, name: str) -> T:
+        """Raises KeyError for a name that nobody added."""
+        if name not in self._parts:
+            load_extensions()
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        load_extensions()
+        return iter(tuple(self._parts))
+
+    def __len__(self) -> int:
+        load_extensions()
+        return len(self._parts)
+
+    @property
+    def key(self) -> "Key":
+        """For a settings field: `loss: Annotated[str, LOSSES.key]` takes the names of this kind only."""
+        return Key(self)
+
+
+class Key:
+    """Pydantic annotation of a field that names a part: validates the name, and lists the known ones in the JSON schema."""
+
+    def __init__(self, kind: Kind[Any]) -> None:
+        self._kind = kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema) | {"enum": list(self._kind)}
+
+    def _check(self, name: str) -> str:
+        if name in self._kind:
+            return name
+        known = list(self._kind)
+        near = get_close_matches(name, known, n=1)
+        raise ValueError(f"no such {self._kind.what}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
+
+
+def use_extensions(names: Sequence[str]) -> None:
+    """Import these modules and .py files in this process, and in every actor it starts. Raises ExtensionError."""
+    held = [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
+    os.environ[VARIABLE] = os.pathsep.join(dict.fromkeys([*held, *names]))
+    load_extensions()
+
+
+def load_extensions() -> None:
+    """Import what the environment and installed distributions name, each once a process. Raises ExtensionError."""
+    for name in [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]:
+        _load(name, lambda name=name: _import(name))  # type: ignore[misc]
+    if GROUP not in _loaded:
+        _loaded.add(GROUP)
+        for entry in importlib.metadata.entry_points(group=GROUP):
+            _load(entry.value, entry.load)
+
+
+def _load(name: str, load: Callable[[], object]) -> None:
+    if name in _loaded:
+        return
+    _loaded.add(name)  # before it is imported: an extension reads the kinds it adds to
+    try:
+        load()
+    except Exception as error:
+        _loaded.discard(name)
+        raise ExtensionError(f"extensions: {name} does not load ({type(error).__name__}: {error}); mend or remove it") from error
+
+
+def _import(name: str) -> None:
+    if not name.endswith(".py"):
+        importlib.import_module(name)
+        return
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    spec = importlib.util.spec_from_file_location(f"opd_extension_{path.stem}", path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # so that what it defines can be pickled and inspected
+    spec.loader.exec_module(module)
