@@ -38,7 +38,7 @@ def run(
         fail(failures(checks), code)
     from opd_governor.actors.deadlines import ActorLostError
     from opd_governor.services.cli.progress import Progress
-    from opd_governor.services.run.distill import GuardRailError, LearnerError, SyncError
+    from opd_governor.services.run.errors import GuardRailError, LearnerError, SyncError
     from opd_governor.services.run.launch import Run, TerminatedError
 
     progress = Progress(job.learner.total_steps)

@@ -32,7 +32,11 @@ class Checkpoints:
         self._last_healthy: Path | None = None
         self._writing: asyncio.Task[None] | None = None
         self.taken_step: int | None = None
-        """Step whose state was taken as it still is. None: none was, or whoever changed it since has said so here."""
+        """Step of the last state taken, while nothing has changed since; else None."""
+
+    def changed(self) -> None:
+        """The run's state is another one than when the last checkpoint was taken, though the step may be the same."""
+        self.taken_step = None
 
     async def take(self, state: Record) -> None:
         """Have the learner copy what it has at this border, and write it, with `state`, while the run goes on."""

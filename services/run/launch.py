@@ -23,7 +23,7 @@ from opd_governor.actors.rollout.loops import find_loop
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.teacher.actor import start_teacher
 from opd_governor.actors.teacher.pool import Support, TeacherPool
-from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
+from opd_governor.actors.trajectory import LengthLimits, Prompt
 from opd_governor.services.control.app import create_app
 from opd_governor.services.control.server import ControlServer, bind, load_or_create_token
 from opd_governor.services.inputs.golden import GoldenSet, choose_prompts, collect_golden, golden_key
@@ -33,24 +33,25 @@ from opd_governor.services.inputs.prune import resolve_student
 from opd_governor.services.inputs.verifiers import Evaluation, Response, load_verifier, summarise
 from opd_governor.services.job.settings import Job
 from opd_governor.services.job.tunables import ConfigStore
+from opd_governor.services.record.journal import Journal
 from opd_governor.services.record.mirror import Mirror
 from opd_governor.services.record.monitor import RunMonitor
 from opd_governor.services.record.rundir import ADDRESS, Record, RunDirectory
-from opd_governor.services.record.steps import Source, nonfinite_record
 from opd_governor.services.record.telemetry import Telemetry
 from opd_governor.services.record.trackers import Trackers
 from opd_governor.services.remote.jobs import announced
 from opd_governor.services.report.report import write_report
+from opd_governor.services.run.checkpoints import Checkpoints
 from opd_governor.services.run.cluster import connect, refuse_taken_name, require_roles, role_resources
-from opd_governor.services.run.distill import Distillation, base_limits
+from opd_governor.services.run.data import TrainingData
+from opd_governor.services.run.distill import Actors, Distillation, Evaluate
 from opd_governor.services.run.fleet import PROBE_TOKENS, Fleet, Models
 from opd_governor.services.run.keeper import GovernorKeeper
 from opd_governor.services.run.placement import place
+from opd_governor.services.run.terms import base_limits
 
 Say = Callable[[str], None]
 
-MAX_NONFINITE = 200
-"""Samples kept per process of a run: enough to find the cause, and no full disk where every sample is spoiled."""
 SERVING_S = 1.0
 """How often the run looks whether its HTTP thread lives."""
 
@@ -91,13 +92,21 @@ class Run:
         self.monitor.update(links={"page": self.server.url, "metrics": f"{self.server.url}/metrics"})
         self._loop: Distillation | None = None
         self._ending = self._terminated = False
-        self._num_nonfinite = 0
+        self._journal = Journal(
+            self.directory,
+            self.telemetry,
+            self.monitor,
+            samples_per_step=job.service.samples_per_step,
+            decode=self._decode,
+            on_step=self._record_step,
+            say=say,
+        )
 
     async def execute(self) -> None:
         """The whole run, and the end of every process of it, however it ends."""
         self.server.start()
         self._say(f"run {self.job.name}: {self.server.url} (token in {self.directory.path / 'token'})")
-        fleet = Fleet(self.job, self.models, self._probe(), on_restart=self._count_restart, say=self._note)
+        fleet = Fleet(self.job, self.models, self._probe(), on_restart=self._journal.restarted, say=self._journal.note)
         pool, serving = None, asyncio.create_task(self._keep_serving())
         with contextlib.ExitStack() as stack:
             try:
@@ -144,27 +153,22 @@ class Run:
             self.telemetry.set("opd_length_reference_tokens", value, stat=stat)
         self.stream.mark(golden.finished, golden.answers)
         await fleet.set_reference(reference.mean_tokens)
+        golden_prompts = [prompt for prompt in self.stream.prompts() if prompt.golden_ids]
         self._loop = Distillation(
             self.job,
-            stream=self.stream,
-            golden=[prompt for prompt in self.stream.prompts() if prompt.golden_ids],
-            golden_key=golden.key,
-            reference_tokens=reference.mean_tokens,
-            fleet=fleet,
-            pool=pool,
-            governor=self._start_governor(),
-            directory=self.directory,
-            store=self.store,
-            telemetry=self.telemetry,
-            monitor=self.monitor,
-            evaluate=self._evaluator(fleet) if self.problems else None,
-            decode=self._decode,
-            on_step=self._record_step,
-            on_warning=self._note,
-            on_restart=self._count_restart,
-            on_nonfinite=self._keep_nonfinite,
-            finish=lambda: self._finish(fleet),
-            mirror=self._mirror.push if self._mirror else None,
+            self.store,
+            TrainingData(self.stream, golden_prompts, golden.key, reference.mean_tokens),
+            Actors(fleet, pool, self._start_governor()),
+            self._journal,
+            Checkpoints(
+                self.directory.checkpoints,
+                fleet,
+                keep=self.job.checkpoint.keep,
+                warn=self._journal.note,
+                mirror=self._mirror.push if self._mirror else None,
+            ),
+            self._evaluator(fleet) if self.problems else None,
+            lambda: self._finish(fleet),
         )
         await self._loop.run(self._resume)
         if self._terminated:
@@ -176,32 +180,13 @@ class Run:
         if not self._terminated:
             await fleet.save_student(str(self.directory.final), model_card(self.job, self.directory))
 
-    def _note(self, text: str) -> None:
-        """A line about the run, for whoever watches: terminal, events.jsonl, live page."""
-        self._say(text)
-        event = {"time": time.time(), "step": self.monitor.status()["step"], "text": text}
-        self.directory.append(self.directory.events, event)
-        self.monitor.add_event(event)
-
-    def _count_restart(self, role: str, reason: str) -> None:
-        self.telemetry.inc("opd_actor_restarts_total", role=role)
-        self._note(f"restarted: {role} ({reason})")
-
-    def _keep_nonfinite(self, source: Source, trajectory: Trajectory, scores: TokenScores | None) -> None:
-        self.telemetry.inc("opd_nonfinite_samples_total", source=source)
-        if self._num_nonfinite < MAX_NONFINITE:
-            self._num_nonfinite += 1
-            self.directory.append(self.directory.nonfinite, nonfinite_record(source, trajectory, scores))
-        if self._num_nonfinite == 1:
-            self._note(f"step {trajectory.step}: a sample with a number that is none ({source}); see {self.directory.nonfinite}")
-
     async def _keep_serving(self) -> None:
         """HTTP is a thread of this process; should it end, another one takes over its socket."""
         while True:
             await asyncio.sleep(SERVING_S)
             if not self.server.alive:
                 self.server.start()
-                self._count_restart("service", "crash")
+                self._journal.restarted("service", "crash")
 
     def _record_step(self, record: Record) -> None:
         self._trackers.log(record)
@@ -267,17 +252,13 @@ class Run:
                 hidden=support == "full",
             ),
             domains={prompt.domain for prompt in self.stream.prompts()},
-            on_request=self._count_requests,
-            on_restart=lambda teacher, reason: self._count_restart("teacher", reason),
-            on_nonfinite=lambda trajectory, scores: self._keep_nonfinite("teacher", trajectory, scores),
+            on_request=self._journal.teacher_requests,
+            on_restart=lambda teacher, reason: self._journal.restarted("teacher", reason),
+            on_nonfinite=lambda trajectory, scores: self._journal.nonfinite("teacher", trajectory, scores),
             floor_s=self.job.cluster.deadline_floor_s,
-            say=self._note,
+            say=self._journal.note,
             alone=self.job.repeatable,
         )
-
-    def _count_requests(self, teacher: str, result: str, seconds: float, num: int) -> None:
-        self.telemetry.inc("opd_teacher_requests_total", num, teacher=teacher, result=result)
-        self.telemetry.observe("opd_teacher_request_seconds", *[seconds] * num, teacher=teacher)
 
     def _start_governor(self) -> GovernorKeeper:
         """On the driver's own node: it reads the run's /metrics over loopback."""
@@ -297,8 +278,8 @@ class Run:
             base_limits(job),
             generation,
             floor_s=self.job.cluster.deadline_floor_s,
-            on_restart=lambda reason: self._count_restart("governor", reason),
-            say=self._note,
+            on_restart=lambda reason: self._journal.restarted("governor", reason),
+            say=self._journal.note,
         )
 
     async def _write_golden(self, pool: TeacherPool) -> GoldenSet:
@@ -324,10 +305,10 @@ class Run:
 
         return await collect_golden(prompts, settings, generate, self.models.stop_ids, loop_in, folder / f"{key}.parquet")
 
-    def _evaluator(self, fleet: Fleet) -> Callable[[LengthLimits, int], Any]:
-        async def evaluate(limits: LengthLimits, step: int) -> dict[str, Evaluation]:
+    def _evaluator(self, fleet: Fleet) -> Evaluate:
+        async def evaluate(job: Job, step: int) -> dict[str, Evaluation]:
             """Held-out problems, greedy and (unless turned off) sampled, at the cap people allow whatever the governor's."""
-            settings = self.job.rollout
+            settings, limits = self.job.rollout, base_limits(job)
             decodings = {"greedy": True} | ({"sampled": False} if self.job.data.eval.sampled else {})
             names, runs = list(decodings), [self._answer(fleet, limits, step, settings, greedy) for greedy in decodings.values()]
             return {name: summarise(responses, self.verify) for name, responses in zip(names, await asyncio.gather(*runs), strict=True)}

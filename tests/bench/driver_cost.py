@@ -48,11 +48,15 @@ from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Tr
 from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
 from opd_governor.services.job.settings import Job
 from opd_governor.services.job.tunables import ConfigStore
+from opd_governor.services.record.journal import Journal
 from opd_governor.services.record.monitor import RunMonitor
 from opd_governor.services.record.rundir import Record, RunDirectory, read_records
 from opd_governor.services.record.telemetry import Telemetry
-from opd_governor.services.run.distill import Distillation, base_limits
+from opd_governor.services.run.checkpoints import Checkpoints
+from opd_governor.services.run.data import TrainingData
+from opd_governor.services.run.distill import Actors, Distillation
 from opd_governor.services.run.fleet import Fleet, Models
+from opd_governor.services.run.terms import base_limits
 
 SEED = 0
 SLOTS, TOKENS_PER_S = 16, 128
@@ -315,17 +319,16 @@ def measure(
         fleet._learner, fleet._transfer = learner, "file"
         pool = TeacherPool(
             [(TEACHER, list(scorers))],
-            on_request=lambda teacher, result, seconds, num: (
-                telemetry.inc("opd_teacher_requests_total", num, teacher=teacher, result=result),
-                telemetry.observe("opd_teacher_request_seconds", *[seconds] * num, teacher=teacher),
-            ),
+            on_request=lambda *request: journal.teacher_requests(*request),
         )
+        journal = Journal(
+            directory, telemetry, monitor, samples_per_step=job.service.samples_per_step, decode=lambda ids: "x" * len(ids),
+            on_step=mark, say=sys.exit,
+        )  # fmt: skip
         loop = Distillation(
-            job, stream=Prompts(), golden=[], golden_key="", reference_tokens=256.0, fleet=fleet, pool=pool,
-            governor=QuietGovernor(base_limits(job), telemetry), directory=directory, store=ConfigStore(job, directory.config),
-            telemetry=telemetry, monitor=monitor, evaluate=None, decode=lambda ids: "x" * len(ids), on_step=mark,
-            on_warning=lambda line: sys.exit(line), on_restart=lambda role, reason: sys.exit(f"{role}: {reason}"),
-            on_nonfinite=lambda source, trajectory, scores: None, finish=nothing,
+            job, ConfigStore(job, directory.config), TrainingData(Prompts(), [], "", 256.0),
+            Actors(fleet, pool, QuietGovernor(base_limits(job), telemetry)), journal,
+            Checkpoints(directory.checkpoints, fleet, keep=job.checkpoint.keep, warn=journal.note), None, nothing,
         )  # type: ignore[arg-type]  # fmt: skip
 
         async def run() -> None:

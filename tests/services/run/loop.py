@@ -1,6 +1,7 @@
 """The main loop over fakes with the same methods as what it runs on."""
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -17,11 +18,15 @@ from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Tr
 from opd_governor.services.job.settings import Job
 from opd_governor.services.job.tunables import ConfigStore
 from opd_governor.services.record.batch import Sync
+from opd_governor.services.record.journal import Journal
 from opd_governor.services.record.mirror import Mirror
 from opd_governor.services.record.monitor import RunMonitor
 from opd_governor.services.record.rundir import Record, RunDirectory, read_records
 from opd_governor.services.record.telemetry import Telemetry
-from opd_governor.services.run.distill import Distillation, base_limits
+from opd_governor.services.run.checkpoints import Checkpoints
+from opd_governor.services.run.data import TrainingData
+from opd_governor.services.run.distill import Actors, Distillation
+from opd_governor.services.run.terms import base_limits
 
 
 class FakeStream:
@@ -177,6 +182,7 @@ class Loop:
         sick_from: int = 10**6,
         staleness: int = 0,
         mirror_url: str | None = None,
+        golden_key: str = "g",
     ) -> None:
         self.job = Job.model_validate(
             {
@@ -195,15 +201,29 @@ class Loop:
         self.fleet, self.stream, self.warnings = FakeFleet(), FakeStream(), []
         self.on_step: Any = lambda record: None
         self.pool, self.governor = FakePool(), FakeGovernor(base_limits(self.job), commands or {}, sick_from)
-        self.restarts, self.nonfinite, self.num_finished = [], [], 0
-        self.distillation = Distillation(
-            self.job, stream=self.stream, golden=[], golden_key="g", reference_tokens=4.0, fleet=self.fleet, pool=self.pool,
-            governor=self.governor, directory=self.directory, store=self.store,
-            telemetry=self.telemetry, monitor=self.monitor, evaluate=None, decode=lambda ids: "", on_step=lambda r: self.on_step(r),
-            on_warning=self.warnings.append, on_restart=lambda role, reason: self.restarts.append((role, reason)),
-            on_nonfinite=lambda source, trajectory, scores: self.nonfinite.append((source, trajectory.prompt.index)),
-            finish=self._finish, mirror=Mirror(mirror_url, self.directory).push if mirror_url else None,
-        )  # type: ignore[arg-type]  # fmt: skip
+        self.num_finished = 0
+        self.journal = Journal(
+            self.directory, self.telemetry, self.monitor, samples_per_step=self.job.service.samples_per_step,
+            decode=lambda ids: "", on_step=lambda record: self.on_step(record), say=self.warnings.append,
+        )  # fmt: skip
+        checkpoints = Checkpoints(
+            self.directory.checkpoints, self.fleet, keep=1, warn=self.journal.note,
+            mirror=Mirror(mirror_url, self.directory).push if mirror_url else None,
+        )  # fmt: skip
+        data = TrainingData(self.stream, [], golden_key, 4.0)  # type: ignore[arg-type]
+        actors = Actors(self.fleet, self.pool, self.governor)  # type: ignore[arg-type]
+        self.distillation = Distillation(self.job, self.store, data, actors, self.journal, checkpoints, None, self._finish)
+
+    @property
+    def restarts(self) -> list[tuple[str, str]]:
+        """(role, reason), as a person was told."""
+        told = [re.fullmatch(r"restarted: (\w+) \((\w+)\)", line) for line in self.warnings]
+        return [(match[1], match[2]) for match in told if match]
+
+    @property
+    def nonfinite(self) -> list[tuple[str, int]]:
+        """(stage that found it, prompt), as kept for inspection."""
+        return [(record["source"], record["prompt"]) for record in read_records(self.directory.nonfinite)]
 
     async def _finish(self) -> None:
         await self.fleet._ask("finish")

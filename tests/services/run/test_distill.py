@@ -15,7 +15,7 @@ from opd_governor.actors.learner.actor import StepReport
 from opd_governor.actors.trajectory import TokenScores, Trajectory
 from opd_governor.services.record.batch import Sync
 from opd_governor.services.record.rundir import Record, read_records
-from opd_governor.services.run.distill import GuardRailError, LearnerError, SyncError
+from opd_governor.services.run.errors import GuardRailError, LearnerError, SyncError
 from tests.services.run.loop import Loop
 
 

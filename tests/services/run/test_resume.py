@@ -15,7 +15,7 @@ import pytest
 from opd_governor.actors.learner.checkpoint import newest_checkpoint, read_state
 from opd_governor.services.record.rundir import Record, read_records
 from opd_governor.services.record.steps import CLOCK_FIELDS
-from opd_governor.services.run.distill import LearnerError
+from opd_governor.services.run.errors import LearnerError
 from tests.disks import remount, small_disk
 from tests.services.run.loop import Loop
 
@@ -152,8 +152,7 @@ def test_other_golden_answers_than_the_checkpoints_are_said(tmp_path: Path) -> N
     first = Loop(tmp_path)
     first.on_step = lambda record: record["step"] == 2 and first.distillation.stop()
     first.run()
-    second = Loop(tmp_path)
-    second.distillation._golden_key = "other"
+    second = Loop(tmp_path, golden_key="other")
     second.run(resume=True)
     assert any("golden answers" in warning for warning in second.warnings)
 

@@ -1,0 +1,27 @@
+"""What a run learns from beside its own samples: the prompt stream, golden answers, the reference length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opd_governor.actors.trajectory import Prompt
+from opd_governor.services.inputs.prompts import PromptStream
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """Prompts in their order, and the golden pass over them."""
+
+    stream: PromptStream
+    golden: Sequence[Prompt]
+    """The prompts that have a golden answer."""
+    golden_key: str
+    """Names the golden answers: equal keys, equal answers."""
+    reference_tokens: float
+    """Mean length of a golden answer."""
+
+    def golden_for(self, step: int, num_rollouts: int, ratio: float) -> list[Prompt]:
+        """Golden answers to learn from beside `num_rollouts` rollouts: `ratio` of their number, at least one, in turn."""
+        if not self.golden:
+            return []
+        num = max(1, round(ratio * num_rollouts))
+        return [self.golden[(step * num + i) % len(self.golden)] for i in range(num)]
