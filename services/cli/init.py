@@ -237,7 +237,7 @@ checkpoint:
 
 def scalar(value: Any) -> str:
     """One value as YAML on one line, quoted where YAML needs it."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").rstrip("\n")
 
 
 def write(out: Path, text: str) -> None:
