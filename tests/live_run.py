@@ -1,4 +1,4 @@
-"""A real run as a process of its own, watched from outside."""
+"""A real run in its own process, watched from outside."""
 
 import contextlib
 import signal

@@ -1,4 +1,4 @@
-"""Processes of a real run are killed at seeded random moments; afterwards its books are checked.
+"""Kills processes of a real run at seeded random moments, and checks the run's records afterwards.
 
 plan --> run (quickstart, few steps) --> wait a random moment --> kill or stop one process --> wait until the run went on --> next
                                                                                                                  |

@@ -1,4 +1,4 @@
-"""A strict run that is killed and resumed ends as one that was never killed, bit for bit."""
+"""A strict run that is killed and resumed ends like a run that was never killed, bit for bit."""
 
 import contextlib
 import json

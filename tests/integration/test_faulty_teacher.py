@@ -1,4 +1,4 @@
-"""Real runs whose teacher is a real vLLM server behind a proxy that spoils answers: cured by asking again, or masked and counted."""
+"""Real runs with a real vLLM server as teacher, behind a proxy that spoils answers. They are retried, or masked and counted."""
 
 import hashlib
 import json

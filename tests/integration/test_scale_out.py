@@ -1,4 +1,4 @@
-"""A run over several ranks and nodes: the same steps as on one rank, actors where they were asked for, one copy of the weights a node."""
+"""A run over several ranks and nodes takes the steps of one rank, places actors as asked, and copies weights once per node."""
 
 import asyncio
 import subprocess
