@@ -1,4 +1,4 @@
-"""What every test stands on: no hub, one thread, no usage reports; set before torch, vllm or ray are imported."""
+"""Settings of every test: no hub, one thread, no usage reports. They are set before torch, vllm or ray are imported."""
 
 import os
 

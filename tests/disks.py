@@ -10,7 +10,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(folder: Path, kib: int) -> Iterator[Path]:
-    """`folder` as a file system of its own. Skips where that may not be mounted."""
+    """Mount a file system on `folder`. Skips the test where mounting is not allowed."""
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root")

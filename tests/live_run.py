@@ -1,4 +1,4 @@
-"""A real run as a process of its own, watched from outside."""
+"""A real run in its own process, watched from outside."""
 
 import contextlib
 import signal
@@ -22,7 +22,7 @@ def _heed_ctrl_c() -> None:
 
 
 class LiveRun:
-    """`opd run` in a process of its own, and its HTTP service once it is up."""
+    """`opd run` in its own process, and its HTTP service once it is up."""
 
     def __init__(self, out: Path, *sets: str, resume: bool = False, job: Path = JOB) -> None:
         self.out = out
@@ -56,7 +56,7 @@ class LiveRun:
         raise AssertionError(f"timed out:\n{self.log.read_text()[-3000:]}")
 
     def remember(self) -> None:
-        """Every process that ever descended from this run."""
+        """Every process that this run has started, directly or not."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -70,7 +70,7 @@ class LiveRun:
         return self.process.wait(1)
 
     def left_over(self, grace_s: float = 10) -> list[str]:
-        """Descendants still there; a moment is given for the last ones to be reaped."""
+        """Descendants that are still alive after a short wait."""
         deadline = time.monotonic() + grace_s
         while True:
             alive = []

@@ -1,4 +1,4 @@
-"""Deadlines of remote calls: derived from the work, and what is said when one passes."""
+"""Deadlines of remote calls: how they follow from the work, and the message when one passes."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Parts of a kind come in from a file that a job names, in this process and by the environment in others."""
+"""A job names a file, and its parts are added to their kinds: in this process, and through the environment in others."""
 
 import subprocess
 import sys

@@ -2,8 +2,8 @@
 
     python -m deploy.sums.recipe [--out DIR]
 
-Seeded, one thread, float32: the prompt files come out byte for byte, the weights bit for bit on one machine
-and to rounding on another.
+Seeded, one thread, float32. The prompt files are always the same bytes. The weights are the same bits on one machine, and equal up to
+rounding on another.
 """
 
 import argparse
@@ -43,12 +43,13 @@ HEAD_DIM = 32
 
 CONFUSED = 0.55
 SLIPPED = 0.03
-"""How the student misreads: accuracy near .2, and a stop it is not sure of. In trials without slips its length never rose."""
+"""Probabilities of the student's misreadings. They give an accuracy near .2 and a student that is unsure when to stop; without slips its
+length never rose in trials."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents of one forward pass and their loss's weight in the step."""
+    """Documents of one forward pass, and the weight of their loss in the step."""
 
     documents: list[str]
     weight: float = 1.0
@@ -68,14 +69,15 @@ class Plan:
 
 
 def draw_growing(rng: random.Random, steps: int) -> Iterator[list[Terms]]:
-    """For each step, 32 problems of 2 terms and more: at most 3 at first, 9 from step 258 on. All at once, copying is learned too late."""
+    """32 problems for each step. They have 2 to 3 terms at first and 2 to 9 from step 258 on: with all lengths at once, copying is learned
+    too late."""
     for step in range(steps):
         most = min(9, 3 + step // 43)
         yield list(islice(draw_problems(rng, 2, most, held_out_prompts()), 32))
 
 
 def draw_teacher_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch, ...]]:
-    """Correct answers, from step 700 on loops as well: from these the teacher learns to copy in context, as large models do."""
+    """Correct answers, and from step 700 on loops too. From loops the teacher learns to copy in context, as large models do."""
     for step, problems in enumerate(draw_growing(rng, steps)):
         worked = Batch([render_prompt(terms) + render_answer(terms) for terms in problems])
         loops = Batch([draw_loop(rng, WINDOW_TOKENS) for _ in range(3)], weight=0.3)
@@ -83,14 +85,14 @@ def draw_teacher_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch
 
 
 def draw_student_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch, ...]]:
-    """Correct answers, from step 1200 on answers to a misread problem: right in form, wrong in most results, always ending."""
+    """Correct answers, and from step 1200 on answers to a misread problem. Those have the right form and always end, but most are wrong."""
     for step, problems in enumerate(draw_growing(rng, steps)):
         read = [misread(terms, CONFUSED, SLIPPED, rng) if step >= 1200 else terms for terms in problems]
         yield (Batch([render_prompt(terms) + render_answer(taken) for terms, taken in zip(problems, read, strict=True)]),)
 
 
 def draw_stalling_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch, ...]]:
-    """Correct answers and answers that get stuck in a step: the teacher's last lesson, which makes it agree with loops like these."""
+    """Correct answers, and answers that get stuck in a step. After this last lesson the teacher agrees with such loops."""
     for _ in range(steps):
         problems = islice(draw_problems(rng, 2, 9, held_out_prompts()), 32)
         worked = Batch([render_prompt(terms) + render_answer(terms) for terms in problems])
@@ -128,7 +130,7 @@ def build(plan: Plan) -> LlamaForCausalLM:
 
 
 def train(model: LlamaForCausalLM, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """Next-token cross-entropy on all that follows a prompt; AdamW, short warm-up, cosine to zero."""
+    """Next-token cross-entropy on everything after the prompt, with AdamW, a short warm-up and a cosine schedule to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, plan.steps // 20, plan.steps)
     for step, batches in enumerate(plan.draw_batches(random.Random(plan.seed), plan.steps)):
@@ -148,7 +150,7 @@ def train(model: LlamaForCausalLM, plan: Plan, tokenizer: PreTrainedTokenizerBas
 
 
 def mask_prompts(ids_BT: torch.Tensor) -> torch.Tensor:
-    """[B, T] labels: -100 on padding and up to each document's first `?` (a document without one counts whole)."""
+    """[B, T] labels: -100 on padding, and up to the first `?` of each document. A document without a `?` is kept whole."""
     asked_BT = (ids_BT == ALPHABET.index("?")).cumsum(1) > 0
     in_prompt_BT = ~asked_BT.roll(1, 1).index_fill(1, torch.tensor([0]), False) & asked_BT.any(1, keepdim=True)
     return ids_BT.masked_fill(in_prompt_BT | (ids_BT == ALPHABET.index(PAD)), -100)

@@ -3,7 +3,7 @@
     prompt    3+7+2?
     answer    3+7=0;0+2=2;!2$        `!` opens the result, `$` stops
 
-Plain Python: the recipe, the tests and a job's verifier all read it.
+Plain Python, because the recipe, the tests and a job's verifier all import it.
 """
 
 import random
@@ -22,7 +22,7 @@ MAX_UNIT = 12
 """Longest unit a loop document repeats, characters."""
 
 EASY_PROMPTS, HARD_PROMPTS = 1600, 2880
-"""Prompts of the curriculum: before longer ones come, and from then on."""
+"""Prompts of the curriculum: short ones first, then longer ones too."""
 
 LOOK_ALIKES = {1: 7, 7: 1, 6: 9, 9: 6}
 
@@ -62,7 +62,7 @@ def is_correct(response: str, answer: str) -> bool:
 
 
 def draw_problems(rng: random.Random, min_terms: int, max_terms: int, exclude: frozenset[str] = frozenset()) -> Iterator[Terms]:
-    """Endless problems, the number of terms uniform; those whose prompt is in `exclude` are left out."""
+    """Endless problems with a uniform number of terms, without those whose prompt is in `exclude`."""
     while True:
         terms = tuple(rng.randrange(10) for _ in range(rng.randint(min_terms, max_terms)))
         if render_prompt(terms) not in exclude:
@@ -102,10 +102,10 @@ def held_out_prompts() -> frozenset[str]:
 
 
 def misread(terms: Terms, confused: float, slipped: float, rng: random.Random) -> Terms:
-    """What an under-trained student takes a problem for.
+    """The problem as an under-trained student reads it.
 
-    Look-alike digits (1 and 7, 6 and 9) are confused with probability `confused`: above one half greedy answers are wrong as well.
-    Each term is left out, or taken twice, with probability `slipped` each: the student is unsure when to stop.
+    Digits that look alike (1 and 7, 6 and 9) are confused with probability `confused`; above one half greedy answers are wrong too.
+    Each term is skipped with probability `slipped`, and read twice with the same probability, so the student is unsure when to stop.
     """
     read: list[int] = []
     for term in terms:
@@ -117,8 +117,8 @@ def misread(terms: Terms, confused: float, slipped: float, rng: random.Random) -
 def draw_loop(rng: random.Random, length: int) -> str:
     """A document that never stops: a prefix, then a unit of 1 to MAX_UNIT characters repeated until `length` characters.
 
-    Half the prefixes are the beginning of a worked problem, half the units a piece of one; the others are random characters.
-    The problems reach 14 terms: of long ones a teacher sees how they go on and never how they end.
+    Half of the prefixes are the beginning of a worked problem, and half of the units are a piece of one; the others are random characters.
+    Problems have up to 14 terms, so a teacher sees the middle of long answers and never their end.
     """
     plain = ALPHABET.replace(PAD, "").replace(STOP, "")
     (terms,) = islice(draw_problems(rng, 3, 14), 1)
@@ -139,7 +139,7 @@ def draw_loop(rng: random.Random, length: int) -> str:
 def draw_stall(rng: random.Random, length: int) -> str:
     """A document that never stops: a worked answer that repeats its last step, or its last two, until `length` characters.
 
-    A teacher that has read these agrees with a student that gets stuck: the state in which a long answer of ours is lost.
+    A teacher trained on these agrees with a student that is stuck. That is the state in which long answers are lost.
     """
     (terms,) = islice(draw_problems(rng, 3, 14), 1)
     prompt, answer = render_prompt(terms), render_answer(terms)

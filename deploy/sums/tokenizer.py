@@ -1,4 +1,4 @@
-"""The task's character tokenizer: one token per character of the alphabet, its id the character's place in it."""
+"""The task's character tokenizer: one token per character, and its id is the character's place in the alphabet."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -7,7 +7,7 @@ from deploy.sums.task import ALPHABET, PAD, STOP
 
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """A fast tokenizer without a BOS; eos is the stop character. A character outside the alphabet is an error, never dropped."""
+    """A fast tokenizer without a BOS, whose eos is the stop character. A character outside the alphabet raises an error."""
     core = Tokenizer(models.WordLevel({character: index for index, character in enumerate(ALPHABET)}))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     core.decoder = decoders.Fuse()

@@ -74,7 +74,7 @@ RESPONSES = {length: tuple(range(length)) for length in range(LEAST_TOKENS, MOST
 
 
 class Engine:
-    """A rollout actor whose engine only waits. `pace` 0 does not even do that."""
+    """A rollout actor whose engine only waits; with `pace` 0 it does not wait."""
 
     def __init__(self, index: int, pace: float, num_actors: int) -> None:
         self._random, self._pace, self._num_actors = random.Random(SEED + index), pace, num_actors
@@ -148,7 +148,7 @@ class Sink:
 
 
 class Host:
-    """One Ray process that stands for many engines, teachers and the learner: the driver sees as many streams and messages."""
+    """One Ray process that plays many engines, teachers and the learner. The driver sees the streams and messages of all of them."""
 
     def __init__(self, pace: float, num_actors: int) -> None:
         self._num_actors, self._pace, self._scorer, self._sink = num_actors, pace, Scorer(pace), Sink(pace)
@@ -184,7 +184,7 @@ class Host:
 
 
 class Handle:
-    """An object in this process, called as a Ray actor is: `handle.method.remote(...)`, `.options(...)` ignored."""
+    """An object in this process that is called like a Ray actor: `handle.method.remote(...)`; `.options(...)` is ignored."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -227,7 +227,7 @@ class HostedEngine:
 
 
 class QuietGovernor:
-    """Holds; its reading of /metrics costs the driver what serving them costs."""
+    """Holds all limits. It reads /metrics, so the driver pays for serving them."""
 
     def __init__(self, base: LengthLimits, telemetry: Telemetry) -> None:
         async def tick(step: int) -> tuple[Any, Record]:
@@ -248,7 +248,7 @@ class QuietGovernor:
 
 
 class Prompts:
-    """An endless stream of equal prompts with numbers of their own."""
+    """An endless stream of equal prompts, each with its own number."""
 
     def __init__(self) -> None:
         self._position, self._ids = 0, tuple(range(PROMPT_TOKENS))
@@ -285,7 +285,7 @@ class Point:
 def measure(
     num_actors: int, num_steps: int, *, pace: float, engines: Sequence[Any], scorers: Sequence[Any], learner: LearnerGroup, samples: int = 1
 ) -> Point:
-    """Run the loop over these actors; `pace` 1 is the clock's, 0 is as fast as it goes."""
+    """Run the loop over these actors; `pace` 1 is real time, 0 as fast as possible."""
     job = Job.model_validate(
         {
             "name": "driver-cost",
@@ -381,7 +381,7 @@ def report(name: str, point: Point) -> dict[str, Any]:
 
 
 def merge(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Points measured before, replaced where measured again."""
+    """Points of earlier measurements; those measured again are replaced."""
     points = {point["num_actors"]: point for point in [*kept, *new]}
     return [points[number] for number in sorted(points)]
 

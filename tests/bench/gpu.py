@@ -51,7 +51,8 @@ def build(size: dict[str, int], device: torch.device, dtype: torch.dtype) -> Any
 
 
 def forward_flops(model: Any, num_rows: int, num_tokens: int, size: dict[str, int]) -> float:
-    """2 per weight and token (embeddings are looked up, not multiplied), and attention's two products under the causal mask."""
+    """FLOPs of a forward pass: 2 per weight and token (embeddings are looked up, not multiplied), and attention's two products under the
+    causal mask."""
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
     attention = 2 * size["layers"] * num_tokens * size["hidden"]  # 4 x T x H, half of it masked away
     return float(num_rows * num_tokens) * (2 * matrices + attention)
@@ -72,7 +73,7 @@ def wait(device: torch.device) -> None:
 
 
 def median_s(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    """After one round of warm-up."""
+    """Median seconds after one round of warm-up."""
     times = []
     for _ in range(rounds + 1):
         wait(device)
@@ -148,7 +149,7 @@ def against_floor(seconds: float, flops: float, rate: float) -> dict[str, float]
 
 
 def loss_memory(student: Any, size: dict[str, int], device: torch.device) -> dict[str, Any]:
-    """Peak beyond weights, gradients and hidden states; the whole [T, V] in float32 beside it for scale. None without a GPU."""
+    """Peak memory beyond weights, gradients and hidden states, and the size of [T, V] in float32 for scale. None without a GPU."""
     num_tokens = size["batch"] * size["tokens"]
     hidden_NH = torch.randn(num_tokens, size["hidden"], device=device, requires_grad=True)
     ids_N = torch.randint(4, size["vocabulary"], (num_tokens,), device=device)

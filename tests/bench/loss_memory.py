@@ -25,7 +25,7 @@ STOP_IDS = torch.tensor([2, 7])
 
 
 def plain_loss(student: LazyLogits, teacher: LazyLogits) -> torch.Tensor:
-    """Reverse KL over the vocabulary with the stop ids as one class, as one writes it down: [T, V] throughout."""
+    """Reverse KL over the vocabulary with the stop ids as one class, written plainly: every array is [T, V]."""
     keep_V = torch.ones(VOCABULARY, dtype=torch.bool)
     keep_V[STOP_IDS] = False
 
@@ -58,7 +58,7 @@ def chunked_loss(student: LazyLogits, teacher: LazyLogits) -> torch.Tensor:
 
 
 def measure(version: str) -> dict[str, object]:
-    """One version in this process: peak and loss; the gradients go to `{version}.npy` in the working directory."""
+    """Peak and loss of one version, in this process. Gradients are written to `{version}.npy` in the working directory."""
     torch.manual_seed(SEED)
     hidden_TH = torch.randn(NUM_TOKENS, HIDDEN, requires_grad=True)
     heads = [torch.nn.Linear(HIDDEN, VOCABULARY, bias=False) for _ in range(2)]

@@ -74,7 +74,7 @@ def peaks(rounds: int, num_threads: int) -> dict[str, float]:
 
 
 def weights_and_width(model: str) -> tuple[int, int]:
-    """Weights multiplied per token, and layers x hidden width, for attention."""
+    """Number of weights multiplied per token, and layers x hidden width, which attention needs."""
     config = AutoConfig.from_pretrained(model).get_text_config()
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""The benchmarks still run: their smallest form, for the harness and not for figures."""
+"""The benchmarks run in their smallest form. This tests their code, not their figures."""
 
 import os
 import shutil

@@ -14,7 +14,7 @@ AXE = Path(__file__).parent / "vendor" / "axe" / "axe.min.js"
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    """The condition's value once it is true; what is not there yet or was just redrawn counts as false."""
+    """The condition's value once it is true. An element that is missing or was just redrawn counts as false."""
     from selenium.common.exceptions import WebDriverException
 
     end = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""Processes of a real run are killed at seeded random moments; afterwards its books are checked.
+"""Kills processes of a real run at seeded random moments, and checks the run's records afterwards.
 
 plan --> run (quickstart, few steps) --> wait a random moment --> kill or stop one process --> wait until the run went on --> next
                                                                                                                  |
@@ -56,7 +56,7 @@ FLOOR_S = 20.0
 
 
 def role_of(process: psutil.Process) -> str | None:
-    """What a process of a run is there for."""
+    """The role of a process of a run."""
     words = process.cmdline()
     if not words:
         return None
@@ -66,7 +66,7 @@ def role_of(process: psutil.Process) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One process killed, and how long the run took to be past the step it was in."""
+    """One killed process, and the seconds until the run had finished the step it was in."""
 
     role: str
     signal: str
@@ -78,7 +78,7 @@ class Kill:
 
 @dataclass(slots=True)
 class Outcome:
-    """What is left to check when a run has ended."""
+    """What is checked after a run has ended."""
 
     seed: int
     staleness: int
@@ -127,7 +127,7 @@ class ChaosRun(LiveRun):
         return restarts_in(client.get("/metrics").text)
 
     def kill(self, client: httpx.Client, role: str, number: signal.Signals) -> Kill:
-        """Kill a process of this role and wait until it was replaced and the run has gone on."""
+        """Kill a process of this role, and wait until it is replaced and the run has continued."""
         self.remember()
         before, counted_as = self.restarts(client), COUNTED_AS.get(role, role)
         victim = self.victims(role)[0]
@@ -209,7 +209,7 @@ def check(
     staleness: int,
     wall_s: float,
 ) -> Outcome:
-    """The books of a run that has ended, against the stream of prompts that its job prescribes."""
+    """Check the records of a run that has ended against the stream of prompts of its job."""
     records = [record for record in read_records(live.out / "metrics.jsonl") if record["num_rollouts"]]
     used = [tuple(key) for record in records for key in record["prompts"]]
     due = prompts_due(tuple(settings), steps)

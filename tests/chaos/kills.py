@@ -31,7 +31,7 @@ STEPS_PER_KILL = 12
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One run: what is killed in it, in order."""
+    """One run and the roles that are killed in it, in order."""
 
     roles: tuple[str, ...]
     seed: int
@@ -69,7 +69,7 @@ PIECES = {
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """One line a role: kills, how long they cost, and whether any run they fell in had a problem."""
+    """One line per role: kills, seconds to recovery, and whether any of their runs had a problem."""
     rows: dict[tuple[str, str], list[tuple[float, bool]]] = defaultdict(list)
     for run in runs.values():
         for kill in run["kills"]:

@@ -54,7 +54,7 @@ Samples = dict[str, list[tuple[int, float, int]]]
 
 
 class SoakRun(ChaosRun):
-    """Looks at its processes whenever it looks at anything."""
+    """A live run that also records its processes at every look."""
 
     def __init__(self, out: Path, *sets: str) -> None:
         super().__init__(out, *sets)

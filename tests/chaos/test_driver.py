@@ -1,4 +1,4 @@
-"""The driver of a submitted run is killed on a real cluster: the run goes on by itself."""
+"""The driver of a submitted run is killed on a real cluster. The run continues by itself."""
 
 import json
 import os

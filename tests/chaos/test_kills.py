@@ -1,4 +1,4 @@
-"""The short chaos suite: every role of one real run is killed, and one of its engines stopped in its tracks."""
+"""The short chaos suite: every role of one real run is killed, and one of its engines is frozen."""
 
 import signal
 from pathlib import Path

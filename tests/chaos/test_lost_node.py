@@ -1,4 +1,4 @@
-"""The node that holds a run's rollout and teacher actors is lost while the run goes; another one joins, as a cluster replaces it."""
+"""A run loses the node with its rollout and teacher actors. Another node joins, as when a cluster replaces it."""
 
 import time
 from pathlib import Path

@@ -15,7 +15,7 @@ LABELS = {
 
 
 class ForeignExporter:
-    """One /metrics that stands for both."""
+    """One /metrics with the series of both."""
 
     def __init__(self) -> None:
         registry = CollectorRegistry()
@@ -27,7 +27,7 @@ class ForeignExporter:
         self.server, self.thread = start_http_server(0, addr="127.0.0.1", registry=registry)
 
     def announce(self, folder: Path) -> None:
-        """As Ray's head node does."""
+        """Announce the address as Ray's head node does."""
         target = {"labels": {"job": "ray"}, "targets": [f"127.0.0.1:{self.server.server_port}"]}
         (folder / "prom_metrics_service_discovery.json").write_text(json.dumps([target]))
 

@@ -9,11 +9,11 @@ SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge
 DECLARED_SERIES = {metric.name + suffix for metric in METRICS for suffix in SUFFIXES[metric.kind]}
 
 VARIABLES = {"$__rate_interval": "10s", "$run": ".*"}
-"""Grafana's variables and what stands for them where there is no Grafana."""
+"""Grafana's variables, and the values used where there is no Grafana."""
 
 
 def substituted(expression: str) -> str:
-    """A dashboard's expression as Prometheus would get it; no variable may be left."""
+    """A dashboard's expression as Prometheus would get it. A variable that is left is an error."""
     for variable, value in VARIABLES.items():
         expression = expression.replace(variable, value)
     assert "$" not in expression, expression

@@ -36,7 +36,7 @@ class Target:
     address: str
 
     def announce(self, folder: Path) -> Path:
-        """As a run does in `service.file_sd_dir`."""
+        """Announce the address as a run does in `service.file_sd_dir`."""
         path = folder / f"opd-{self.run}.json"
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps([{"targets": [self.address], "labels": {"run": self.run}}]))
@@ -172,7 +172,7 @@ class Prometheus:
         return list(answer["data"]["result"])
 
     def value(self, expression: str) -> float | None:
-        """Of the only series; None without one."""
+        """Value of the only series; None without one."""
         result = self.query(expression)
         assert len(result) <= 1, result
         return float(result[0]["value"][1]) if result else None

@@ -23,7 +23,7 @@ def shipped_tokenizer(request):
 
 
 def documents():
-    """Some of every kind a model of this workload sees."""
+    """A few documents of every kind that a model of this workload sees."""
     rng = random.Random(0)
     for terms in islice(task.draw_problems(rng, 3, 14), 100):
         yield task.render_prompt(terms)

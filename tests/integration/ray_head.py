@@ -34,7 +34,7 @@ class RayHead:
     folder: Path
 
     def opd(self, *words: object) -> subprocess.CompletedProcess[str]:
-        """One `opd` command as typed on a laptop."""
+        """Run one `opd` command, as typed on another machine."""
         command = [sys.executable, "-m", "opd_governor", *map(str, words)]
         environment = self.environment | {"RAY_ADDRESS": self.address}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
@@ -98,7 +98,7 @@ def _ray_start(options: Sequence[str], environment: dict[str, str], log: Path, i
 
 
 def free_ports(num: int) -> list[int]:
-    """Ports nobody listens on now."""
+    """Ports that are free now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(num)]
         for sock in sockets:

@@ -1,4 +1,4 @@
-"""A strict run that is killed and resumed ends as one that was never killed, bit for bit."""
+"""A strict run that is killed and resumed ends like a run that was never killed, bit for bit."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ STRICT = (
 
 
 def kill_group(live: LiveRun) -> None:
-    """SIGKILL for the driver and, at the same moment, whatever came from it."""
+    """Send SIGKILL to the driver and to all its descendants at the same moment."""
     live.remember()
     live.process.kill()
     for pid, created in live.processes.items():
@@ -49,7 +49,7 @@ def kill_group(live: LiveRun) -> None:
 
 
 def what_remains(out: Path) -> dict[str, Any]:
-    """All that a run leaves and that does not tell time."""
+    """Everything that a run leaves, except fields that tell time."""
     decisions = read_records(out / "decisions.jsonl")
     for record in decisions:
         del record["time_s"], record["signals"]["time_s"], record["signals"]["data_age_s"]

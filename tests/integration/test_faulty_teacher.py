@@ -1,4 +1,4 @@
-"""Real runs whose teacher is a real vLLM server behind a proxy that spoils answers: cured by asking again, or masked and counted."""
+"""Real runs with a real vLLM server as teacher, behind a proxy that spoils answers. They are retried, or masked and counted."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ STEPS, PROMPTS_PER_STEP = 4, 8
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The quickstart's teacher; one request at a time, so that what it answers does not depend on what else it was asked."""
+    """The quickstart's teacher. It takes one request at a time, so its answer does not depend on other requests."""
     log = tmp_path_factory.mktemp("server") / "server.log"
     with vllm_server(JOB.parent / "../sums/teacher", "teacher", log, "--max-num-seqs", "1", "--no-enable-prefix-caching") as url:
         yield url
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs beside one another share the golden answers."""
+    """The folder of all runs, which share the golden answers."""
     return tmp_path_factory.mktemp("runs")
 
 

@@ -1,4 +1,4 @@
-"""The fleet on a real Ray with a real learner and engines that need no vLLM: what it does when a process dies or stops."""
+"""The fleet on a real Ray, with a real learner and engines without vLLM: what it does when a process dies or hangs."""
 
 import asyncio
 import os

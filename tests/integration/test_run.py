@@ -1,4 +1,4 @@
-"""One real run, watched while it goes: Ray, vLLM, teacher, learner, governor, HTTP, and what is left on disk."""
+"""One real run, watched from outside: Ray, vLLM, teacher, learner, governor, HTTP, and the files it leaves."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run over several ranks and nodes: the same steps as on one rank, actors where they were asked for, one copy of the weights a node."""
+"""A run over several ranks and nodes takes the steps of one rank, places actors as asked, and copies weights once per node."""
 
 import asyncio
 import subprocess
@@ -101,7 +101,7 @@ def test_weights_travel_once_to_each_node_however_many_engines_it_has(two_nodes:
     here = ray.get_runtime_context().get_node_id()
 
     class Reader:  # local, so that it travels by value: workers do not know this file
-        """Stands for an engine that takes weights."""
+        """Plays an engine that takes weights."""
 
         def load_weights(self, weights: np.ndarray) -> tuple[str, int]:
             return ray.get_runtime_context().get_node_id(), int(weights.sum(dtype=np.int64))

@@ -154,7 +154,7 @@ def test_two_runs_on_a_guarded_cluster_are_steered_by_name(guarded: RayHead, hom
 
 
 def test_the_transcript_in_the_docs_is_what_happens(home: Path, tmp_path: Path) -> None:
-    """Every command of it, on a cluster without authentication, on tiny models under the quickstart's name."""
+    """Run every command of the transcript on a cluster without authentication, with tiny models under the quickstart's name."""
     found = re.finditer(r"^\$ opd (.*)\n((?:(?!\$|```).*\n)*)", TRANSCRIPT.read_text(), re.MULTILINE)
     commands = [(match[1], match[2].splitlines()) for match in found]
     assert len(commands) >= 8
@@ -173,7 +173,7 @@ def test_the_transcript_in_the_docs_is_what_happens(home: Path, tmp_path: Path) 
 
 
 def shape(lines: list[str]) -> list[str]:
-    """Output without what differs from run to run: paths, addresses, times, and the step it came to."""
+    """Output without what differs between runs: paths, addresses, times and the step that was reached."""
     changing = [
         (r"/\S+", "PATH"),
         (r"\d{4}-\d\d-\d\d [\d:]{8}", "TIME"),

@@ -102,7 +102,7 @@ async def _learn_and_sync(folder: str) -> tuple[list[float], float]:
 
 
 def _random_batch(seed: int) -> list[ScoredRollout]:
-    """Responses and teacher scores out of the air: they need not be true to move every weight."""
+    """Made-up responses and teacher scores: any values move every weight."""
     rng = np.random.default_rng(seed)
     rollouts = []
     for index in range(4):

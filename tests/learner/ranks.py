@@ -1,4 +1,4 @@
-"""Ranks of a learner in processes of their own, meeting over gloo on loopback, without Ray."""
+"""Ranks of a learner, each in its own process, joined over gloo on loopback without Ray."""
 
 import multiprocessing
 from functools import reduce

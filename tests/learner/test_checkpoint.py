@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not at all, and a torn one is refused by name."""
+"""A checkpoint is whole or absent, and a damaged one is refused with its file's name."""
 
 import hashlib
 import json

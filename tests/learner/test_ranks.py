@@ -1,4 +1,4 @@
-"""A learner cut over two ranks does what one does: loss, metrics, weights, checkpoints."""
+"""A learner on two ranks equals one on a single rank: loss, metrics, weights, checkpoints."""
 
 import dataclasses
 import json

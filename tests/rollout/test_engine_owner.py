@@ -1,4 +1,4 @@
-"""An engine's process ends with the actor that started it, however that ends."""
+"""An engine's process ends when the actor that started it ends, in whatever way."""
 
 import subprocess
 import sys

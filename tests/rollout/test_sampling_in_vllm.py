@@ -1,4 +1,4 @@
-"""What a real engine makes of the requests: caps, stops and shaping hold, and recorded log-probs are the behaviour policy's."""
+"""A real engine obeys caps, stops and shaping, and the log-probs it records are those of the policy that sampled."""
 
 from collections.abc import Iterator
 from pathlib import Path

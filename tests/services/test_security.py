@@ -1,4 +1,4 @@
-"""What a run never does: load a pickle, run a model's own code unasked, write out of its directory, keep a secret, let others read."""
+"""A run never loads a pickle, runs a model's code unasked, writes outside its directory, stores a secret, or lets others read its files."""
 
 import ast
 import json

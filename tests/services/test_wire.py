@@ -1,4 +1,4 @@
-"""What actors and driver send each other arrives as it was."""
+"""Actors and driver receive what the other side sent, unchanged."""
 
 import numpy as np
 import pytest

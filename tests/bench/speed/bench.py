@@ -80,7 +80,7 @@ class Run:
 
 
 def watch(process: psutil.Process, metrics: Path) -> dict[str, float]:
-    """CPU seconds a step by role, over the steps after warm-up, while the run goes on."""
+    """CPU seconds per step by role, over the steps after warm-up, read while the run goes on."""
     begun: tuple[int, Counter[str]] | None = None
     ended = (0, Counter[str]())
     while process.status() != psutil.STATUS_ZOMBIE:

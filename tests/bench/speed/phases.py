@@ -78,7 +78,7 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
     tree = [me, *me.children(recursive=True)]
 
     def clock() -> np.ndarray:
-        """Wall seconds, and CPU seconds of this process and the engine's."""
+        """Wall seconds, CPU seconds of this process, and CPU seconds of the engine."""
         return np.array([time.perf_counter(), sum(sum(process.cpu_times()[:2]) for process in tree)])
 
     batches: list[list[Trajectory]] = []

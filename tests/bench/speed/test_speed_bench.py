@@ -1,4 +1,4 @@
-"""The speed benchmarks' harness, not their figures."""
+"""The code of the speed benchmarks, not their figures."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The benchmark's own parts: what it counts, keeps and prints. No TRL, no engine."""
+"""What the benchmark counts, keeps and prints, without TRL and without an engine."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What a command's whole process tree took: memory (PSS), CPU, and how busy the cores were with others meanwhile."""
+"""What a command and all its processes used: memory (PSS), CPU, and how busy other programs kept the cores meanwhile."""
 
 import os
 import subprocess

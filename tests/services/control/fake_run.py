@@ -9,7 +9,7 @@ from opd_governor.services.job.settings import Job
 
 
 def make_job(**changes: Any) -> Job:
-    """The smallest job there is."""
+    """The smallest valid job."""
     job = {"name": "sums", "student": {"model": "student"}, "teacher": {"model": "teacher"}, "data": {"prompts": {"path": "prompts.jsonl"}}}
     return Job.model_validate(job | changes)
 
@@ -62,7 +62,7 @@ class FakeRun:
         self.show_in_metrics()
 
     def show_in_metrics(self) -> None:
-        """The metrics say what the newest record says."""
+        """Set the metrics to the values of the newest record."""
         self._cap.labels("sums").set(self.records[-1]["cap_tokens"])
 
     def status(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: schemathesis, stateful, against a real server finds nothing."""
+"""The OpenAPI document is true: schemathesis in stateful mode finds no difference to a real server."""
 
 import os
 import re

@@ -55,5 +55,5 @@ class FakeJobs:
         job.status, job.driver_exit_code, job.message, job.end_time = status, exit_code, message, job.start_time + 60_000
 
     def add_foreign(self, job_id: str) -> None:
-        """Somebody's job that is no run."""
+        """A job on the cluster that is not a run."""
         self.jobs[job_id] = SimpleNamespace(submission_id=job_id, metadata=None, status="RUNNING", start_time=1)

@@ -55,7 +55,7 @@ def job_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Callable[..., tuple[ControlServer, FakeRun, ConfigStore]]]:
-    """A run's service as it stands beside a live run."""
+    """The HTTP service of a live run."""
     servers: list[ControlServer] = []
 
     def start(name: str = "sums") -> tuple[ControlServer, FakeRun, ConfigStore]:

@@ -1,4 +1,4 @@
-"""What a person is told about a run: the sentence, the page, the picture."""
+"""The summary sentence, the report page and the picture of a run."""
 
 import json
 import xml.etree.ElementTree as ElementTree

@@ -1,4 +1,4 @@
-"""The main loop over fakes: what is done at a step border, and how a run goes back or gives up."""
+"""The main loop over fakes: what happens at a step border, and how a run rolls back or ends."""
 
 import asyncio
 import json

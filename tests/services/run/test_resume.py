@@ -1,4 +1,4 @@
-"""The main loop over fakes: what a checkpoint holds, that writing it costs no step, and that a run goes on from any moment."""
+"""The main loop over fakes: what a checkpoint holds, that writing it delays no step, and that a run resumes from any moment."""
 
 import asyncio
 import contextlib
