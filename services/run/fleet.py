@@ -10,7 +10,6 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +24,7 @@ from opd_governor.actors.rollout.actor import RayEngine, RolloutActor
 from opd_governor.actors.rollout.pool import Request, RolloutPool
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
+from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job, Placement
 from opd_governor.services.record.batch import Sync
 from opd_governor.services.run.cluster import NAME_FREE_S, NAMESPACE, Role, end_processes, learner_name, role_resources
@@ -45,16 +45,6 @@ FLOAT32_TOLERANCE_NATS = 1e-2
 """Rounding in float32 stays a tenth of this on models of 30 layers; wrong weights differ by whole nats."""
 BFLOAT16_TOLERANCE_NATS = 0.5
 """Rounding in bfloat16 was at .18 to .22 on SmolLM2, both sides computing in it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Models:
-    """The job's models, resolved to folders or ids, and the stop event of student and teachers together."""
-
-    student: str
-    teachers: tuple[str, ...]
-    stop_ids: tuple[int, ...]
-    context_tokens: int
 
 
 class Fleet:

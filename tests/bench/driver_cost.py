@@ -46,6 +46,7 @@ from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
+from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job
 from opd_governor.services.job.tunables import ConfigStore
 from opd_governor.services.record.journal import Journal
@@ -55,7 +56,7 @@ from opd_governor.services.record.telemetry import Telemetry
 from opd_governor.services.run.checkpoints import Checkpoints
 from opd_governor.services.run.data import TrainingData
 from opd_governor.services.run.distill import Actors, Distillation
-from opd_governor.services.run.fleet import Fleet, Models
+from opd_governor.services.run.fleet import Fleet
 from opd_governor.services.run.terms import base_limits
 
 SEED = 0

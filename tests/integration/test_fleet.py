@@ -18,9 +18,10 @@ import opd_governor.services.run.fleet
 from opd_governor.actors.deadlines import ActorLostError
 from opd_governor.actors.rollout.actor import Deliveries, RolloutActor
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.cluster import connect
-from opd_governor.services.run.fleet import Fleet, Models
+from opd_governor.services.run.fleet import Fleet
 from tests.tiny import build_tiny
 
 pytestmark = pytest.mark.integration

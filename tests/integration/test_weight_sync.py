@@ -10,9 +10,10 @@ import ray
 from tiny import Architecture, build_tiny
 
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.cluster import connect
-from opd_governor.services.run.fleet import Fleet, Models
+from opd_governor.services.run.fleet import Fleet
 
 pytestmark = pytest.mark.integration
 
