@@ -15,7 +15,7 @@ from opd_governor.actors.trajectory import LengthLimits
 from opd_governor.services.job.settings import Job
 from opd_governor.services.job.tunables import ConfigStore
 from opd_governor.services.record.journal import Journal
-from opd_governor.services.run.fleet import LOST
+from opd_governor.services.run.cluster import LOST
 from opd_governor.services.run.service import RunService
 from opd_governor.services.run.terms import base_limits
 

@@ -31,7 +31,7 @@ from opd_governor.services.run.cluster import connect, refuse_taken_name, requir
 from opd_governor.services.run.data import TrainingData
 from opd_governor.services.run.distill import Actors, Distillation
 from opd_governor.services.run.errors import TerminatedError
-from opd_governor.services.run.fleet import PROBE_TOKENS, Fleet
+from opd_governor.services.run.fleet import Fleet
 from opd_governor.services.run.golden_pass import golden_pass
 from opd_governor.services.run.held_out import HeldOut
 from opd_governor.services.run.keeper import start_governor
@@ -39,6 +39,7 @@ from opd_governor.services.run.service import RunService
 from opd_governor.services.run.sources import Sources
 from opd_governor.services.run.teachers import start_teachers
 from opd_governor.services.run.terms import base_limits
+from opd_governor.services.run.weights import PROBE_TOKENS
 
 Say = Callable[[str], None]
 
@@ -156,7 +157,7 @@ class Run:
             journal,
             Checkpoints(
                 self.directory.checkpoints,
-                fleet,
+                fleet.learner,
                 keep=job.checkpoint.keep,
                 warn=journal.note,
                 mirror=self.mirror.push if self.mirror else None,
@@ -173,7 +174,7 @@ class Run:
         if self._terminated and self.journal.monitor.status()["step"] == self.job.learner.total_steps:
             self._terminated = False
         if not self._terminated:
-            await fleet.save_student(str(self.directory.final), model_card(self.job, self.directory))
+            await fleet.learner.save_student(str(self.directory.final), model_card(self.job, self.directory))
 
     async def _end(self, fleet: Fleet) -> None:
         """No process of the run is left, and its report lies there."""

@@ -316,8 +316,8 @@ def measure(
         directory = RunDirectory(Path(folder), resume=False)
         telemetry, monitor = Telemetry(job.name, 512), RunMonitor(job.name, num_steps, base_limits(job))
         fleet = Fleet(job, Models("a", ("b",), (1,), 1024), list(range(48)))
-        fleet._engines._create = engines.__getitem__
-        fleet._learner, fleet._transfer = learner, "file"
+        fleet.engines._create = engines.__getitem__
+        fleet.learner._group = learner
         pool = TeacherPool(
             [(TEACHER, list(scorers))],
             on_request=lambda *request: journal.teacher_requests(*request),
@@ -329,11 +329,11 @@ def measure(
         loop = Distillation(
             job, ConfigStore(job, directory.config), TrainingData(Prompts(), [], "", 256.0),
             Actors(fleet, pool, QuietGovernor(base_limits(job), telemetry)), journal,
-            Checkpoints(directory.checkpoints, fleet, keep=job.checkpoint.keep, warn=journal.note), None, nothing,
+            Checkpoints(directory.checkpoints, fleet.learner, keep=job.checkpoint.keep, warn=journal.note), None, nothing,
         )  # type: ignore[arg-type]  # fmt: skip
 
         async def run() -> None:
-            await fleet._engines.start()
+            await fleet.engines.start()
             await loop.run(False)
 
         asyncio.run(run())
