@@ -57,13 +57,17 @@ def run(
         fail(failures(checks), code)
     from opd_governor.actors.deadlines import ActorLostError
     from opd_governor.services.cli.progress import Progress
-    from opd_governor.services.run.errors import GuardRailError, LearnerError, SyncError
-    from opd_governor.services.run.launch import Run, TerminatedError
+    from opd_governor.services.run.errors import GuardRailError, LearnerError, SyncError, TerminatedError
+    from opd_governor.services.run.launch import Run
 
     progress = Progress(job.learner.total_steps)
+
+    async def whole_run() -> None:
+        async with Run.open(job, directory, resume=resume, say=progress.say, on_step=progress.step) as launched:
+            await launched.execute()
+
     try:
-        launched = Run(job, directory, resume=resume, say=progress.say, on_step=progress.step)
-        asyncio.run(launched.execute())
+        asyncio.run(whole_run())
     except JobError as error:
         fail([str(error)], 2)
     except GuardRailError as error:

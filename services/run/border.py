@@ -12,9 +12,7 @@ from typing import Any
 
 from opd_governor.services.record.batch import Sync
 from opd_governor.services.run.terms import Command
-
-OnTaken = Callable[[], None]
-"""Called when the learner has given its weights and may change them again."""
+from opd_governor.services.run.weights import OnTaken
 
 
 class Border:

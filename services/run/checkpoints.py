@@ -14,7 +14,7 @@ from opd_governor.services.record.rundir import Record
 
 
 class Saver(Protocol):
-    """What is needed of the fleet."""
+    """What is needed of the learner."""
 
     async def snapshot(self) -> None: ...
 

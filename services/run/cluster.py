@@ -10,10 +10,14 @@ from typing import Any, Literal, get_args
 
 import psutil
 import ray
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
 
 from opd_governor.actors import extensions
+from opd_governor.actors.deadlines import HungError
 from opd_governor.services.job.settings import Job, JobError
 
+LOST = (RayActorError, NodeDiedError, WorkerCrashedError, ObjectLostError, HungError)
+"""What a call to an actor raises when the actor, or the node it ran on, is gone or silent."""
 NAME_FREE_S = 30.0
 """A dead actor's name is free within seconds."""
 Role = Literal["rollout", "teacher", "learner"]

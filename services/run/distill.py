@@ -39,7 +39,7 @@ from opd_governor.services.record.batch import Batch, Sync
 from opd_governor.services.record.journal import Journal
 from opd_governor.services.record.steps import StepTimes, step_record
 from opd_governor.services.run.ahead import Ahead
-from opd_governor.services.run.border import Border, OnTaken
+from opd_governor.services.run.border import Border
 from opd_governor.services.run.checkpoints import Checkpoints
 from opd_governor.services.run.collect import collect
 from opd_governor.services.run.data import TrainingData
@@ -49,6 +49,7 @@ from opd_governor.services.run.gate import Gate
 from opd_governor.services.run.recovery import LearnerRecovery
 from opd_governor.services.run.state import RunState
 from opd_governor.services.run.terms import Command, Ruling, Terms
+from opd_governor.services.run.weights import OnTaken
 
 Evaluate = Callable[[Job, int], Awaitable[dict[str, Evaluation]]]
 """(job in force, step) -> decoding -> how held-out problems went."""
@@ -99,7 +100,7 @@ class Distillation:
         self._terms = Terms(job, store, actors.governor, journal)
         self._ahead = Ahead(data.stream, partial(collect, actors.fleet, actors.pool))
         self._gate = Gate(actors.pool, journal, max(teacher.timeout_s for teacher in job.teacher))
-        self._state = RunState(self._terms, self._ahead, actors.fleet, journal, checkpoints, data.golden_key)
+        self._state = RunState(self._terms, self._ahead, actors.fleet.learner, journal, checkpoints, data.golden_key)
         self._recovery = LearnerRecovery(actors.fleet, self._state, journal)
         self._border: Border | None = None
         """Behind the last step; None: it is done."""
@@ -199,7 +200,9 @@ class Distillation:
             golden = []
             if ruling.limits.golden_weight:
                 golden = self._data.golden_for(batch.step, len(batch.scored), job.objective.golden_ratio)
-            report = await self._fleet.learn(batch.scored, golden, ruling.limits, self._data.reference_tokens, job.learner.learning_rate)
+            report = await self._fleet.learner.learn(
+                batch.scored, golden, ruling.limits, self._data.reference_tokens, job.learner.learning_rate
+            )
         learn_s = time.monotonic() - learn_started
         if batch.scored or not self._gate.missing_teachers():  # an outage of teachers is waited out, not held against the run
             self._count_skipped(report is None or report.skipped)

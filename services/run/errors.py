@@ -11,3 +11,7 @@ class SyncError(RuntimeError):
 
 class LearnerError(RuntimeError):
     """The learner cannot go on: too many skipped steps in a row, or it died too often before the same step."""
+
+
+class TerminatedError(RuntimeError):
+    """SIGTERM came before the last step; the work so far is in a checkpoint. Exit code 143, so that a supervisor starts the run again."""

@@ -1,15 +1,23 @@
-"""The governor as the loop sees it: asked with a deadline, and started anew with its last state when it dies or hangs."""
+"""The governor as the loop sees it: asked with a deadline, and started again with its last state when it dies or hangs."""
 
 import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from opd_governor.actors.deadlines import FLOOR_S, ActorLostError, Pace, Reason, Say, first_line, reason_of
+from opd_governor.actors.governor.actor import Governor
 from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.governor.sources import MetricsSource, OwnMetrics, PrometheusServer
 from opd_governor.actors.trajectory import LengthLimits
-from opd_governor.services.run.fleet import LOST
+from opd_governor.services.job.settings import Job
+from opd_governor.services.job.tunables import ConfigStore
+from opd_governor.services.record.journal import Journal
+from opd_governor.services.run.cluster import LOST
+from opd_governor.services.run.service import RunService
+from opd_governor.services.run.terms import base_limits
 
 MAX_TRIES = 3
 """Starts per question; after that the limits in force hold, and the next question tries again."""
@@ -85,3 +93,25 @@ class GovernorKeeper:
 
     async def _call(self, method: str, *args: Any) -> Any:
         return await self._pace.watch(getattr(self._actor, method).remote(*args), f"{method} of the governor", self._say)
+
+
+def start_governor(job: Job, store: ConfigStore, service: RunService, journal: Journal) -> GovernorKeeper:
+    """The governor on the driver's own node: it reads the run's /metrics over loopback, or a Prometheus server if the job names one."""
+    source: MetricsSource
+    if job.service.prometheus_url:
+        source = PrometheusServer(job.service.prometheus_url, job.name)
+    else:
+        source = OwnMetrics(f"{service.url}/metrics", job.name, service.token if job.service.protect_metrics else None)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Governor).options(num_cpus=0, scheduling_strategy=here)
+    generation, tunables = store.in_force()
+    in_force = tunables.apply(job)
+    return GovernorKeeper(
+        lambda policy, base, generation: actor.remote(source, policy, base, generation),
+        in_force.governor,
+        base_limits(in_force),
+        generation,
+        floor_s=job.cluster.deadline_floor_s,
+        on_restart=lambda reason: journal.restarted("governor", reason),
+        say=journal.note,
+    )

@@ -1,4 +1,4 @@
-"""From a job to a finished run: resolve, check, bring the actors up, hand over to the main loop, write what remains, end everything.
+"""From a job to a finished run: read everything, bring the actors up, hand over to the main loop, write what remains, end everything.
 
 job --> models, prompts, run directory, HTTP --> Ray --> teachers --> golden pass --+
                                                   +----> engines, learner ----------+--> Distillation.run --> final/, report
@@ -6,191 +6,185 @@ job --> models, prompts, run directory, HTTP --> Ray --> teachers --> golden pas
 
 import asyncio
 import contextlib
-import itertools
-import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from opd_governor.actors.governor.actor import Governor
-from opd_governor.actors.governor.sources import MetricsSource, OwnMetrics, PrometheusServer
-from opd_governor.actors.rollout.loops import find_loop
-from opd_governor.actors.rollout.settings import RolloutSettings
-from opd_governor.actors.teacher.actor import start_teacher
-from opd_governor.actors.teacher.pool import Support, TeacherPool
-from opd_governor.actors.trajectory import LengthLimits, Prompt
-from opd_governor.services.control.app import create_app
-from opd_governor.services.control.server import ControlServer, bind, load_or_create_token
-from opd_governor.services.inputs.golden import GoldenSet, choose_prompts, collect_golden, golden_key
-from opd_governor.services.inputs.models import context_tokens, resolve_model, stop_event_ids, tokenizer_of, weights_identity
-from opd_governor.services.inputs.prompts import load_problems, open_prompts
-from opd_governor.services.inputs.prune import resolve_student
-from opd_governor.services.inputs.verifiers import Evaluation, Response, load_verifier, summarise
+from opd_governor.actors.teacher.pool import TeacherPool
+from opd_governor.services.inputs.golden import GoldenSet
 from opd_governor.services.job.settings import Job
 from opd_governor.services.job.tunables import ConfigStore
 from opd_governor.services.record.journal import Journal
 from opd_governor.services.record.mirror import Mirror
 from opd_governor.services.record.monitor import RunMonitor
-from opd_governor.services.record.rundir import ADDRESS, Record, RunDirectory
+from opd_governor.services.record.rundir import Record, RunDirectory
 from opd_governor.services.record.telemetry import Telemetry
 from opd_governor.services.record.trackers import Trackers
 from opd_governor.services.remote.jobs import announced
 from opd_governor.services.report.report import write_report
 from opd_governor.services.run.checkpoints import Checkpoints
-from opd_governor.services.run.cluster import connect, refuse_taken_name, require_roles, role_resources
+from opd_governor.services.run.cluster import connect, refuse_taken_name, require_roles
 from opd_governor.services.run.data import TrainingData
-from opd_governor.services.run.distill import Actors, Distillation, Evaluate
-from opd_governor.services.run.fleet import PROBE_TOKENS, Fleet, Models
-from opd_governor.services.run.keeper import GovernorKeeper
-from opd_governor.services.run.placement import place
+from opd_governor.services.run.distill import Actors, Distillation
+from opd_governor.services.run.errors import TerminatedError
+from opd_governor.services.run.fleet import Fleet
+from opd_governor.services.run.golden_pass import golden_pass
+from opd_governor.services.run.held_out import HeldOut
+from opd_governor.services.run.keeper import start_governor
+from opd_governor.services.run.service import RunService
+from opd_governor.services.run.sources import Sources
+from opd_governor.services.run.teachers import start_teachers
 from opd_governor.services.run.terms import base_limits
+from opd_governor.services.run.weights import PROBE_TOKENS
 
 Say = Callable[[str], None]
 
-SERVING_S = 1.0
-"""How often the run looks whether its HTTP thread lives."""
 
-
-class TerminatedError(RuntimeError):
-    """SIGTERM came before the last step: what there is lies in a checkpoint. Exit code 143, so that whoever restarts runs does."""
-
-
+@dataclass
 class Run:
-    """Everything of one run that outlives a step; `execute` is the run."""
+    """One run, made by `open`: everything that outlives a step.
 
-    def __init__(self, job: Job, out: Path, *, resume: bool, say: Say, on_step: Callable[[Record], None]) -> None:
-        """Reads models, prompts and problems and opens the run directory and the port: every mistake in them ends here.
+    >>> async with Run.open(job, out, resume=False, say=print) as run:
+    ...     await run.execute()
+    """
 
-        Raises JobError (DataError, ServiceError) before any actor starts.
+    job: Job
+    resume: bool
+    say: Say
+    sources: Sources
+    directory: RunDirectory
+    mirror: Mirror | None
+    store: ConfigStore
+    telemetry: Telemetry
+    journal: Journal
+    service: RunService
+    _loop: Distillation | None = None
+    _ending: bool = False
+    _terminated: bool = False
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls, job: Job, out: Path, *, resume: bool, say: Say, on_step: Callable[[Record], None] = lambda record: None
+    ) -> AsyncIterator["Run"]:
+        """Read models, prompts and problems, open the run directory and the port. Starts no actor.
+
+        Raises JobError (DataError, ServiceError) for every mistake in them. Port and trackers are closed at the end.
         """
-        self.job, self._resume, self._say, self._on_step = job, resume, say, on_step
-        self.models, self.tokenizer = resolve_models(job)
-        self.stream = open_prompts(job, self.tokenizer, self.models.context_tokens)
-        self.problems: list[Prompt] = []
-        if job.data.eval.path:
-            self.problems = load_problems(job.data.eval, job.data.prompts, self.tokenizer)
-            self.verify = load_verifier(job.data.eval.verifier)
-        self.directory = RunDirectory(out, resume=resume)
-        self._mirror = Mirror(job.checkpoint.copy_to, self.directory) if job.checkpoint.copy_to else None
-        if self._mirror and resume:
-            for line in self._mirror.fetch():
+        sources = Sources.read(job)
+        directory = RunDirectory(out, resume=resume)
+        mirror = Mirror(job.checkpoint.copy_to, directory) if job.checkpoint.copy_to else None
+        if mirror and resume:
+            for line in mirror.fetch():
                 say(line)
-        self._trackers = Trackers(job, out, say)
-        self._token = load_or_create_token(out)
-        self._listener = bind(job.service.host, job.service.port, self._token)
-        self.directory.write_job(job)
-        self.store = ConfigStore(job, self.directory.config)
-        self.telemetry = Telemetry(job.name, job.rollout.max_new_tokens)
-        self.monitor = RunMonitor(job.name, job.learner.total_steps, base_limits(job))
-        app = create_app(self.monitor, self.store, self.telemetry.registry, self._token, protect_metrics=job.service.protect_metrics)
-        self.server = ControlServer(app, self._listener)
-        self.monitor.update(links={"page": self.server.url, "metrics": f"{self.server.url}/metrics"})
-        self._loop: Distillation | None = None
-        self._ending = self._terminated = False
-        self._journal = Journal(
-            self.directory,
-            self.telemetry,
-            self.monitor,
-            samples_per_step=job.service.samples_per_step,
-            decode=self._decode,
-            on_step=self._record_step,
-            say=say,
-        )
+        trackers = Trackers(job, out, say)
+        store = ConfigStore(job, directory.config)
+        telemetry = Telemetry(job.name, job.rollout.max_new_tokens)
+        monitor = RunMonitor(job.name, job.learner.total_steps, base_limits(job))
+
+        def record_step(record: Record) -> None:
+            trackers.log(record)
+            on_step(record)
+
+        with RunService.opened(job, directory, monitor, store, telemetry) as service, trackers:
+            directory.write_job(job)
+            journal = Journal(
+                directory,
+                telemetry,
+                monitor,
+                samples_per_step=job.service.samples_per_step,
+                decode=sources.decode,
+                on_step=record_step,
+                say=say,
+            )
+            yield cls(job, resume, say, sources, directory, mirror, store, telemetry, journal, service)
 
     async def execute(self) -> None:
         """The whole run, and the end of every process of it, however it ends."""
-        self.server.start()
-        self._say(f"run {self.job.name}: {self.server.url} (token in {self.directory.path / 'token'})")
-        fleet = Fleet(self.job, self.models, self._probe(), on_restart=self._journal.restarted, say=self._journal.note)
-        pool, serving = None, asyncio.create_task(self._keep_serving())
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(self._address_files())
-                stack.enter_context(self._trackers)
-                connect(self.job.cluster.address)
-                # After Ray's own handlers, so that these hold; they stay until everything is ended.
-                stack.enter_context(self._signals())
-                await refuse_taken_name(self.job.name, resume=self._resume)
-                require_roles(self.job, ray.cluster_resources())
-                async with announced(self.job.name, self.server.url, self._token, self.directory.path):
-                    pool = await self._start_teachers()
-                    _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
-                    await self._train(fleet, pool, golden)
-                    self.monitor.enter("finished")
-            except BaseException as error:
-                if not isinstance(error, TerminatedError):
-                    self.monitor.enter("failed")
-                raise
-            finally:
-                self._ending = True
-                serving.cancel()
-                if pool is not None:
-                    await pool.close()
-                await fleet.close()
-                await asyncio.to_thread(fleet.stop)
+        probe = self.sources.ordinary_text(PROBE_TOKENS)
+        fleet = Fleet(self.job, self.sources.models, probe, on_restart=self.journal.restarted, say=self.journal.note)
+        async with self.service.serving(self.journal):
+            self.say(f"run {self.job.name}: {self.service.url} (token in {self.directory.path / 'token'})")
+            with contextlib.ExitStack() as to_the_end:
                 try:
-                    write_report(self.directory.path, ended=True)
-                except OSError as error:
-                    self._say(f"no report: {error}; opd report {self.directory.path} writes it once there is room")
-                self.server.stop()
+                    connect(self.job.cluster.address)
+                    to_the_end.enter_context(self._signals())  # after Ray's own handlers, so that these hold
+                    await refuse_taken_name(self.job.name, resume=self.resume)
+                    require_roles(self.job, ray.cluster_resources())
+                    async with announced(self.job.name, self.service.url, self.service.token, self.directory.path):
+                        await self._with_teachers(fleet)
+                        self.journal.monitor.enter("finished")
+                except BaseException as error:
+                    if not isinstance(error, TerminatedError):
+                        self.journal.monitor.enter("failed")
+                    raise
+                finally:
+                    await self._end(fleet)
+
+    async def _with_teachers(self, fleet: Fleet) -> None:
+        pool = await start_teachers(self.job, self.sources, self.journal)
+        try:
+            _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
+            await self._train(fleet, pool, golden)
+        finally:
+            self._ending = True
+            await pool.close()
 
     async def _golden_after(self, pool: TeacherPool) -> GoldenSet:
         await pool.start()
-        return await self._write_golden(pool)
+        return await golden_pass(self.job, self.sources, pool, self.directory.path.parent, self.say)
 
     async def _train(self, fleet: Fleet, pool: TeacherPool, golden: GoldenSet) -> None:
-        reference = golden.reference
-        self._say(
+        job, sources, journal, reference = self.job, self.sources, self.journal, golden.reference
+        self.say(
             f"golden pass: {reference.num_answers} answers kept ({reference.kept_share:.0%}), mean {reference.mean_tokens:.0f} "
             f"and p99 {reference.p99_tokens:.0f} tokens{' (cached)' if golden.cached else ''}"
         )
         for stat, value in (("mean", reference.mean_tokens), ("p99", reference.p99_tokens)):
             self.telemetry.set("opd_length_reference_tokens", value, stat=stat)
-        self.stream.mark(golden.finished, golden.answers)
+        sources.stream.mark(golden.finished, golden.answers)
+        answered = [prompt for prompt in sources.stream.prompts() if prompt.golden_ids]
         await fleet.set_reference(reference.mean_tokens)
-        golden_prompts = [prompt for prompt in self.stream.prompts() if prompt.golden_ids]
         self._loop = Distillation(
-            self.job,
+            job,
             self.store,
-            TrainingData(self.stream, golden_prompts, golden.key, reference.mean_tokens),
-            Actors(fleet, pool, self._start_governor()),
-            self._journal,
+            TrainingData(sources.stream, answered, golden.key, reference.mean_tokens),
+            Actors(fleet, pool, start_governor(job, self.store, self.service, journal)),
+            journal,
             Checkpoints(
                 self.directory.checkpoints,
-                fleet,
-                keep=self.job.checkpoint.keep,
-                warn=self._journal.note,
-                mirror=self._mirror.push if self._mirror else None,
+                fleet.learner,
+                keep=job.checkpoint.keep,
+                warn=journal.note,
+                mirror=self.mirror.push if self.mirror else None,
             ),
-            self._evaluator(fleet) if self.problems else None,
+            HeldOut(sources, sources.verify, fleet) if sources.verify else None,
             lambda: self._finish(fleet),
         )
-        await self._loop.run(self._resume)
+        await self._loop.run(self.resume)
         if self._terminated:
             raise TerminatedError("terminated: the run goes on from its checkpoint with --resume")
 
     async def _finish(self, fleet: Fleet) -> None:
-        if self._terminated and self.monitor.status()["step"] == self.job.learner.total_steps:
-            self._terminated = False  # it came too late to matter
+        """The student, once all steps are taken. SIGTERM after the last step came too late to matter."""
+        if self._terminated and self.journal.monitor.status()["step"] == self.job.learner.total_steps:
+            self._terminated = False
         if not self._terminated:
-            await fleet.save_student(str(self.directory.final), model_card(self.job, self.directory))
+            await fleet.learner.save_student(str(self.directory.final), model_card(self.job, self.directory))
 
-    async def _keep_serving(self) -> None:
-        """HTTP is a thread of this process; should it end, another one takes over its socket."""
-        while True:
-            await asyncio.sleep(SERVING_S)
-            if not self.server.alive:
-                self.server.start()
-                self._journal.restarted("service", "crash")
-
-    def _record_step(self, record: Record) -> None:
-        self._trackers.log(record)
-        self._on_step(record)
+    async def _end(self, fleet: Fleet) -> None:
+        """No process of the run is left, and its report lies there."""
+        self._ending = True
+        await fleet.close()
+        await asyncio.to_thread(fleet.stop)
+        try:
+            write_report(self.directory.path, ended=True)
+        except OSError as error:
+            self.say(f"no report: {error}; opd report {self.directory.path} writes it once there is room")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -201,10 +195,10 @@ class Run:
         def interrupt(number: signal.Signals) -> None:
             if self._ending:
                 return
-            if self._loop is None or self.monitor.status()["phase"] == "stopping":
+            if self._loop is None or self.journal.monitor.status()["phase"] == "stopping":
                 main.cancel()
                 return
-            self._say(f"{number.name}: the run ends with a checkpoint (again: at once)")
+            self.say(f"{number.name}: the run ends with a checkpoint (again: at once)")
             self._terminated = number == signal.SIGTERM
             self._loop.stop()
 
@@ -217,153 +211,9 @@ class Run:
             for number in numbers:
                 loop.remove_signal_handler(number)
 
-    # ---- the parts
-
-    def _probe(self) -> list[int]:
-        """Ordinary text for the weight probe: the first prompts, one after the other."""
-        ids = itertools.chain.from_iterable(prompt.token_ids for prompt in itertools.cycle(self.stream.prompts()))
-        return list(itertools.islice(ids, min(PROBE_TOKENS, self.models.context_tokens - 1)))
-
-    async def _start_teachers(self) -> TeacherPool:
-        """A pool per teacher; teachers with equal weights and back end share their actors."""
-        gpu = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-        share = self.job.cluster.gpus_per_teacher
-        handles: dict[Any, Any] = {}
-        teachers = []
-        for settings, model in zip(self.job.teacher, self.models.teachers, strict=True):
-            settings = settings.model_copy(update={"model": model})
-            same = (weights_identity(model), settings.backend, settings.dtype) if settings.backend != "http" else (settings.url, model)
-            if same not in handles:
-                cluster, cpus = self.job.cluster, self.job.cluster.cpus_per_actor
-                gpus = 0.0 if settings.backend == "http" else gpu if share is None else share
-                num_gpus = gpus * settings.tensor_parallel_size
-                own = {} if settings.backend == "http" else role_resources(self.job, "teacher")
-                places = await place(
-                    "teacher", settings.num_actors, cluster.placement_teacher, num_cpus=cpus, num_gpus=num_gpus, resources=own
-                )
-                handles[same] = start_teacher(settings, self.models.stop_ids, self.job.seed, places)
-            teachers.append((settings, handles[same]))
-        support = self.job.objective.support
-        return TeacherPool(
-            teachers,
-            support=Support(
-                student=support in ("student", "union"),
-                top_k=self.job.objective.top_k if support in ("teacher", "union") else 0,
-                hidden=support == "full",
-            ),
-            domains={prompt.domain for prompt in self.stream.prompts()},
-            on_request=self._journal.teacher_requests,
-            on_restart=lambda teacher, reason: self._journal.restarted("teacher", reason),
-            on_nonfinite=lambda trajectory, scores: self._journal.nonfinite("teacher", trajectory, scores),
-            floor_s=self.job.cluster.deadline_floor_s,
-            say=self._journal.note,
-            alone=self.job.repeatable,
-        )
-
-    def _start_governor(self) -> GovernorKeeper:
-        """On the driver's own node: it reads the run's /metrics over loopback."""
-        source: MetricsSource
-        if self.job.service.prometheus_url:
-            source = PrometheusServer(self.job.service.prometheus_url, self.job.name)
-        else:
-            token = self._token if self.job.service.protect_metrics else None
-            source = OwnMetrics(f"{self.server.url}/metrics", self.job.name, token)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(Governor).options(num_cpus=0, scheduling_strategy=here)
-        generation, tunables = self.store.in_force()
-        job = tunables.apply(self.job)
-        return GovernorKeeper(
-            lambda policy, base, generation: actor.remote(source, policy, base, generation),
-            job.governor,
-            base_limits(job),
-            generation,
-            floor_s=self.job.cluster.deadline_floor_s,
-            on_restart=lambda reason: self._journal.restarted("governor", reason),
-            say=self._journal.note,
-        )
-
-    async def _write_golden(self, pool: TeacherPool) -> GoldenSet:
-        settings = self.job.data.golden
-        prompts = choose_prompts(self.stream, settings, self.job.seed)
-        teachers = {
-            t.name: [weights_identity(model), t.beams, t.length_penalty, t.no_repeat_ngram, t.domains]
-            for t, model in zip(self.job.teacher, self.models.teachers, strict=True)
-        }
-        max_new_tokens = settings.max_new_tokens or self.job.rollout.max_new_tokens
-        rollout = self.job.rollout
-        loops = [rollout.loop_min_repeats, rollout.loop_min_tokens]
-        terms = {"teachers": teachers, "stop_ids": self.models.stop_ids, "loops": loops}
-        key = golden_key(prompts, settings.model_copy(update={"max_new_tokens": max_new_tokens}), terms, self.job.seed)
-        folder = Path(settings.cache_dir) if settings.cache_dir else self.directory.path.parent / "golden"
-
-        async def generate(asked: Sequence[Prompt]) -> Sequence[tuple[int, ...] | None]:
-            self._say(f"golden pass: {len(asked)} prompts to the teacher")
-            return await pool.golden(asked, max_new_tokens=max_new_tokens, temperature=settings.temperature, seed=self.job.seed)
-
-        def loop_in(token_ids: Sequence[int]) -> object | None:
-            return find_loop(token_ids[:-1], min_repeats=rollout.loop_min_repeats, min_tokens=rollout.loop_min_tokens)
-
-        return await collect_golden(prompts, settings, generate, self.models.stop_ids, loop_in, folder / f"{key}.parquet")
-
-    def _evaluator(self, fleet: Fleet) -> Evaluate:
-        async def evaluate(job: Job, step: int) -> dict[str, Evaluation]:
-            """Held-out problems, greedy and (unless turned off) sampled, at the cap people allow whatever the governor's."""
-            settings, limits = self.job.rollout, base_limits(job)
-            decodings = {"greedy": True} | ({"sampled": False} if self.job.data.eval.sampled else {})
-            names, runs = list(decodings), [self._answer(fleet, limits, step, settings, greedy) for greedy in decodings.values()]
-            return {name: summarise(responses, self.verify) for name, responses in zip(names, await asyncio.gather(*runs), strict=True)}
-
-        return evaluate
-
-    async def _answer(self, fleet: Fleet, limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool) -> list[Response]:
-        requests = [(problem, 0) for problem in self.problems]
-        return [
-            Response(self._decode(t.token_ids), t.prompt.answer or "", len(t.token_ids), t.truncated)
-            async for group in fleet.rollout(requests, limits, step, settings, greedy=greedy)
-            for t in group
-        ]
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        ids = token_ids[:-1] if token_ids and token_ids[-1] in self.models.stop_ids else token_ids
-        return str(self.tokenizer.decode(ids))
-
-    @contextlib.contextmanager
-    def _address_files(self) -> Iterator[None]:
-        """The service's address in the run directory, and in Prometheus' file discovery where asked; withdrawn at the end."""
-        written = {self.directory.path / ADDRESS: self.server.url + "\n"}
-        if folder := self.job.service.file_sd_dir:
-            targets = [{"targets": [self.server.url.removeprefix("http://")], "labels": {"run": self.job.name}}]
-            written[Path(folder) / f"opd-{self.job.name}.json"] = json.dumps(targets)
-        for path, text in written.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(text)
-            scratch.replace(path)
-        try:
-            yield
-        finally:
-            for path in written:
-                path.unlink(missing_ok=True)
-
-
-def resolve_models(job: Job) -> tuple[Models, Any]:
-    """Folders or ids of the models, their stop event and common window; and the student's tokenizer. Raises JobError."""
-    student = resolve_student(job.student.model, job.data.prompts)
-    teachers = tuple(t.model if t.backend == "http" else resolve_model(t.model) for t in job.teacher)
-    tokenizer = tokenizer_of(job.student.tokenizer or student, job.student.trust_remote_code)
-    stop_ids = job.rollout.stop_token_ids
-    local = [student, *(m for m, t in zip(teachers, job.teacher, strict=True) if t.backend != "http")]
-    if stop_ids is None:
-        found = [stop_event_ids(model, tokenizer_of(model)) for model in local]
-        stop_ids = tuple(sorted({stop_id for ids in found for stop_id in ids}))
-    window = min(context_tokens(model) for model in local)
-    if job.rollout.max_model_len:
-        window = min(window, job.rollout.max_model_len)
-    return Models(student, teachers, stop_ids, window), tokenizer
-
 
 def model_card(job: Job, directory: RunDirectory) -> str:
-    """README.md of `final/`: what the student came from, and how it did."""
+    """README.md of `final/`: what the student came from, and how it was trained."""
     teachers = ", ".join(t.model for t in job.teacher)
     header = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [on-policy-distillation]\n---\n"
     return f"""{header}

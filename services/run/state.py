@@ -11,16 +11,18 @@ from opd_governor.services.record.journal import Journal
 from opd_governor.services.record.rundir import Record
 from opd_governor.services.run.ahead import Ahead
 from opd_governor.services.run.checkpoints import Checkpoints
-from opd_governor.services.run.fleet import Fleet
+from opd_governor.services.run.learner import RunLearner
 from opd_governor.services.run.terms import Terms
 
 
 class RunState:
     """Everything that later steps depend on, except what the learner itself keeps."""
 
-    def __init__(self, terms: Terms, ahead: Ahead, fleet: Fleet, journal: Journal, checkpoints: Checkpoints, golden_key: str) -> None:
+    def __init__(
+        self, terms: Terms, ahead: Ahead, learner: RunLearner, journal: Journal, checkpoints: Checkpoints, golden_key: str
+    ) -> None:
         """`golden_key` names the golden answers in the prompt stream; a resumed run should have the same."""
-        self._terms, self._ahead, self._fleet, self._journal = terms, ahead, fleet, journal
+        self._terms, self._ahead, self._learner, self._journal = terms, ahead, learner, journal
         self._checkpoints, self._golden_key = checkpoints, golden_key
         self._first: Record = {}
         self.step = 0
@@ -65,7 +67,7 @@ class RunState:
         self._journal.restore(state["telemetry"], state["records"])
         self.begun = folder is not None
         if folder is not None:
-            await self._fleet.restore(str(folder))
+            await self._learner.restore(str(folder))
 
     async def roll_back(self, reason: str) -> int | None:
         """The learner's weights back to the last healthy checkpoint, moments dropped. Returns its step; None, with a warning, without one.
@@ -78,7 +80,7 @@ class RunState:
             self._journal.note(f"no healthy checkpoint to roll back to ({reason}); the run goes on")
             return None
         self._checkpoints.changed()
-        await self._fleet.restore(str(folder), rollback=True)
+        await self._learner.restore(str(folder), rollback=True)
         return step_of(folder)
 
     async def _state(self, sizes: dict[str, int]) -> Record:

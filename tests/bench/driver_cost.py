@@ -46,6 +46,7 @@ from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
+from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job
 from opd_governor.services.job.tunables import ConfigStore
 from opd_governor.services.record.journal import Journal
@@ -55,7 +56,7 @@ from opd_governor.services.record.telemetry import Telemetry
 from opd_governor.services.run.checkpoints import Checkpoints
 from opd_governor.services.run.data import TrainingData
 from opd_governor.services.run.distill import Actors, Distillation
-from opd_governor.services.run.fleet import Fleet, Models
+from opd_governor.services.run.fleet import Fleet
 from opd_governor.services.run.terms import base_limits
 
 SEED = 0
@@ -315,8 +316,8 @@ def measure(
         directory = RunDirectory(Path(folder), resume=False)
         telemetry, monitor = Telemetry(job.name, 512), RunMonitor(job.name, num_steps, base_limits(job))
         fleet = Fleet(job, Models("a", ("b",), (1,), 1024), list(range(48)))
-        fleet._engines._create = engines.__getitem__
-        fleet._learner, fleet._transfer = learner, "file"
+        fleet.engines._create = engines.__getitem__
+        fleet.learner._group = learner
         pool = TeacherPool(
             [(TEACHER, list(scorers))],
             on_request=lambda *request: journal.teacher_requests(*request),
@@ -328,11 +329,11 @@ def measure(
         loop = Distillation(
             job, ConfigStore(job, directory.config), TrainingData(Prompts(), [], "", 256.0),
             Actors(fleet, pool, QuietGovernor(base_limits(job), telemetry)), journal,
-            Checkpoints(directory.checkpoints, fleet, keep=job.checkpoint.keep, warn=journal.note), None, nothing,
+            Checkpoints(directory.checkpoints, fleet.learner, keep=job.checkpoint.keep, warn=journal.note), None, nothing,
         )  # type: ignore[arg-type]  # fmt: skip
 
         async def run() -> None:
-            await fleet._engines.start()
+            await fleet.engines.start()
             await loop.run(False)
 
         asyncio.run(run())

@@ -22,11 +22,11 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from opd_governor.services.inputs.prompts import open_prompts
+from opd_governor.services.inputs.resolve import resolve
 from opd_governor.services.job.settings import load_job
 from opd_governor.services.record.rundir import read_records
 from opd_governor.services.record.steps import CLOCK_FIELDS
 from opd_governor.services.run.cluster import end_processes
-from opd_governor.services.run.launch import resolve_models
 from tests.live_run import JOB, LiveRun
 
 TITLES = {
@@ -252,6 +252,6 @@ def _sha256(data: bytes) -> str:
 def prompts_due(settings: tuple[str, ...], steps: int) -> list[tuple[int, int]]:
     """(epoch, index) of the prompts that a run of so many steps has to use, in order."""
     job = load_job(JOB, settings)
-    models, tokenizer = resolve_models(job)
+    models, tokenizer = resolve(job)
     stream = open_prompts(job, tokenizer, models.context_tokens)
     return [(p.epoch, p.index) for _ in range(steps) for p in stream.next(job.rollout.prompts_per_step, 1.0)]

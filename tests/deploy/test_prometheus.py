@@ -122,4 +122,4 @@ def test_runs_are_found_by_the_file_they_write() -> None:
     scrapes = {scrape["job_name"]: scrape for scrape in yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]}
     assert scrapes["opd"]["file_sd_configs"][0]["files"][0].endswith("/opd-*.json")
     assert scrapes["opd"]["honor_labels"] is True
-    assert "opd-{self.job.name}.json" in (ROOT / "services/run/launch.py").read_text()
+    assert "opd-{self._job.name}.json" in (ROOT / "services/run/service.py").read_text()

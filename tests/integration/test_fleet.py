@@ -18,9 +18,10 @@ import opd_governor.services.run.fleet
 from opd_governor.actors.deadlines import ActorLostError
 from opd_governor.actors.rollout.actor import Deliveries, RolloutActor
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.cluster import connect
-from opd_governor.services.run.fleet import Fleet, Models
+from opd_governor.services.run.fleet import Fleet
 from tests.tiny import build_tiny
 
 pytestmark = pytest.mark.integration
@@ -92,19 +93,19 @@ class Live:
         return found
 
     async def pid_of_engine(self, index: int) -> int:
-        return int(await self.fleet._engines._slots[index].handle.actor.pid.remote())
+        return int(await self.fleet.engines._slots[index].handle.actor.pid.remote())
 
     async def pids_of_learner(self) -> list[int]:
-        return [await rank.ping.remote() for rank in self.fleet._learner.ranks]
+        return [await rank.ping.remote() for rank in self.fleet.learner.ranks]
 
     async def learn(self) -> int:
         scores = np.full(2, -1.0, np.float32)
         batch = [ScoredRollout(t, TokenScores("t", scores, scores - 1)) for t in await self.rollout(4)]
-        return (await self.fleet.learn(batch, [], LIMITS, 4.0, 1e-3)).weight_version
+        return (await self.fleet.learner.learn(batch, [], LIMITS, 4.0, 1e-3)).weight_version
 
     async def checkpoint(self, folder: Path) -> None:
-        await self.fleet.snapshot()
-        await self.fleet.save(str(folder))
+        await self.fleet.learner.snapshot()
+        await self.fleet.learner.save(str(folder))
 
 
 async def _gone(pid: int) -> None:
@@ -156,7 +157,7 @@ async def test_dead_and_silent_processes_are_replaced_and_nothing_is_lost(
             assert (lost.value.role, lost.value.reason) == ("learner", reason)
             assert time.monotonic() - started < 30
             await fleet.restart_learner()
-            assert await fleet.restore(str(tmp_path / "step-1")) == 1
+            assert await fleet.learner.restore(str(tmp_path / "step-1")) == 1
             fleet.learner_is_back()
             assert (await fleet.sync_weights()).weight_version == 1
             assert {t.weight_version for t in await live.rollout()} == {1}
@@ -184,7 +185,7 @@ async def test_a_learner_of_two_ranks_is_started_anew_as_a_whole_whichever_rank_
                 await live.learn()
             assert (lost.value.role, lost.value.reason) == ("learner", reason)
             await fleet.restart_learner()
-            assert await fleet.restore(str(tmp_path / "step-1")) == 1
+            assert await fleet.learner.restore(str(tmp_path / "step-1")) == 1
             fleet.learner_is_back()
             assert not set(before) & set(await live.pids_of_learner())
             assert (await fleet.sync_weights()).weight_version == 1
@@ -192,7 +193,7 @@ async def test_a_learner_of_two_ranks_is_started_anew_as_a_whole_whichever_rank_
             for pid in before:
                 await _gone(pid)
         await live.checkpoint(tmp_path / "step-2")
-        assert await fleet.restore(str(tmp_path / "step-2")) == 2
+        assert await fleet.learner.restore(str(tmp_path / "step-2")) == 2
     finally:
         await fleet.close()
         await asyncio.to_thread(fleet.end_actors)

@@ -15,10 +15,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as OnN
 from tiny import build_tiny
 
 from opd_governor.actors.trajectory import LengthLimits, Prompt
+from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job, JobError
 from opd_governor.services.record.rundir import read_records
 from opd_governor.services.run.cluster import connect
-from opd_governor.services.run.fleet import Fleet, Models
+from opd_governor.services.run.fleet import Fleet
 from opd_governor.services.run.placement import place
 
 pytestmark = pytest.mark.integration

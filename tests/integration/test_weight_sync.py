@@ -10,9 +10,10 @@ import ray
 from tiny import Architecture, build_tiny
 
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.cluster import connect
-from opd_governor.services.run.fleet import Fleet, Models
+from opd_governor.services.run.fleet import Fleet
 
 pytestmark = pytest.mark.integration
 
@@ -58,15 +59,15 @@ async def _sample_learn_sample(folder: str) -> tuple[np.ndarray, np.ndarray, np.
     try:
         await fleet.sync_weights()
         await sample()
-        learner = fleet._learner
+        learner = fleet.learner
         for version in range(1, 6):
-            await fleet.learn(_random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
+            await fleet.learner.learn(_random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
             assert (await fleet.sync_weights()).gap_nats < TOLERANCE_NATS
         (trajectory, _) = await sample()
         ids, length = [*prompt.token_ids, *trajectory.token_ids], len(trajectory.token_ids)
-        expected = (await learner.probe(ids, "float32"))[-length:]
+        expected = (await learner.probe(ids))[-length:]
         await fleet.restart_learner()
-        return trajectory.logprobs_T, expected, (await fleet._learner.probe(ids, "float32"))[-length:]
+        return trajectory.logprobs_T, expected, (await fleet.learner.probe(ids))[-length:]
     finally:
         fleet.end_actors()
 
@@ -91,12 +92,12 @@ async def _learn_and_sync(folder: str) -> tuple[list[float], float]:
     await fleet.start()
     try:
         gaps = [(await fleet.sync_weights()).gap_nats]
-        first = await fleet.learner_probe()
+        first = await fleet.learner.probe(PROBE)
         for version in range(1, NUM_SYNCS + 1):
-            report = await fleet.learn(_random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
+            report = await fleet.learner.learn(_random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
             assert not report.skipped
             gaps.append((await fleet.sync_weights()).gap_nats)
-        return gaps, float(np.abs(await fleet.learner_probe() - first).max())
+        return gaps, float(np.abs(await fleet.learner.probe(PROBE) - first).max())
     finally:
         fleet.end_actors()
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.services.inputs.models import config_of, resolve_model
 from opd_governor.services.inputs.preflight import check
+from opd_governor.services.inputs.resolve import resolve
 from opd_governor.services.job.settings import JobError, load_job
 from opd_governor.services.record.rundir import RunDirectory
 from tests.tiny import build_tiny
@@ -96,6 +97,25 @@ def test_a_models_own_code_runs_only_where_the_job_says_so(tmp_path: Path, monke
     assert not marker.exists()
     config_of(str(folder), trust_remote_code=True)
     assert marker.exists()
+
+
+def test_a_run_trusts_a_models_own_code_where_its_check_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, marker = model_with_code(tmp_path)
+    job = load_job(job_file(tmp_path, model=str(folder)))
+    with pytest.raises((JobError, ValueError, OSError), match=r"trust_remote_code|custom code|own-kind"):
+        resolve(job)
+    assert not marker.exists()
+    trusting = job.model_copy(
+        update={
+            "student": job.student.model_copy(update={"trust_remote_code": True}),
+            "teacher": [teacher.model_copy(update={"trust_remote_code": True}) for teacher in job.teacher],
+        }
+    )
+    models, _ = resolve(trusting)
+    assert marker.exists()
+    assert models.context_tokens > 0
+    assert models.stop_ids
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/etc", "..", ".", "a\n", "A", "-a", "", "a" * 64, "a b", "a\0"])

@@ -35,8 +35,8 @@ from opd_governor.actors.teacher.scorers import GenerateOptions, TorchScorer
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.models import build_once
 from opd_governor.services.inputs.prompts import load_problems
+from opd_governor.services.inputs.resolve import resolve
 from opd_governor.services.job.settings import load_job
-from opd_governor.services.run.launch import resolve_models
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -189,7 +189,7 @@ def train_stuck_teacher(folder: Path, worked_weight: float) -> None:
 def forward_kl(student: Path, limit: int = 64) -> dict[str, float]:
     """Mean KL(teacher || student) over the vocabulary, nats per token, on the teacher's own answers at T = 1 to held-out questions."""
     job = load_job(JOBS["smollm2"])
-    models, tokenizer = resolve_models(job)
+    models, tokenizer = resolve(job)
     assert job.data.eval is not None
     source = job.data.eval.model_copy(update={"limit": limit})
     prompts = [problem.token_ids for problem in load_problems(source, job.data.prompts, tokenizer)]

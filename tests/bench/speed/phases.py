@@ -41,13 +41,13 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
     from opd_governor.actors.teacher.scorers import ScoreRequest, TorchScorer
     from opd_governor.actors.trajectory import ScoredRollout, Trajectory
     from opd_governor.services.inputs.prompts import open_prompts
+    from opd_governor.services.inputs.resolve import resolve
     from opd_governor.services.job.settings import load_job
     from opd_governor.services.run.distill import base_limits
-    from opd_governor.services.run.launch import resolve_models
 
     torch.set_num_threads(threads)
     job = load_job(path, overrides)
-    models, tokenizer = resolve_models(job)
+    models, tokenizer = resolve(job)
     stream = open_prompts(job, tokenizer, models.context_tokens)
     limits, rollout, objective = base_limits(job), job.rollout, job.objective
     dense = objective.support in ("student", "union")

@@ -160,11 +160,11 @@ def our_overrides(work: Workload) -> list[str]:
 def prepare(work: Workload, scratch: Path) -> Workload:
     """Models resolved and the prompts of every step written down, in the order in which our side draws them."""
     from opd_governor.services.inputs.prompts import open_prompts
+    from opd_governor.services.inputs.resolve import resolve
     from opd_governor.services.job.settings import load_job
-    from opd_governor.services.run.launch import resolve_models
 
     job = load_job(ROOT / work.job, tuple(our_overrides(work)))
-    models, tokenizer = resolve_models(job)
+    models, tokenizer = resolve(job)
     stream = open_prompts(job, tokenizer, models.context_tokens)
     path = scratch / "prompts.jsonl"
     with path.open("w") as file:

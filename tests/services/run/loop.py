@@ -50,6 +50,7 @@ class FakeFleet:
     """Rollouts of four tokens or the cap, whichever is less; remembers what it was asked."""
 
     def __init__(self) -> None:
+        self.learner = self
         self.version, self.restored, self.prompts, self.skips = 0, [], [], False
         self.deaths: set[tuple[str, int]] = set()
         """The learner dies during this call, counted from 1."""

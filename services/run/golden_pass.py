@@ -1,0 +1,41 @@
+"""The golden pass on the job's own teachers: complete answers, generated once, read from a cache afterwards."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from opd_governor.actors.rollout.loops import find_loop
+from opd_governor.actors.teacher.pool import TeacherPool
+from opd_governor.actors.trajectory import Prompt
+from opd_governor.services.inputs.golden import GoldenSet, choose_prompts, collect_golden, golden_key
+from opd_governor.services.inputs.models import weights_identity
+from opd_governor.services.job.settings import Job
+from opd_governor.services.run.sources import Sources
+
+
+async def golden_pass(job: Job, sources: Sources, pool: TeacherPool, runs: Path, say: Callable[[str], None]) -> GoldenSet:
+    """What the teachers answer to the prompts chosen for it. The cache lies in data.golden.cache_dir, otherwise in `runs`/golden."""
+    settings, rollout = job.data.golden, job.rollout
+    prompts = choose_prompts(sources.stream, settings, job.seed)
+    max_new_tokens = settings.max_new_tokens or rollout.max_new_tokens
+    folder = Path(settings.cache_dir) if settings.cache_dir else runs / "golden"
+
+    async def generate(asked: Sequence[Prompt]) -> Sequence[tuple[int, ...] | None]:
+        say(f"golden pass: {len(asked)} prompts to the teacher")
+        return await pool.golden(asked, max_new_tokens=max_new_tokens, temperature=settings.temperature, seed=job.seed)
+
+    def loop_in(token_ids: Sequence[int]) -> object | None:
+        return find_loop(token_ids[:-1], min_repeats=rollout.loop_min_repeats, min_tokens=rollout.loop_min_tokens)
+
+    key = _key(job, sources, prompts, max_new_tokens)
+    return await collect_golden(prompts, settings, generate, sources.models.stop_ids, loop_in, folder / f"{key}.parquet")
+
+
+def _key(job: Job, sources: Sources, prompts: Sequence[Prompt], max_new_tokens: int) -> str:
+    """Of everything that shapes an answer or decides whether it is kept."""
+    teachers = {
+        t.name: [weights_identity(model), t.beams, t.length_penalty, t.no_repeat_ngram, t.domains]
+        for t, model in zip(job.teacher, sources.models.teachers, strict=True)
+    }
+    loops = [job.rollout.loop_min_repeats, job.rollout.loop_min_tokens]
+    terms = {"teachers": teachers, "stop_ids": sources.models.stop_ids, "loops": loops}
+    return golden_key(prompts, job.data.golden.model_copy(update={"max_new_tokens": max_new_tokens}), terms, job.seed)

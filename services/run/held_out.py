@@ -1,0 +1,38 @@
+"""Held-out problems: answered by the engines with the student's present weights, judged by the job's verifier."""
+
+import asyncio
+from dataclasses import dataclass
+
+from opd_governor.actors.trajectory import LengthLimits
+from opd_governor.services.inputs.verifiers import Evaluation, Response, Verifier, summarise
+from opd_governor.services.job.settings import Job
+from opd_governor.services.run.fleet import Fleet
+from opd_governor.services.run.sources import Sources
+from opd_governor.services.run.terms import base_limits
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """An evaluation that can be made at any step."""
+
+    sources: Sources
+    verify: Verifier
+    fleet: Fleet
+
+    async def __call__(self, job: Job, step: int) -> dict[str, Evaluation]:
+        """Decoding -> how it went: greedy and, unless turned off, sampled; on the settings in force.
+
+        The cap is a person's (rollout.max_new_tokens), whatever the governor's is now.
+        """
+        greedy_of = {"greedy": True} | ({"sampled": False} if job.data.eval.sampled else {})
+        runs = [self._answers(job, step, greedy=greedy) for greedy in greedy_of.values()]
+        return {name: summarise(responses, self.verify) for name, responses in zip(greedy_of, await asyncio.gather(*runs), strict=True)}
+
+    async def _answers(self, job: Job, step: int, *, greedy: bool) -> list[Response]:
+        limits: LengthLimits = base_limits(job)
+        requests = [(problem, 0) for problem in self.sources.problems]
+        return [
+            Response(self.sources.decode(t.token_ids), t.prompt.answer or "", len(t.token_ids), t.truncated)
+            async for group in self.fleet.rollout(requests, limits, step, job.rollout, greedy=greedy)
+            for t in group
+        ]

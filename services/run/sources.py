@@ -1,0 +1,48 @@
+"""What a run reads before any actor starts: models, tokenizer, prompts, held-out problems.
+
+job --> Models, tokenizer --> PromptStream, problems --> Sources
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opd_governor.actors.trajectory import Prompt
+from opd_governor.services.inputs.prompts import PromptStream, load_problems, open_prompts
+from opd_governor.services.inputs.resolve import Models, resolve
+from opd_governor.services.inputs.verifiers import Verifier, load_verifier
+from opd_governor.services.job.settings import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All of it, read and valid."""
+
+    models: Models
+    tokenizer: Any
+    """The student's."""
+    stream: PromptStream
+    problems: tuple[Prompt, ...]
+    """Held out; empty: no evaluation."""
+    verify: Verifier | None
+
+    @classmethod
+    def read(cls, job: Job) -> "Sources":
+        """Raises JobError (DataError) for whatever is wrong with them."""
+        models, tokenizer = resolve(job)
+        stream = open_prompts(job, tokenizer, models.context_tokens)
+        if not job.data.eval.path:
+            return cls(models, tokenizer, stream, (), None)
+        problems = load_problems(job.data.eval, job.data.prompts, tokenizer)
+        return cls(models, tokenizer, stream, tuple(problems), load_verifier(job.data.eval.verifier))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """A response as text, without the stop id at its end."""
+        ids = token_ids[:-1] if token_ids and token_ids[-1] in self.models.stop_ids else token_ids
+        return str(self.tokenizer.decode(ids))
+
+    def ordinary_text(self, num_tokens: int) -> list[int]:
+        """Ids of ordinary text: the first prompts, one after the other, no more than the window holds."""
+        ids = itertools.chain.from_iterable(prompt.token_ids for prompt in itertools.cycle(self.stream.prompts()))
+        return list(itertools.islice(ids, min(num_tokens, self.models.context_tokens - 1)))

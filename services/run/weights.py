@@ -1,0 +1,117 @@
+"""New weights for the engines, and the proof that they arrived.
+
+learner --one object, or GPU to GPU--> every engine --> log-probs on a probe, held against the learner's own
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from opd_governor.actors.deadlines import Pace, Say
+from opd_governor.actors.rollout.actor import RayEngine
+from opd_governor.actors.rollout.pool import RolloutPool
+from opd_governor.services.job.settings import Job
+from opd_governor.services.record.batch import Sync
+from opd_governor.services.run.learner import RunLearner
+
+OnEach = Callable[[str, Callable[[RayEngine], Awaitable[Any]]], Awaitable[list[Any]]]
+"""(what is asked, the call) -> answers of the engines that gave one."""
+OnTaken = Callable[[], None]
+"""Called when the learner has given its weights and may change them again."""
+
+PROBE_TOKENS = 48
+"""Length of the probe sequence: long enough to touch every weight, short enough to cost nothing."""
+FLOAT32_TOLERANCE_NATS = 1e-2
+"""Rounding in float32 stays a tenth of this on models of 30 layers; wrong weights differ by whole nats."""
+BFLOAT16_TOLERANCE_NATS = 0.5
+"""Rounding in bfloat16 was at .18 to .22 on SmolLM2, both sides computing in it."""
+
+
+class WeightSync:
+    """One transfer of weights at a time: an engine that comes back waits for a sync, and the other way round."""
+
+    def __init__(self, job: Job, probe: Sequence[int], learner: RunLearner, engines: RolloutPool, say: Say) -> None:
+        """`probe`: ids of ordinary text, PROBE_TOKENS or so."""
+        self._job, self._probe, self._learner, self._engines, self._say = job, list(probe), learner, engines, say
+        self._turn = asyncio.Lock()
+        self._newcomer_pace = Pace(job.cluster.deadline_floor_s)
+        self._last = Sync()
+        self._complete_at: int | None = None
+        """The learner's `num_restores` when the engines last got all its weights: until it changes they need only the trained ones."""
+        self.transfer = "file"
+        """How they travel: file (Ray's object store), nccl or ipc."""
+
+    async def to_all(self, on_taken: OnTaken = lambda: None) -> Sync:
+        """Bring the weights into every live engine, requests kept in flight. Returns the worst of the engines' gaps."""
+        async with self._turn:
+            syncs = await self._bring(self._engines.on_each, on_taken=on_taken)
+        if syncs:
+            self._last = max(syncs, key=lambda sync: (not sync.sound, sync.gap_nats))
+        else:  # every engine died over it: their replacements bring the weights themselves
+            await self._engines.any_live()
+        return self._last
+
+    async def to_newcomer(self, engine: RayEngine) -> None:
+        """A replacement gets what the learner has now. Raises RuntimeError if it does not hold them afterwards."""
+
+        async def only(what: str, call: Callable[[RayEngine], Awaitable[Any]]) -> list[Any]:
+            return [await self._newcomer_pace.watch(call(engine), f"{what} by a new rollout actor", self._say)]
+
+        async with self._turn:
+            (sync,) = await self._bring(only, [engine])
+        if not sync.sound:
+            raise RuntimeError(f"engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance {sync.tolerance_nats:g}")
+        self._last = sync
+
+    async def _bring(self, on_each: OnEach, newcomers: Sequence[RayEngine] = (), on_taken: OnTaken = lambda: None) -> list[Sync]:
+        """One Sync per engine that `on_each` reaches."""
+        started = time.monotonic()
+        by_transfer = self._by_file if self.transfer == "file" else self._by_gpu
+        version, expected, probes = await by_transfer(on_each, newcomers, on_taken)
+        seconds, tolerance = time.monotonic() - started, self._tolerance_nats()
+        return [Sync(seconds, float(np.abs(probe - expected).max()), tolerance, version) for probe in probes]
+
+    async def _by_file(
+        self, on_each: OnEach, newcomers: Sequence[RayEngine], on_taken: OnTaken
+    ) -> tuple[int, np.ndarray, list[np.ndarray]]:
+        """The object store moves the weights once per node; each actor on it reads the same copy."""
+        num_restores = self._learner.num_restores
+        version, weights = await self._learner.weights(trained_only=self._complete_at == num_restores and not newcomers)
+        probing = asyncio.create_task(self._learner.probe(self._probe))
+        probing.add_done_callback(lambda _: on_taken())
+        try:
+            probes = await on_each("loading weights", lambda engine: engine.actor.load_weights.remote(weights, version, self._probe))
+            expected = await probing
+        finally:
+            probing.cancel()
+        self._complete_at = num_restores
+        return version, expected, probes
+
+    async def _by_gpu(self, on_each: OnEach, newcomers: Sequence[RayEngine], on_taken: OnTaken) -> tuple[int, np.ndarray, list[np.ndarray]]:
+        """A group of GPUs is formed of all engines: beside a newcomer the others get the same weights again."""
+        version = await self._learner.version()
+        await self._engines.on_each("a version to come", lambda engine: engine.actor.announce_version.remote(version))
+        await asyncio.gather(*(engine.actor.announce_version.remote(version) for engine in newcomers))
+        await self._learner.send_weights(self.transfer, [engine.actor for engine in (*self._engines.handles, *newcomers)])
+        expected = await self._learner.probe(self._probe)
+        on_taken()
+        probes = await on_each("the weight probe", lambda engine: engine.actor.probe.remote(self._probe))
+        return version, expected, probes
+
+    def _tolerance_nats(self) -> float:
+        float32 = self._job.rollout.dtype == self._job.learner.dtype == "float32"
+        return self._job.cluster.probe_tolerance_nats or (FLOAT32_TOLERANCE_NATS if float32 else BFLOAT16_TOLERANCE_NATS)
+
+
+def choose_transfer(job: Job, *, has_gpus: bool) -> str:
+    """How weights travel: cluster.weight_transfer, or what fits the machines."""
+    choice = job.cluster.weight_transfer
+    if choice != "auto":
+        return choice
+    if not has_gpus:
+        return "file"
+    share = job.cluster.gpus_per_rollout
+    return "ipc" if share is not None and 0 < share < 1 else "nccl"
