@@ -26,8 +26,9 @@ from transformers import AutoTokenizer
 from opd_governor.actors.causal_lm import CausalLM, compile_layers
 from opd_governor.actors.learner.batching import MicroBatch, ModelInputs, build_micro_batches
 from opd_governor.actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
+from opd_governor.actors.learner.fields import LazyLogits, TokenFields, TokenLosses
 from opd_governor.actors.learner.metrics import BatchMetrics, summarise
-from opd_governor.actors.learner.objective import LazyLogits, TokenFields, TokenLosses, chunked_objective
+from opd_governor.actors.learner.objective import chunked_objective
 from opd_governor.actors.learner.optimizer import build_optimizer, learning_rate_at
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.learner.sharding import gather, join, of_every_rank, open_rendezvous, rank_and_size, scatter, shard, summed, whole

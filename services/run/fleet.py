@@ -132,7 +132,7 @@ class Fleet:
                     max_new_tokens=job.rollout.max_new_tokens,
                     seed=job.seed,
                     with_reference=job.objective.reference_kl_weight > 0 or "reference_kl_weight" in job.governor.actuators,
-                    teacher=models.teachers[0] if job.objective.support == "full" else None,
+                    teacher=models.teachers[0] if job.objective.needs.hidden else None,
                     trust_remote_code=job.student.trust_remote_code,
                 )
                 for place in self._places["learner"]
@@ -150,7 +150,7 @@ class Fleet:
                 reference_tokens=self._reference_tokens,
                 weight_transfer=self._transfer,
                 seed=job.seed,
-                top_k=job.objective.top_k if job.objective.support in ("student", "union") else 0,
+                top_k=job.objective.needs.student_top_k,
                 repeatable=job.repeatable,
             )
         )

@@ -247,25 +247,21 @@ class Run:
         teachers = []
         for settings, model in zip(self.job.teacher, self.models.teachers, strict=True):
             settings = settings.model_copy(update={"model": model})
-            same = (weights_identity(model), settings.backend, settings.dtype) if settings.backend != "http" else (settings.url, model)
+            same = (weights_identity(model), settings.backend, settings.dtype) if settings.means.local else (settings.url, model)
             if same not in handles:
                 cluster, cpus = self.job.cluster, self.job.cluster.cpus_per_actor
-                gpus = 0.0 if settings.backend == "http" else gpu if share is None else share
+                gpus = 0.0 if not settings.means.local else gpu if share is None else share
                 num_gpus = gpus * settings.tensor_parallel_size
-                own = {} if settings.backend == "http" else role_resources(self.job, "teacher")
+                own = role_resources(self.job, "teacher") if settings.means.local else {}
                 places = await place(
                     "teacher", settings.num_actors, cluster.placement_teacher, num_cpus=cpus, num_gpus=num_gpus, resources=own
                 )
                 handles[same] = start_teacher(settings, self.models.stop_ids, self.job.seed, places)
             teachers.append((settings, handles[same]))
-        support = self.job.objective.support
+        needs = self.job.objective.needs
         return TeacherPool(
             teachers,
-            support=Support(
-                student=support in ("student", "union"),
-                top_k=self.job.objective.top_k if support in ("teacher", "union") else 0,
-                hidden=support == "full",
-            ),
+            support=Support(student=needs.student_top_k > 0, top_k=needs.teacher_top_k, hidden=needs.hidden),
             domains={prompt.domain for prompt in self.stream.prompts()},
             on_request=self._count_requests,
             on_restart=lambda teacher, reason: self._count_restart("teacher", reason),
@@ -368,10 +364,10 @@ class Run:
 def resolve_models(job: Job) -> tuple[Models, Any]:
     """Folders or ids of the models, their stop event and common window; and the student's tokenizer. Raises JobError."""
     student = resolve_student(job.student.model, job.data.prompts)
-    teachers = tuple(t.model if t.backend == "http" else resolve_model(t.model) for t in job.teacher)
+    teachers = tuple(resolve_model(t.model) if t.means.local else t.model for t in job.teacher)
     tokenizer = tokenizer_of(job.student.tokenizer or student, job.student.trust_remote_code)
     stop_ids = job.rollout.stop_token_ids
-    local = [student, *(m for m, t in zip(teachers, job.teacher, strict=True) if t.backend != "http")]
+    local = [student, *(m for m, t in zip(teachers, job.teacher, strict=True) if t.means.local)]
     if stop_ids is None:
         found = [stop_event_ids(model, tokenizer_of(model)) for model in local]
         stop_ids = tuple(sorted({stop_id for ids in found for stop_id in ids}))
