@@ -21,6 +21,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, Worker
 from opd_governor.actors.deadlines import ActorLostError, HungError, Pace, Say
 from opd_governor.actors.learner.actor import Learner, StepReport
 from opd_governor.actors.learner.group import LearnerGroup
+from opd_governor.actors.learner.models import LearnerModels
 from opd_governor.actors.rollout.actor import RayEngine, RolloutActor
 from opd_governor.actors.rollout.pool import Request, RolloutPool
 from opd_governor.actors.rollout.settings import RolloutSettings
@@ -120,20 +121,23 @@ class Fleet:
 
     def _create_learner(self) -> LearnerGroup:
         job, models = self._job, self._models
+        parts = LearnerModels(
+            models.student,
+            with_reference=job.objective.reference_kl_weight > 0 or "reference_kl_weight" in job.governor.actuators,
+            teacher=models.teachers[0] if job.objective.needs.hidden else None,
+            trust_remote_code=job.student.trust_remote_code,
+        )
         # A checkpoint is written while the next step runs. Ray takes the groups here only, not as an option.
         learner_type = ray.remote(concurrency_groups={"disk": 1})(Learner)
         return LearnerGroup(
             [
                 learner_type.options(**place).remote(
-                    models.student,
+                    parts,
                     job.learner,
                     job.objective,
                     stop_ids=models.stop_ids,
                     max_new_tokens=job.rollout.max_new_tokens,
                     seed=job.seed,
-                    with_reference=job.objective.reference_kl_weight > 0 or "reference_kl_weight" in job.governor.actuators,
-                    teacher=models.teachers[0] if job.objective.needs.hidden else None,
-                    trust_remote_code=job.student.trust_remote_code,
                 )
                 for place in self._places["learner"]
             ]
