@@ -37,7 +37,7 @@ class LearnerGroup:
 
     async def start(self) -> None:
         """Wait until every rank has its models, and make them one group where there are several."""
-        await together(rank.ping.remote() for rank in self.ranks)
+        await together(rank.start.remote() for rank in self.ranks)
         if len(self.ranks) > 1:
             host, port = await self.ranks[0].open_rendezvous.remote()
             await together(actor.join.remote(rank, host, port) for rank, actor in enumerate(self.ranks))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_governor.actors.learner.objective import TokenFields, TokenLosses
+from opd_governor.actors.learner.fields import TokenFields, TokenLosses
 
 POSITION_EDGES = (16, 32, 64, 128, 256, 512, 1024)
 POSITION_BUCKETS = ("0-15", "16-31", "32-63", "64-127", "128-255", "256-511", "512-1023", "1024+")

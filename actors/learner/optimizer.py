@@ -15,16 +15,19 @@ def build_optimizer(parameters: list[torch.nn.Parameter], settings: LearnerSetti
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, fused=True)
 
 
-def learning_rate_at(step: int, settings: LearnerSettings) -> float:
+def learning_rate_at(step: int, settings: LearnerSettings, base: float | None = None) -> float:
     """Linear warm-up, then constant, cosine or linear to min_lr_ratio at total_steps. Steps count from 0.
+
+    `base` replaces `settings.learning_rate` where a person tuned it.
 
     >>> learning_rate_at(0, LearnerSettings(learning_rate=1.0, warmup_steps=4))
     0.25
     """
+    base = settings.learning_rate if base is None else base
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+        return base * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
-        return settings.learning_rate
+        return base
     progress = min(1.0, (step - settings.warmup_steps) / max(1, settings.total_steps - settings.warmup_steps))
     share = (1 + math.cos(math.pi * progress)) / 2 if settings.schedule == "cosine" else 1 - progress
-    return settings.learning_rate * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * share)
+    return base * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * share)

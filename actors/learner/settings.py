@@ -4,10 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from opd_governor.actors.learner.divergences import LOSSES
+from opd_governor.actors.learner.supports import SUPPORTS, Needs
 from opd_governor.actors.settings import Settings
-
-Loss = Literal["reverse_kl", "forward_kl", "mixed_kl", "jsd", "skew_kl"]
-Support = Literal["sampled", "student", "teacher", "union", "full"]
 
 
 class ObjectiveSettings(Settings):
@@ -18,8 +17,10 @@ class ObjectiveSettings(Settings):
     full: the whole vocabulary (the teacher sends its hidden states, the learner has the teacher's head).
     """
 
-    loss: Loss = "reverse_kl"
-    support: Support = "sampled"
+    loss: Annotated[str, LOSSES.key] = "reverse_kl"
+    loss_options: dict[str, float] = Field(default_factory=dict)
+    """Parameters of a loss of your own, which reads them from here."""
+    support: Annotated[str, SUPPORTS.key] = "sampled"
     top_k: Annotated[int, Field(ge=1, le=1024)] = 32
     """Ids in a student, teacher or union support; the sampled token and the stop class are always added."""
     tail_bucket: bool = False
@@ -70,11 +71,17 @@ class ObjectiveSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ObjectiveSettings":
-        if self.support == "sampled" and self.loss != "reverse_kl":
+        dense = SUPPORTS[self.support].dense
+        if not dense and self.loss != "reverse_kl":
             raise ValueError(f"loss {self.loss} needs a dense support: set support to student, teacher, union or full")
-        if self.support != "sampled" and self.overlong_weight > 0:
+        if dense and self.overlong_weight > 0:
             raise ValueError("overlong_weight acts on the sampled estimator only: set support to sampled or the weight to 0")
         return self
+
+    @property
+    def needs(self) -> Needs:
+        """What engines, teachers and the learner have to know of each position for this support."""
+        return SUPPORTS[self.support].needs(self.top_k)
 
 
 class LearnerSettings(Settings):

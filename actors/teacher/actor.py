@@ -8,23 +8,10 @@ from typing import Any
 import ray
 import torch
 
-from opd_governor.actors.teacher.http_scorer import HttpScorer
-from opd_governor.actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest, TorchScorer, digest_weights
+from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, digest_weights
 from opd_governor.actors.teacher.settings import TeacherSettings
-from opd_governor.actors.teacher.vllm_scorer import VllmScorer
 from opd_governor.actors.trajectory import TokenScores
 from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
-
-
-def load_scorer(settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int) -> Scorer:
-    """The back end that `settings.backend` names, its model loaded."""
-    match settings.backend:
-        case "torch":
-            return TorchScorer(settings, stop_ids)
-        case "vllm":
-            return VllmScorer(settings, stop_ids, seed)
-        case "http":
-            return HttpScorer(settings, stop_ids, seed)
 
 
 class TeacherActor:
@@ -34,7 +21,7 @@ class TeacherActor:
         # More threads than cores for this actor can be 10-20 times slower; Ray sets the variable from the CPUs it grants.
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self.settings = settings
-        self.scorer = load_scorer(settings, stop_ids, seed)
+        self.scorer = settings.means.load(settings, stop_ids, seed)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
         return self.scorer.score(requests)
@@ -52,9 +39,9 @@ class TeacherActor:
 
     def weights_digest(self) -> str:
         """SHA-256 of the weight files; of a server's teacher only its address and name are known."""
-        if self.settings.backend == "http":
-            return f"{self.settings.url}#{self.settings.model}"
-        return digest_weights(self.settings.model)
+        if self.settings.means.local:
+            return digest_weights(self.settings.model)
+        return f"{self.settings.url}#{self.settings.model}"
 
 
 class RayTeacher:

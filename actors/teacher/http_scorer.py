@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 
+from opd_governor.actors.teacher.backends import MAX_FULL_VOCABULARY
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, cut_at_stop, generate_timeout_s, score_logp
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import TokenScores
 
-MAX_FULL_VOCABULARY = 4096
-"""Largest vocabulary asked for whole: beyond it an answer is megabytes of JSON per token."""
 SERVER_TOP_K = 20
 """Ids asked for where the vocabulary is not read whole: vLLM's own limit (--max-logprobs) unless the server raises it."""
 MAX_IN_FLIGHT = 32

@@ -1,10 +1,11 @@
 """Which teacher scores the student's tokens, and how its pool behaves."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from opd_governor.actors.settings import Settings, Url
+from opd_governor.actors.teacher.backends import TEACHER_BACKENDS, Backend
 
 
 class TeacherSettings(Settings):
@@ -19,7 +20,8 @@ class TeacherSettings(Settings):
     """Domains of the prompts it scores; empty: all."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share in the blend where several teachers serve one domain."""
-    backend: Literal["torch", "vllm", "http"] = "torch"
+    backend: Annotated[str, TEACHER_BACKENDS.key] = "torch"
+    """torch: a transformers model; vllm: an engine of its own; http: an OpenAI-compatible server that is already running."""
     url: Url | None = None
     """Address of an OpenAI-compatible vLLM server (back end `http`). The environment's VLLM_API_KEY is sent where set."""
     num_actors: Annotated[int, Field(ge=1)] = 1
@@ -46,3 +48,8 @@ class TeacherSettings(Settings):
     """Golden pass with beams: above 1 favours longer answers."""
     no_repeat_ngram: Annotated[int, Field(ge=0)] = 0
     """Golden pass: no n-gram of this length twice; 0 turns it off."""
+
+    @property
+    def means(self) -> Backend:
+        """What the back end can do."""
+        return TEACHER_BACKENDS[self.backend]

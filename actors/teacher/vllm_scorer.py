@@ -11,12 +11,11 @@ import numpy as np
 from transformers import AutoConfig
 
 from opd_governor.actors.packing import like_lengths
+from opd_governor.actors.teacher.backends import MAX_FULL_VOCABULARY
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, require_stop_ids, score_logp
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import TokenScores
 
-MAX_FULL_VOCABULARY = 4096
-"""Largest vocabulary read whole, one Python float per entry: beyond it a single response costs seconds and hundreds of MB."""
 MAX_ENTRIES = 4_000_000
 """Log-probs of one engine call where the vocabulary is read whole (about 100 bytes each while vLLM holds them)."""
 

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_governor.actors.teacher.settings import TeacherSettings
-from opd_governor.actors.teacher.vllm_scorer import MAX_FULL_VOCABULARY
 from opd_governor.services.control.server import ServiceError, bind
 from opd_governor.services.inputs.models import (
     config_of,
@@ -73,7 +72,7 @@ def check(job: Job, directory: Path) -> list[Check]:
     checks += found
     teachers: list[str | None] = []
     for teacher in job.teacher:
-        if teacher.backend == "http":
+        if not teacher.means.local:
             teachers.append(None)
             continue
         resolve = partial(resolve_model, teacher.model)
@@ -220,31 +219,35 @@ def _check_service(job: Job) -> Iterator[Check]:
 
 
 def _check_objective(job: Job) -> Iterator[Check]:
-    support = job.objective.support
-    if support == "full" and (len(job.teacher) > 1 or job.teacher[0].backend != "torch"):
-        detail = "objective.support: full needs one teacher, with back end torch: its hidden states go to the learner, which has its head"
+    support, needs = job.objective.support, job.objective.needs
+    if needs.hidden and (len(job.teacher) > 1 or not job.teacher[0].means.hidden):
+        detail = (
+            f"objective.support: {support} needs one teacher, with back end torch: its hidden states go to the learner, which has its head"
+        )
         yield Check("teacher support", "fail", detail, "name a single such teacher, or set it to sampled, student or teacher", exit_code=2)
     if job.learner.compile and not any(map(shutil.which, COMPILERS)):
         detail = f"learner.compile: true, and none of {', '.join(COMPILERS)} is on this machine"
         yield Check("compiler", "warn", detail, "install one where the learner runs (apt-get install g++), or set it to false")
     for teacher in job.teacher:
-        if teacher.backend == "http" and not teacher.url:
-            detail = f"teacher {teacher.name}: backend http needs a url"
+        if not teacher.means.local and not teacher.url:
+            detail = f"teacher {teacher.name}: backend {teacher.backend} needs a url"
             yield Check("teacher support", "fail", detail, "add url to the teacher", exit_code=2)
-        if teacher.backend == "http" and support in ("student", "union"):
+        if not teacher.means.given_ids and needs.student_top_k:
             detail = f"objective.support {support} asks teacher {teacher.name}'s server for any id's log-prob"
             yield Check("teacher support", "warn", detail, "start the server with --max-logprobs -1, or set it to sampled or teacher")
-    if any(t.backend == "vllm" for t in job.teacher) and importlib.util.find_spec("vllm") is None:
-        yield Check("vllm", "fail", "teacher.backend: vllm is not installed", "install the cpu or gpu extra, or set it to torch")
+    for package in {teacher.means.package for teacher in job.teacher} - {None}:
+        if package and importlib.util.find_spec(package) is None:
+            yield Check(package, "fail", f"teacher.backend: {package} is not installed", "install the cpu or gpu extra, or set it to torch")
 
 
 def _check_vocabulary(teacher: TeacherSettings, model: str) -> Iterator[Check]:
-    """vLLM gives log-probs by id on GPUs alone; elsewhere the scorer reads whole vocabularies, up to a size."""
+    """Without a GPU a back end may have to read whole vocabularies, up to a size."""
     no_gpu = not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS")  # a cluster may have some
     vocabulary = config_of(model, teacher.trust_remote_code).vocab_size
-    if teacher.backend == "vllm" and no_gpu and vocabulary > MAX_FULL_VOCABULARY:
+    most = teacher.means.cpu_vocabulary
+    if most is not None and no_gpu and vocabulary > most:
         detail = (
-            f"teacher {teacher.name}: backend vllm without a GPU takes at most {MAX_FULL_VOCABULARY} tokens of vocabulary, not {vocabulary}"
+            f"teacher {teacher.name}: backend {teacher.backend} without a GPU takes at most {most} tokens of vocabulary, not {vocabulary}"
         )
         yield Check(f"teacher support {teacher.name}", "fail", detail, "set its backend to torch")
 
@@ -267,7 +270,7 @@ def _check_repeatable(job: Job) -> Iterator[Check]:
     """A strict job resumes bit for bit; what stands against that is said once, here."""
     if not job.repeatable:
         return
-    against = [f"teacher {teacher.name} is a server, whose batches are its own" for teacher in job.teacher if teacher.backend == "http"]
+    against = [f"teacher {teacher.name} is a server, whose batches are its own" for teacher in job.teacher if not teacher.means.repeatable]
     if job.service.prometheus_url and job.governor.mode != "off":
         against.append("the governor reads a Prometheus server, whose scrapes fall when they fall")
     if against:

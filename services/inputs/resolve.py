@@ -27,10 +27,10 @@ class Models:
 def resolve(job: Job) -> tuple[Models, Any]:
     """The models, and the student's tokenizer. `trust_remote_code` counts for the model whose setting it is. Raises JobError."""
     student = resolve_student(job.student.model, job.data.prompts)
-    teachers = tuple(t.model if t.backend == "http" else resolve_model(t.model) for t in job.teacher)
+    teachers = tuple(resolve_model(t.model) if t.means.local else t.model for t in job.teacher)
     trusted = job.student.trust_remote_code
     local = [(student, trusted)]
-    local += [(model, t.trust_remote_code) for model, t in zip(teachers, job.teacher, strict=True) if t.backend != "http"]
+    local += [(model, t.trust_remote_code) for model, t in zip(teachers, job.teacher, strict=True) if t.means.local]
     tokenizer = tokenizer_of(job.student.tokenizer or student, trusted)
     return Models(student, teachers, stop_ids_of(job, local), window_of(job, local)), tokenizer
 

@@ -54,7 +54,7 @@ def role_resources(job: Job, role: Role) -> dict[str, float]:
 
 def require_roles(job: Job, offered: Collection[str]) -> None:
     """Raises JobError where roles are pinned and no node has one of them: its actor would wait for ever."""
-    roles = [role for role in get_args(Role) if role != "teacher" or any(teacher.backend != "http" for teacher in job.teacher)]
+    roles = [role for role in get_args(Role) if role != "teacher" or any(teacher.means.local for teacher in job.teacher)]
     missing = [name for role in roles for name in role_resources(job, role) if name not in offered]
     if missing:
         raise JobError(

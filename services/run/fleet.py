@@ -92,7 +92,7 @@ class Fleet:
                 reference_tokens=self._reference_tokens,
                 weight_transfer=self._weights.transfer,
                 seed=job.seed,
-                top_k=job.objective.top_k if job.objective.support in ("student", "union") else 0,
+                top_k=job.objective.needs.student_top_k,
                 repeatable=job.repeatable,
             )
         )

@@ -15,6 +15,7 @@ import ray
 from opd_governor.actors.deadlines import ActorLostError, Pace, Say
 from opd_governor.actors.learner.actor import Learner, StepReport
 from opd_governor.actors.learner.group import LearnerGroup
+from opd_governor.actors.learner.models import LearnerModels
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout
 from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job
@@ -48,20 +49,23 @@ class RunLearner:
 
     def _create(self) -> LearnerGroup:
         job, models = self._job, self._models
+        parts = LearnerModels(
+            models.student,
+            with_reference=job.objective.reference_kl_weight > 0 or "reference_kl_weight" in job.governor.actuators,
+            teacher=models.teachers[0] if job.objective.needs.hidden else None,
+            trust_remote_code=job.student.trust_remote_code,
+        )
         # A checkpoint is written while the next step runs. Ray takes the groups here only, not as an option.
         learner_type = ray.remote(concurrency_groups={"disk": 1})(Learner)
         return LearnerGroup(
             [
                 learner_type.options(**place).remote(
-                    models.student,
+                    parts,
                     job.learner,
                     job.objective,
                     stop_ids=models.stop_ids,
                     max_new_tokens=job.rollout.max_new_tokens,
                     seed=job.seed,
-                    with_reference=job.objective.reference_kl_weight > 0 or "reference_kl_weight" in job.governor.actuators,
-                    teacher=models.teachers[0] if job.objective.support == "full" else None,
-                    trust_remote_code=job.student.trust_remote_code,
                 )
                 for place in self._places
             ]

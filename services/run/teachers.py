@@ -28,14 +28,10 @@ async def start_teachers(job: Job, sources: Sources, journal: Journal) -> Teache
         if same not in handles:
             handles[same] = start_teacher(settings, sources.models.stop_ids, job.seed, await _places(job, settings))
         teachers.append((settings, handles[same]))
-    support = job.objective.support
+    needs = job.objective.needs
     return TeacherPool(
         teachers,
-        support=Support(
-            student=support in ("student", "union"),
-            top_k=job.objective.top_k if support in ("teacher", "union") else 0,
-            hidden=support == "full",
-        ),
+        support=Support(student=needs.student_top_k > 0, top_k=needs.teacher_top_k, hidden=needs.hidden),
         domains={prompt.domain for prompt in sources.stream.prompts()},
         on_request=journal.teacher_requests,
         on_restart=lambda teacher, reason: journal.restarted("teacher", reason),
@@ -48,13 +44,13 @@ async def start_teachers(job: Job, sources: Sources, journal: Journal) -> Teache
 
 def _served_as(settings: TeacherSettings) -> str:
     """Equal for teachers that can share actors: the same weights, and every setting of the actor the same."""
-    served = settings.model_copy(update={"model": settings.model if settings.backend == "http" else weights_identity(settings.model)})
+    served = settings.model_copy(update={"model": weights_identity(settings.model) if settings.means.local else settings.model})
     return served.model_dump_json(exclude=set(PER_TEACHER))
 
 
 async def _places(job: Job, settings: TeacherSettings) -> list[dict[str, Any]]:
     """Ray options of each of its actors. An actor that asks a server elsewhere holds no GPU and no teacher node."""
-    cluster, local = job.cluster, settings.backend != "http"
+    cluster, local = job.cluster, settings.means.local
     gpu = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
     num_gpus = (gpu if cluster.gpus_per_teacher is None else cluster.gpus_per_teacher) * settings.tensor_parallel_size
     return await place(

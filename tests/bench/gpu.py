@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from opd_governor.actors.causal_lm import compile_layers
-from opd_governor.actors.learner.objective import LazyLogits, TokenFields, chunked_objective
+from opd_governor.actors.learner.fields import LazyLogits, TokenFields
+from opd_governor.actors.learner.objective import chunked_objective
 from opd_governor.actors.teacher.scoring import score_positions
 
 SEED, ROUNDS = 0, 5

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from opd_governor.actors.learner.objective import LazyLogits, TokenFields, chunked_objective
+from opd_governor.actors.learner.fields import LazyLogits, TokenFields
+from opd_governor.actors.learner.objective import chunked_objective
 from opd_governor.actors.learner.settings import ObjectiveSettings
 
 NUM_TOKENS, VOCABULARY, HIDDEN, CHUNK_TOKENS, SEED = 2048, 50_000, 64, 128, 0

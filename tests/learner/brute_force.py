@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd_governor.actors.learner.objective import TokenFields
+from opd_governor.actors.learner.fields import TokenFields
 from opd_governor.actors.learner.settings import ObjectiveSettings
 
 

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_governor.actors.learner.batching import admit, build_micro_batches, overlong_penalty, stop_tilt, token_mask, token_weights
+from opd_governor.actors.learner.batching import admit, build_micro_batches
+from opd_governor.actors.learner.fields import LazyLogits
 from opd_governor.actors.learner.metrics import summarise
-from opd_governor.actors.learner.objective import LazyLogits, chunked_objective
+from opd_governor.actors.learner.objective import chunked_objective
 from opd_governor.actors.learner.settings import ObjectiveSettings
+from opd_governor.actors.learner.weights import overlong_penalty, stop_tilt, token_mask, token_weights
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
 
 VOCABULARY, STOP_IDS = 30, torch.tensor([3, 4])

@@ -13,6 +13,7 @@ from tiny import ARCHITECTURES, Architecture, build_tiny
 
 from opd_governor.actors.learner.actor import Learner
 from opd_governor.actors.learner.checkpoint import newest_checkpoint, partial_folder, seal_checkpoint
+from opd_governor.actors.learner.models import LearnerModels
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.teacher.scorers import ScoreRequest, TorchScorer
 from opd_governor.actors.teacher.settings import TeacherSettings
@@ -31,9 +32,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def learner(folder: Path, objective: ObjectiveSettings | None = None, **settings: object) -> Learner:
     options = LearnerSettings(learning_rate=1e-3, **settings)  # type: ignore[arg-type]
-    return Learner(
-        str(folder), options, objective or ObjectiveSettings(), stop_ids=STOP_IDS, max_new_tokens=32, seed=0, with_reference=True
-    )
+    models = LearnerModels(str(folder), with_reference=True)
+    return Learner(models, options, objective or ObjectiveSettings(), stop_ids=STOP_IDS, max_new_tokens=32)
 
 
 def batch(student: Path, teacher: Path, num: int = 6, hidden: bool = False, **teacher_settings: object) -> list[ScoredRollout]:
@@ -83,7 +83,7 @@ def test_a_step_in_bfloat16_is_that_of_float32_within_its_rounding(
     tmp_path: Path, architecture: Architecture, eager_row_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows alone and rows that share padded batches, with either attention and with both in one step."""
-    monkeypatch.setattr("opd_governor.actors.learner.actor.EAGER_ROW_TOKENS", eager_row_tokens)
+    monkeypatch.setattr("opd_governor.actors.learner.passes.EAGER_ROW_TOKENS", eager_row_tokens)
     folders = build_tiny(tmp_path / "student", architecture, seed=1), build_tiny(tmp_path / "teacher", architecture, seed=2)
     rollouts, objective = batch(*folders), ObjectiveSettings(support="teacher", top_k=8)
     exact = learner(folders[0], objective).step(rollouts, [], LIMITS, 10.0)
@@ -119,9 +119,12 @@ def test_without_padding_a_student_equal_to_its_teacher_stays_where_it_is_to_the
 ) -> None:
     folder = build_tiny(tmp_path / architecture, architecture, seed=1)
     actor = Learner(
-        str(folder), LearnerSettings(learning_rate=1e-3, micro_batch_tokens=16), ObjectiveSettings(support=support, top_k=8),  # type: ignore[arg-type]
-        stop_ids=STOP_IDS, max_new_tokens=32, seed=0, with_reference=True, teacher=str(folder) if support == "full" else None,
-    )  # fmt: skip
+        LearnerModels(str(folder), with_reference=True, teacher=str(folder) if support == "full" else None),
+        LearnerSettings(learning_rate=1e-3, micro_batch_tokens=16),
+        ObjectiveSettings(support=support, top_k=8),
+        stop_ids=STOP_IDS,
+        max_new_tokens=32,
+    )
     before = {name: weight.clone() for name, weight in weights_of(actor).items()}
     report = actor.step(batch(folder, folder, hidden=support == "full", batch_tokens=16), [], LIMITS, 10.0)
     assert (report.loss, report.grad_norm) == (0.0, 0.0)
@@ -137,9 +140,12 @@ def test_over_the_whole_vocabulary_the_teachers_head_makes_of_its_hidden_states_
             build_tiny(tmp_path / f"{architecture}-t", architecture, seed=2),
         )
         by_head = Learner(
-            str(folders[0]), LearnerSettings(learning_rate=1e-3), ObjectiveSettings(support="full"),
-            stop_ids=STOP_IDS, max_new_tokens=32, seed=0, with_reference=False, teacher=str(folders[1]),
-        )  # fmt: skip
+            LearnerModels(str(folders[0]), teacher=str(folders[1])),
+            LearnerSettings(learning_rate=1e-3),
+            ObjectiveSettings(support="full"),
+            stop_ids=STOP_IDS,
+            max_new_tokens=32,
+        )
         golden = [Prompt(0, (5, 6, 7), golden_ids=(9, 9, 10, 1))]
         limits = LengthLimits(32, golden_weight=0.5)
         hidden = batch(*folders, hidden=True, dtype=dtype)

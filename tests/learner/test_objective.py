@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from opd_governor.actors.learner.batching import token_weights
-from opd_governor.actors.learner.objective import LazyLogits, TokenFields, _policy_gradient, chunked_objective, token_losses
+from opd_governor.actors.learner.fields import LazyLogits, TokenFields
+from opd_governor.actors.learner.objective import chunked_objective, token_losses
+from opd_governor.actors.learner.sampled import policy_gradient
 from opd_governor.actors.learner.settings import ObjectiveSettings
+from opd_governor.actors.learner.weights import token_weights
 from tests.learner import brute_force
 
 DENSE_LOSSES = ("reverse_kl", "forward_kl", "mixed_kl", "jsd", "skew_kl")
@@ -142,7 +144,7 @@ def test_gradcheck_of_the_clipped_policy_gradient():
 
     def loss(logits):
         logp = logits.log_softmax(-1)[rows, case.sampled]
-        return _policy_gradient(gap, logp.detach(), logp, fields, settings)[0]
+        return policy_gradient(gap, logp.detach(), logp, fields, settings)[0]
 
     assert torch.autograd.gradcheck(loss, case.student_logits.clone().requires_grad_())
 

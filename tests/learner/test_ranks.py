@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from opd_governor.actors.learner.actor import Learner
 from opd_governor.actors.learner.batching import build_micro_batches
+from opd_governor.actors.learner.models import LearnerModels
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout
 
@@ -57,8 +58,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def arguments(folder: Path, teacher: Path, objective: dict[str, Any], learner: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     settings = LearnerSettings(**{"learning_rate": 1e-4, "micro_batch_tokens": 48, "chunk_tokens": 7} | learner)
     beside = str(teacher) if objective.get("support") == "full" else None
-    options = {"stop_ids": STOP_IDS, "max_new_tokens": 32, "seed": 0, "with_reference": True, "teacher": beside}
-    return (str(folder), settings, ObjectiveSettings(**objective)), options
+    models = LearnerModels(str(folder), with_reference=True, teacher=beside)
+    return (models, settings, ObjectiveSettings(**objective)), {"stop_ids": STOP_IDS, "max_new_tokens": 32}
 
 
 def pair(two: Ranks, folder: Path, teacher: Path, objective: dict[str, Any] | None = None, **learner: Any) -> Learner:

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from opd_governor.actors.learner.batching import stop_tilt
-from opd_governor.actors.learner.objective import TokenFields, token_losses
+from opd_governor.actors.learner.fields import TokenFields
+from opd_governor.actors.learner.objective import token_losses
 from opd_governor.actors.learner.settings import ObjectiveSettings
+from opd_governor.actors.learner.weights import stop_tilt
 
 VOCABULARY, NUM_STATES, STOP_IDS = 5, 24, torch.tensor([1, 4])
 EVERY_ID = torch.arange(VOCABULARY)

@@ -36,6 +36,7 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
 
     from opd_governor.actors.learner.actor import Learner
     from opd_governor.actors.learner.batching import build_micro_batches
+    from opd_governor.actors.learner.models import LearnerModels
     from opd_governor.actors.packing import like_lengths
     from opd_governor.actors.rollout.actor import RolloutActor
     from opd_governor.actors.teacher.scorers import ScoreRequest, TorchScorer
@@ -50,16 +51,17 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
     models, tokenizer = resolve(job)
     stream = open_prompts(job, tokenizer, models.context_tokens)
     limits, rollout, objective = base_limits(job), job.rollout, job.objective
-    dense = objective.support in ("student", "union")
     learner = Learner(
-        models.student,
+        LearnerModels(
+            models.student,
+            with_reference=objective.reference_kl_weight > 0,
+            teacher=models.teachers[0] if objective.needs.hidden else None,
+        ),
         job.learner,
         objective,
         stop_ids=models.stop_ids,
         max_new_tokens=rollout.max_new_tokens,
         seed=job.seed,
-        with_reference=objective.reference_kl_weight > 0,
-        teacher=models.teachers[0] if objective.support == "full" else None,
     )
     teacher = TorchScorer(job.teacher[0].model_copy(update={"model": models.teachers[0]}), models.stop_ids)
     actor = RolloutActor(
@@ -69,7 +71,7 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
         reference_tokens=None,
         weight_transfer="file",
         seed=job.seed,
-        top_k=objective.top_k if dense else 0,
+        top_k=objective.needs.student_top_k,
     )
     await actor.start()
     await actor.load_weights(learner.weights(rollout.dtype)[1], 0, [1, 2])

@@ -1,9 +1,11 @@
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from opd_governor.actors.teacher.backends import TEACHER_BACKENDS
 from opd_governor.services.inputs.preflight import check, exit_code, failures, render
 from opd_governor.services.job.settings import Job
 from tests.tiny import build_tiny
@@ -87,7 +89,7 @@ def test_a_vllm_teacher_without_a_gpu_takes_small_vocabularies_only(job, tmp_pat
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert failures(check(job(teacher={"backend": "vllm"}, objective={"support": "student"}), tmp_path)) == []
-    monkeypatch.setattr("opd_governor.services.inputs.preflight.MAX_FULL_VOCABULARY", 84)
+    monkeypatch.setitem(TEACHER_BACKENDS._parts, "vllm", replace(TEACHER_BACKENDS["vllm"], cpu_vocabulary=84))
     (line,) = failures(check(job(teacher={"backend": "vllm"}), tmp_path))
     assert line.endswith("takes at most 84 tokens of vocabulary, not 85; set its backend to torch")
 

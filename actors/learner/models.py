@@ -1,0 +1,57 @@
+"""The models of one learner rank: the student, and beside it the frozen ones that a loss may need."""
+
+from dataclasses import dataclass
+
+from opd_governor.actors.causal_lm import CausalLM, Head, compile_layers
+from opd_governor.actors.learner.settings import LearnerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerModels:
+    """Which models a learner loads, as folders or ids that transformers resolves.
+
+    >>> LearnerModels("deploy/sums/student", with_reference=True)   # doctest: +SKIP
+    """
+
+    student: str
+    with_reference: bool = False
+    """Keep the initial student beside the student, for a KL to it."""
+    teacher: str | None = None
+    """A teacher whose output head is loaded, for a support that needs its hidden states."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The models, loaded. All but the student are frozen."""
+
+    student: CausalLM
+    reference: CausalLM | None
+    teacher_head: Head | None
+
+
+def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
+    """The student in float32 whatever precision its passes run in: master weights and moments are float32."""
+
+    def load(path: str, dtype: str, device: str | None = None) -> CausalLM:
+        return CausalLM(path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code)
+
+    def frozen(path: str) -> CausalLM:
+        lm = load(path, settings.dtype)
+        lm.model.requires_grad_(False)
+        return lm
+
+    # A student of several ranks is loaded on the CPU: whole, it may not fit one rank's device.
+    student = load(models.student, "float32", device="cpu" if settings.num_ranks > 1 else None)
+    student.model.train()
+    if settings.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable()
+    if settings.freeze_embeddings:
+        student.model.get_input_embeddings().requires_grad_(False)
+    reference = frozen(models.student) if models.with_reference else None
+    teacher_head = frozen(models.teacher).head if models.teacher else None
+    if settings.compile:
+        for lm in (student, reference):
+            if lm is not None:
+                compile_layers(lm.model)
+    return Loaded(student, reference, teacher_head)

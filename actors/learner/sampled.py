@@ -1,0 +1,64 @@
+"""Terms that look at the sampled token alone: the policy gradient toward the teacher and the KL to the reference. Pure torch.
+
+Shapes: C positions, V vocabulary.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from opd_governor.actors.learner.divergences import WithSlope
+from opd_governor.actors.learner.fields import TokenFields, pick
+
+if TYPE_CHECKING:
+    from opd_governor.actors.learner.settings import ObjectiveSettings
+
+
+def importance_weight(logp_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings") -> Tensor:
+    """min(pi_proximal / pi_behaviour, cap) of the sampled id: truncated importance sampling between learner and engine."""
+    if settings.importance_cap is None:
+        return torch.ones_like(logp_C.detach())
+    proximal_C = logp_C.detach() if fields.proximal_logp_N is None else fields.proximal_logp_N
+    return (proximal_C - fields.behaviour_logp_N).clamp(max=math.log(settings.importance_cap)).exp().detach()
+
+
+def policy_gradient(
+    gap_C: Tensor, logp_C: Tensor, action_logp_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings"
+) -> tuple[Tensor, Tensor]:
+    """Sampled reverse KL: the stop-gradient log-ratio to the teacher as advantage (k1), decoupled PPO around it.
+
+    With one update per batch the ratio is 1 and its expected gradient is that of the exact KL. The overlong penalty
+    enters whole at each token of its response, which is the policy gradient of the sequence's reward; dividing it by
+    the length would punish the longest answers least. Sources: thinkingmachines.ai/blog/on-policy-distillation;
+    decoupled PPO, arXiv 2110.00641; DAPO, arXiv 2503.14476.
+    """
+    bound = settings.advantage_clip_nats
+    advantage_C = (gap_C if bound is None else gap_C.clamp(-bound, bound)) + fields.overlong_N
+    proximal_C = action_logp_C.detach() if fields.proximal_action_logp_N is None else fields.proximal_action_logp_N
+    ratio_C = (action_logp_C - proximal_C).exp()
+    kept_C = ratio_C.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    gain_C = torch.minimum(ratio_C * advantage_C, kept_C * advantage_C)
+    clipped_C = (kept_C * advantage_C < ratio_C * advantage_C).to(gain_C.dtype)
+    return -importance_weight(logp_C, fields, settings) * gain_C, clipped_C
+
+
+def reference_kl(
+    logp_CV: Tensor, p_CV: Tensor, logp_C: Tensor, reference_CV: Tensor | None, fields: TokenFields, settings: "ObjectiveSettings"
+) -> Tensor:
+    """KL(student || reference) on raw ids, so the student keeps its own split of the stop mass. `reference_CV`: log-probs.
+
+    exact: over the vocabulary. k3: value e^r - 1 - r with r = log ref - log student at the sampled id. Differentiating
+    that value would give, in expectation, the gradient of KL(reference || student); so the gradient is instead that of
+    r^2/2, in expectation the gradient of KL(student || reference). Source: joschu.net/blog/kl-approx.html.
+    """
+    if reference_CV is None:
+        return torch.zeros_like(logp_C.detach())
+    if settings.reference_kl == "exact":
+        slope_CV = (logp_CV.detach() - reference_CV).mul_(p_CV)
+        return WithSlope.apply(logp_CV, slope_CV.sum(-1), slope_CV)
+    r_C = pick(reference_CV, fields.sampled_ids_N[:, None]).squeeze(-1) - logp_C
+    k2_C = r_C.square() / 2
+    k3_C = (torch.expm1(r_C) - r_C).detach()
+    return importance_weight(logp_C, fields, settings) * (k3_C + (k2_C - k2_C.detach()))

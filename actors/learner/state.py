@@ -1,0 +1,120 @@
+"""All that a learner's steps change: copied in memory, written to a checkpoint's folder, and taken from one.
+
+snapshot (all ranks, between two steps) --> write (rank 0, while the next step runs)        restore (all ranks)
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from opd_governor.actors.causal_lm import CausalLM
+from opd_governor.actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
+from opd_governor.actors.learner.sharding import gather, of_every_rank, rank_and_size, scatter
+
+COUNTERS = "learner.json"
+RANDOM = "random.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Copies in host memory of all that a step changes."""
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    random: dict[str, torch.Tensor]
+    """Generator state by rank and device, "0/cpu"; dropout draws from it."""
+    weight_version: int
+
+
+class StudentFiles:
+    """The student in Hugging Face layout, with its tokenizer. Raises OSError on a full disk, whatever the writers raise."""
+
+    def __init__(self, student: CausalLM, source: str, trust_remote_code: bool) -> None:
+        """`source`: the folder or id that the student was loaded from; tokenizer and generation config are copied from it."""
+        self._student, self._source, self._trust = student, source, trust_remote_code
+
+    def write(self, folder: str, weights: dict[str, torch.Tensor], card: str | None = None) -> None:
+        """`card`: a model card, written as README.md."""
+        with disk_errors(folder):
+            self._student.model.save_pretrained(folder, state_dict=weights)
+            AutoTokenizer.from_pretrained(self._source, trust_remote_code=self._trust).save_pretrained(folder)
+            source = Path(self._source) / "generation_config.json"
+            if source.is_file():
+                shutil.copyfile(source, Path(folder) / source.name)
+            if card is not None:
+                (Path(folder) / "README.md").write_text(card)
+
+    @torch.no_grad()
+    def read(self, folder: str) -> None:
+        """Take the weights of a folder, this rank's part of them."""
+        saved = CausalLM(folder, device="cpu", trust_remote_code=self._trust)
+        own = self._student.model.state_dict()
+        for name, tensor in saved.model.state_dict().items():
+            own[name].copy_(scatter(tensor, own[name]))
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the model's file holds: a tied weight has one name there."""
+        model = self._student.model
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
+        return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+
+def snapshot(files: StudentFiles, student: CausalLM, optimizer: torch.optim.Optimizer, weight_version: int) -> Snapshot | None:
+    """Copy what `write` will write, between two steps. Every rank takes part; None but on rank 0."""
+    weights = gather(files.weights(), copy=True)
+    adam = moments(optimizer, optimized_names(student.model, optimizer))
+    generators = {"cpu": torch.get_rng_state()}
+    if student.device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(student.device)
+    random = {
+        f"{rank}/{kind}": part for kind, state in generators.items() for rank, part in enumerate(of_every_rank(state, student.device))
+    }
+    return Snapshot(weights, adam, random, weight_version) if rank_and_size()[0] == 0 else None
+
+
+def write(files: StudentFiles, taken: Snapshot, folder: str) -> None:
+    """Write a snapshot for `restore` on any number of ranks: student, optimiser, generators, counters. Raises OSError."""
+    path = Path(folder)
+    files.write(str(path / STUDENT), taken.weights)
+    with disk_errors(folder):
+        save_file(taken.moments, path / OPTIMIZER)
+        save_file(taken.random, path / RANDOM)
+        (path / COUNTERS).write_text(json.dumps({"weight_version": taken.weight_version}))
+
+
+def restore_run(student: CausalLM, optimizer: torch.optim.Optimizer, folder: str) -> int:
+    """Take moments, generators and counters of a checkpoint, all but the weights; returns the weight version."""
+    path = Path(folder)
+    load_moments(optimizer, optimized_names(student.model, optimizer), load_file(path / OPTIMIZER))
+    random = load_file(path / RANDOM)
+    rank, _ = rank_and_size()  # a rank that the checkpoint's run did not have keeps its own generators
+    if (state := random.get(f"{rank}/cpu")) is not None:
+        torch.set_rng_state(state)
+    if (state := random.get(f"{rank}/cuda")) is not None and student.device.type == "cuda":
+        torch.cuda.set_rng_state(state, student.device)
+    return int(json.loads((path / COUNTERS).read_text())["weight_version"])
+
+
+def optimized_names(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Parameter names in the optimiser's own order."""
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+@contextlib.contextmanager
+def disk_errors(folder: str) -> Iterator[None]:
+    """OSError whatever the writers raise: on a full disk safetensors and tokenizers have error types of their own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{folder}: {error}") from error
