@@ -14,12 +14,12 @@ help: ## what can be made
 setup: $(STAMP) ## the environment alone (EXTRA=gpu on CUDA machines)
 
 # --no-deps: cpu.txt names everything, and vLLM's CPU package would pull a torchvision that does not fit the CPU build of torch.
-$(STAMP): requirements/cpu.txt requirements/dev.txt pyproject.toml
+$(STAMP): requirements/cpu.txt requirements/gpu.txt requirements/dev.txt pyproject.toml
 	@echo "setting up $(VENV) ($(EXTRA)): about 2 GB, a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 ifeq ($(EXTRA),gpu)
-	$(BIN)/python -m pip install --progress-bar on -e ".[gpu]" -r requirements/dev.txt
+	$(BIN)/python -m pip install --progress-bar on -c requirements/gpu.txt -e ".[gpu]" -r requirements/dev.txt
 else
 	$(BIN)/python -m pip install --no-deps --progress-bar on -r requirements/cpu.txt -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .

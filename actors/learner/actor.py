@@ -24,15 +24,13 @@ from opd_governor.actors.learner.fields import TokenLosses
 from opd_governor.actors.learner.metrics import BatchMetrics, summarise
 from opd_governor.actors.learner.models import LearnerModels, load_models
 from opd_governor.actors.learner.optimizer import build_optimizer, learning_rate_at
+from opd_governor.actors.learner.outgoing import HEAD, Outgoing
 from opd_governor.actors.learner.passes import Passes
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.learner.sharding import gather, join, open_rendezvous, rank_and_size
 from opd_governor.actors.learner.state import Snapshot, StudentFiles, restore_run, snapshot, write
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout
 from opd_governor.actors.wire import rows_of, unpack
-
-HEAD = "lm_head.weight"
-"""What engines call the output head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +185,9 @@ class Learner:
     def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, np.ndarray]:
         """The weight version, and all weights as the bytes of a safetensors file (uint8), the tied output head on its own; no weights
         but on rank 0. `trained_only`: for engines that have had all of them, without those that no step changes."""
-        model = self._student.model
-        named = dict(model.named_parameters()) | {HEAD: model.get_output_embeddings().weight}
-        if trained_only:
-            named = {name: weight for name, weight in named.items() if weight.requires_grad}
-        tensors = gather(named.items(), getattr(torch, dtype))
+        outgoing = Outgoing(self._student.model, getattr(torch, dtype), trained_only=trained_only)
+        first = rank_and_size()[0] == 0
+        tensors = {name: tensor.to("cpu").contiguous() for name, tensor in outgoing if first}
         if HEAD in tensors:
             tensors[HEAD] = tensors[HEAD].clone()  # a file holds no memory twice
         return self.weight_version, np.frombuffer(save(tensors), np.uint8)

@@ -6,6 +6,7 @@ Without GPUs the fleet moves the same weights as one file instead (`Learner.weig
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -18,24 +19,33 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
-from opd_governor.actors.learner.sharding import whole
+from opd_governor.actors.learner.outgoing import Outgoing
+
+
+class Metadata(list[ParamMeta]):
+    """vLLM 0.33 reads `source.metadata`, 0.32 calls `source.metadata()`: both get this list."""
+
+    def __call__(self) -> "Metadata":
+        return self
 
 
 class StudentSource(WeightSource):
-    """The student's weights in checkpoint names and the engine's dtype; a tied output head is sent on its own."""
+    """The student's weights (see `Outgoing`) for vLLM's trainer engines, 0.32 and 0.33."""
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self._model, self._dtype = model, dtype
+        self._outgoing = Outgoing(model, dtype)
 
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, self._dtype, tuple(weight.shape)) for name, weight in self._named()]
+    @cached_property
+    def metadata(self) -> Metadata:
+        return Metadata(ParamMeta(*described) for described in self._outgoing.described())
+
+    def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """One round, as vLLM 0.33 asks for it."""
+        return iter(self._outgoing)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, whole(weight.detach()).to(self._dtype)) for name, weight in self._named())
-
-    def _named(self) -> list[tuple[str, torch.Tensor]]:
-        weights = dict(self._model.named_parameters())
-        return list((weights | {"lm_head.weight": self._model.get_output_embeddings().weight}).items())
+        """One round, as vLLM 0.32 asks for it."""
+        return iter(self._outgoing)
 
 
 class EnginesClient(RayVLLMWeightSyncClient):

@@ -24,6 +24,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import PauseMode
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from opd_governor.actors.rollout.arguments import engine_arguments
 from opd_governor.actors.rollout.logits import LOGITS_PROCESSORS
 from opd_governor.actors.rollout.settings import RolloutSettings
 
@@ -50,31 +51,9 @@ class Engine:
     """
 
     def __init__(self, model: str, settings: RolloutSettings, *, weight_transfer: str, seed: int = 0, max_logprobs: int = 20) -> None:
-        arguments: dict[str, Any] = {
-            "model": model,
-            "skip_tokenizer_init": True,
-            "load_format": "dummy",
-            # A tied lm_head keeps its old packed copy when weights are reloaded, silently: the learner sends it apart.
-            "hf_overrides": {"tie_word_embeddings": False},
-            "dtype": settings.dtype,
-            "max_model_len": settings.max_model_len,
-            "max_num_seqs": settings.max_num_seqs,
-            "tensor_parallel_size": settings.tensor_parallel_size,
-            "enforce_eager": settings.enforce_eager,
-            "gpu_memory_utilization": settings.gpu_memory_utilization,
-            "seed": seed,
-            "enable_prefix_caching": settings.samples_per_prompt > 1,
-            "logprobs_mode": "processed_logprobs",
-            "max_logprobs": max(max_logprobs, 20),
-            "weight_transfer_config": WeightTransferConfig(backend=weight_transfer),
-            "disable_log_stats": True,
-            "worker_extension_cls": "opd_governor.actors.rollout.worker.EngineWorker",
-        }
-        if current_platform.is_cpu():
-            # Requests that make room in a full KV cache go back to prefill. Where they do not fit into one batch a chunked prefill
-            # takes back the draw of a seeded request, which vLLM can do on GPUs only: on a CPU the engine dies. Whole prompts are
-            # never taken back.
-            arguments["enable_chunked_prefill"] = False
+        cpu = current_platform.is_cpu()
+        arguments = engine_arguments(model, settings, seed=seed, max_logprobs=max_logprobs, cpu=cpu)
+        arguments["weight_transfer_config"] = WeightTransferConfig(backend=weight_transfer)
         if settings.stop_ramp.strength_nats > 0 or settings.no_repeat_ngram > 0:
             # Only where asked for: vLLM's newer model runner, the default on GPUs, does not load processors of this interface.
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")

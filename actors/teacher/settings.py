@@ -1,6 +1,6 @@
 """Which teacher scores the student's tokens, and how its pool behaves."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -30,6 +30,11 @@ class TeacherSettings(Settings):
     """GPUs that hold one copy of the model (back end `vllm`)."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of a GPU's memory that one actor may take (back end `vllm`)."""
+    max_model_len: Annotated[int, Field(ge=8)] | None = None
+    """Longest sequence it scores, tokens (back end `vllm`): the KV cache must hold one. None: the longest prompt and the cap, at most
+    the model's own window, which for many models is 131,072 tokens and 17 GB."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of vLLM's EngineArgs by name (quantization: fp8, kv_cache_dtype: fp8), back end `vllm`. They win."""
     system_prompt: str | None = None
     """Prepended to the teacher's prompt only (concise teacher); the student's tokens follow unchanged."""
     batch_tokens: Annotated[int, Field(ge=16)] = 8192

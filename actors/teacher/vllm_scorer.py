@@ -11,6 +11,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from opd_governor.actors.packing import like_lengths
+from opd_governor.actors.teacher.arguments import engine_arguments
 from opd_governor.actors.teacher.backends import MAX_FULL_VOCABULARY
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, require_stop_ids, score_logp
 from opd_governor.actors.teacher.settings import TeacherSettings
@@ -41,25 +42,10 @@ class VllmScorer:
         self.stop_ids = stop_ids
         config = AutoConfig.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code).get_text_config()
         self.vocabulary: int = config.vocab_size
-        self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.context_tokens: int | None = settings.max_model_len or getattr(config, "max_position_embeddings", None)
         require_stop_ids(stop_ids, self.vocabulary)
         self._params = vllm.SamplingParams
-        self.engine: Any = vllm.LLM(
-            model=settings.model,
-            dtype=settings.dtype,
-            load_format="safetensors",  # never a pickle
-            seed=seed,
-            trust_remote_code=settings.trust_remote_code,
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            disable_log_stats=True,
-            max_logprobs=-1,
-            max_model_len=None if self.context_tokens is None else self.context_tokens + 1,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            # Prompt log-probs need the whole prompt computed; a cached prefix would only take memory.
-            enable_prefix_caching=False,
-        )
+        self.engine: Any = vllm.LLM(**engine_arguments(settings, context_tokens=self.context_tokens, seed=seed))
         self.by_id: bool = self.engine.llm_engine.vllm_config.use_v2_model_runner
         if not self.by_id and self.vocabulary > MAX_FULL_VOCABULARY:
             raise ValueError(

