@@ -86,6 +86,7 @@ def base_limits(job: Job) -> LengthLimits:
         stop_tilt_nats=objective.stop_tilt_nats,
         loop_tail_weight=tail_weight,
         admission_quota=objective.admission_quota,
+        unfinished_quota=1.0 if job.data.unfinished_by_teacher == "quota" else None,
     )
 
 
@@ -258,7 +259,7 @@ class Distillation:
         self._step = launch.step
         if self._step > self._furthest_step:
             self._furthest_step, self._learner_losses = self._step, 0
-        record_batch(self._telemetry, batch, report, limits, self._job.rollout.max_new_tokens)
+        record_batch(self._telemetry, batch, report, limits)
         self._telemetry.beat()
         learned = Learned(batch, report, limits, self._pressure, started, waited_s, learn_s)
         taken = asyncio.Event()

@@ -84,7 +84,7 @@ class Run:
         self._listener = bind(job.service.host, job.service.port, self._token)
         self.directory.write_job(job)
         self.store = ConfigStore(job, self.directory.config)
-        self.telemetry = Telemetry(job.name, job.rollout.max_new_tokens)
+        self.telemetry = Telemetry(job.name)
         self.monitor = RunMonitor(job.name, job.learner.total_steps, base_limits(job))
         app = create_app(self.monitor, self.store, self.telemetry.registry, self._token, protect_metrics=job.service.protect_metrics)
         self.server = ControlServer(app, self._listener)
