@@ -59,8 +59,8 @@ class LengthLimits:
     """Weight of tokens after a loop's onset: 1 keeps them, 0 masks them."""
     admission_quota: float = 1.0
     """Largest share of truncated rollouts admitted to a batch."""
-    unfinished_quota: float = 1.0
-    """Largest share of prompts in a step that the teacher itself does not finish."""
+    unfinished_quota: float | None = None
+    """Largest share of prompts in a step that the teacher itself does not finish; None: prompts are not chosen by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ class Trajectory:
     logprobs_T: np.ndarray
     """[T] float32, nats: the engine's processed log-prob of each sampled token (the behaviour policy)."""
     finish_reason: FinishReason
-    cap_tokens: int
-    """The budget that applied to this very request: truncation is judged against it."""
+    budget_tokens: int
+    """Most tokens this request could have: the cap in force, or less where the context window left less."""
     step: int
     """Learner step this rollout was drawn for."""
     weight_version: int

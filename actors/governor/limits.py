@@ -36,7 +36,9 @@ def propose(state: State, policy: Policy, base: LengthLimits) -> LengthLimits:
         stop_tilt_nats=toward("stop_tilt_nats", base.stop_tilt_nats, max(base.stop_tilt_nats, policy.max_stop_tilt_nats)),
         loop_tail_weight=toward("loop_tail_weight", base.loop_tail_weight, min(base.loop_tail_weight, policy.min_loop_tail_weight)),
         admission_quota=toward("admission_quota", base.admission_quota, min(base.admission_quota, policy.min_admission_quota)),
-        unfinished_quota=toward("unfinished_quota", base.unfinished_quota, min(base.unfinished_quota, policy.min_unfinished_quota)),
+        unfinished_quota=None
+        if base.unfinished_quota is None
+        else toward("unfinished_quota", base.unfinished_quota, min(base.unfinished_quota, policy.min_unfinished_quota)),
     )
     if state.side == "long":
         return asked

@@ -132,7 +132,7 @@ def _rollout_row(
 ) -> _Row:
     trajectory, scores = rollout.trajectory, rollout.scores
     num_tokens = len(trajectory.token_ids)
-    penalty = overlong_penalty(num_tokens, trajectory.cap_tokens, settings.overlong_buffer_ratio)
+    penalty = overlong_penalty(num_tokens, trajectory.budget_tokens, settings.overlong_buffer_ratio)
     fields = _blank_fields(trajectory.token_ids) | {
         "rollout_N": np.ones(num_tokens, bool),
         "weight_N": weight_T,

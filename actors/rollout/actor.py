@@ -137,7 +137,7 @@ class RolloutActor:
             token_ids=token_ids,
             logprobs_T=completion.logprobs_T,
             finish_reason=completion.finish_reason,  # type: ignore[arg-type]
-            cap_tokens=budget_tokens(prompt, limits, self._engine.context_tokens),
+            budget_tokens=budget_tokens(prompt, limits, self._engine.context_tokens),
             step=step,
             weight_version=completion.weight_version,
             limits_generation=limits.generation,

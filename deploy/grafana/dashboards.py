@@ -144,6 +144,8 @@ KNOBS = (
     ("Golden weight", "opd_governor_golden_weight", "none", "Golden answers end: they teach stopping."),
     ("Reference KL weight", "opd_governor_reference_kl_weight", "none", "Pulls toward the student as it came."),
     ("Stop tilt", "opd_governor_stop_tilt", NATS, "Tilts the teacher toward stopping beyond the target length."),
+    ("Loop tail weight", "opd_governor_loop_tail_weight", "none", "Weight of tokens after the onset of a loop; 0 masks them."),
+    ("Unfinished quota", "opd_governor_unfinished_quota", "percentunit", "Share of prompts that the teacher itself does not finish."),
     ("Admission quota", "opd_governor_admission_quota", "percentunit", "Bounds what truncated rollouts may make of a batch."),
 )
 GOVERNOR = (

@@ -245,13 +245,19 @@ class PromptStream:
         """Every accepted prompt once, in file order."""
         return (self._prompt(int(index)) for index in self._indices)
 
-    def next(self, n: int, unfinished_quota: float = 1.0) -> list[Prompt]:
+    def next(self, n: int, unfinished_quota: float | None = None) -> list[Prompt]:
         """The next n prompts; with policy quota at most that share of them are ones the teacher does not finish.
 
         Where no prompt is finished by the teacher the quota gives way: a batch is never short.
         """
         batch: list[Prompt] = []
-        room = n if self._unfinished == "keep" else int(unfinished_quota * n) if self._unfinished == "quota" else 0
+        room = (
+            n
+            if self._unfinished == "keep"
+            else int((1.0 if unfinished_quota is None else unfinished_quota) * n)
+            if self._unfinished == "quota"
+            else 0
+        )
         if all(self._is_unfinished(int(index)) for index in self._indices):
             room = n
         while len(batch) < n:

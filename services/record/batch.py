@@ -21,6 +21,9 @@ class Batch:
     num_over_quota: int
     num_unscored: int
     limits: LengthLimits
+    """Those it was launched under."""
+    max_new_tokens: int
+    """The job's own cap when it was launched."""
     config_generation: int
     rollout_s: float
     score_s: float

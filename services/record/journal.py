@@ -93,9 +93,9 @@ class Journal:
         if evaluations:
             self._add({"step": 0, "time": time.time(), "num_rollouts": 0, "lengths": []} | evaluation_fields(evaluations))
 
-    def learned(self, batch: Batch, report: StepReport | None, limits: LengthLimits, max_new_tokens: int) -> None:
+    def learned(self, batch: Batch, report: StepReport | None, limits: LengthLimits) -> None:
         """The learner has had this batch: its metrics. `limits`: those it learned under."""
-        record_batch(self._telemetry, batch, report, limits, max_new_tokens)
+        record_batch(self._telemetry, batch, report, limits)
         self._telemetry.beat()
 
     def step(self, record: Record, batch: Batch, times: StepTimes) -> None:

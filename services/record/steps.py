@@ -39,9 +39,9 @@ class StepTimes:
         return {"rollout": self.rollout_s, "score": self.score_s, "learn": self.learn_s, "sync": self.sync_s, "total": self.total_s}
 
 
-def record_batch(telemetry: Telemetry, batch: Batch, report: StepReport | None, limits: LengthLimits, max_new_tokens: int) -> None:
-    """Everything a batch and its learner step add to the run's metrics."""
-    telemetry.record_rollouts(batch.trajectories, max_new_tokens)
+def record_batch(telemetry: Telemetry, batch: Batch, report: StepReport | None, limits: LengthLimits) -> None:
+    """Everything a batch and its learner step add to the run's metrics. `limits`: those the learner step ran under."""
+    telemetry.record_rollouts(batch.trajectories, batch.limits.cap_tokens, batch.max_new_tokens)
     masked = sum(_tail_masked(scored.trajectory, limits) for scored in batch.scored)
     outcomes = {
         "admitted": len(batch.scored) - masked,

@@ -25,8 +25,9 @@ Series = list[Any]
 
 LOGPROB_BUCKETS = (-64.0, -32.0, -16.0, -8.0, -4.0, -2.0, -1.0, -0.5, -0.25, -0.1, 0.0)
 SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+LENGTH_BUCKETS = (*map(float, range(1, 16)), *(2.0**octave * (1 + part / 8) for octave in range(4, 20) for part in range(8)), 2.0**20)
+"""An eighth wide or less, to a million tokens: they hold whatever cap a person sets while the run goes on."""
 STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0)
-NUM_LENGTH_BUCKETS = 64
 LABEL_VALUES = {
     "finish_reason": get_args(FinishReason),
     "outcome": ("admitted", "masked_tail", "over_quota", "unscored"),
@@ -53,7 +54,7 @@ class Metric:
 METRICS: tuple[Metric, ...] = (
     Metric("opd_rollouts_total", "counter", "Rollouts by how they ended.", ("finish_reason",)),
     Metric("opd_rollout_tokens_total", "counter", "Response tokens sampled."),
-    Metric("opd_rollout_length_tokens", "histogram", "Length of a rollout, tokens; buckets span the job's max_new_tokens."),
+    Metric("opd_rollout_length_tokens", "histogram", "Length of a rollout, tokens.", (), LENGTH_BUCKETS),
     Metric("opd_rollout_length_max_tokens", "gauge", "Longest rollout of the last step, tokens."),
     Metric("opd_rollout_loops_total", "counter", "Rollouts that end in a loop."),
     Metric("opd_rollout_loop_tokens_total", "counter", "Tokens after the onset of a loop."),
@@ -83,6 +84,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("opd_governor_reference_kl_weight", "gauge", "Reference KL weight in force."),
     Metric("opd_governor_admission_quota", "gauge", "Largest admitted share of truncated rollouts."),
     Metric("opd_governor_lr_scale", "gauge", "Learning-rate brake in force, factor."),
+    Metric("opd_governor_loop_tail_weight", "gauge", "Weight in force of tokens after the onset of a loop."),
+    Metric(
+        "opd_governor_unfinished_quota", "gauge", "Largest share of prompts that the teacher does not finish, where they are chosen by it."
+    ),
     Metric("opd_governor_decisions_total", "counter", "Governor decisions.", ("action", "signal")),
     Metric("opd_governor_cut_rollouts_total", "counter", "Rollouts truncated by a cap that the governor had lowered."),
     Metric("opd_governor_metrics_age_seconds", "gauge", "Age of the data the governor last decided on."),
@@ -101,6 +106,8 @@ METRICS: tuple[Metric, ...] = (
 ADDITIONS = frozenset(
     {
         "opd_governor_lr_scale",
+        "opd_governor_loop_tail_weight",
+        "opd_governor_unfinished_quota",
         "opd_nonfinite_samples_total",
         "opd_governor_cut_rollouts_total",
         "opd_run_paused",
@@ -119,17 +126,16 @@ OWN_GAUGES = frozenset({"opd_length_reference_tokens", "opd_run_paused", "opd_he
 class Telemetry:
     """The registry of one run and the few verbs that fill it.
 
-    >>> telemetry = Telemetry("sums", max_new_tokens=192)
+    >>> telemetry = Telemetry("sums")
     >>> telemetry.inc("opd_learner_steps_total")
     """
 
-    def __init__(self, run: str, max_new_tokens: int) -> None:
+    def __init__(self, run: str) -> None:
         disable_created_metrics()  # no *_created series: nobody reads them, and they are not in the contract
         self.run = run
         self.registry = CollectorRegistry()
-        buckets = {"opd_rollout_length_tokens": length_buckets(max_new_tokens)}
         self._children: dict[tuple[Any, ...], Any] = {}
-        self._metrics = {metric.name: _create(metric, buckets.get(metric.name, metric.buckets), self.registry) for metric in METRICS}
+        self._metrics = {metric.name: _create(metric, metric.buckets, self.registry) for metric in METRICS}
         for metric in METRICS:
             # Counters start at 0, not absent: rate() and a governor's first look need a value to start from.
             if metric.kind != "gauge" and all(label in LABEL_VALUES for label in metric.labels):
@@ -156,10 +162,11 @@ class Telemetry:
             self._children[key] = self._metrics[name].labels(run=self.run, **labels)
         return self._children[key]
 
-    def record_rollouts(self, trajectories: Sequence[Trajectory], max_new_tokens: int) -> None:
+    def record_rollouts(self, trajectories: Sequence[Trajectory], cap_tokens: int, max_new_tokens: int) -> None:
         """Lengths, ends and loops of one step's rollouts, before any filter.
 
-        `max_new_tokens` is the cap people allow: a rollout cut below it was cut by the governor and is counted apart too.
+        `cap_tokens` was in force when they were launched, `max_new_tokens` the job's own then. A rollout cut by a lower cap was cut by
+        the governor and is counted apart too; one whose budget was smaller still was cut by the context window.
         """
         for reason, number in Counter(t.finish_reason for t in trajectories).items():
             self.inc("opd_rollouts_total", number, finish_reason=reason)
@@ -168,7 +175,8 @@ class Telemetry:
         onsets = [(len(t.token_ids), t.loop_onset) for t in trajectories if t.loop_onset is not None]
         self.inc("opd_rollout_loops_total", len(onsets))
         self.inc("opd_rollout_loop_tokens_total", sum(length - onset for length, onset in onsets))
-        cut = sum(t.finish_reason == "length" and t.cap_tokens < max_new_tokens for t in trajectories)
+        lowered = cap_tokens < max_new_tokens
+        cut = sum(lowered and t.finish_reason == "length" and t.budget_tokens == cap_tokens for t in trajectories)
         self.inc("opd_governor_cut_rollouts_total", cut)
         self.set("opd_rollout_length_max_tokens", max((len(t.token_ids) for t in trajectories), default=0))
 
@@ -181,6 +189,9 @@ class Telemetry:
         self.set("opd_governor_reference_kl_weight", limits.reference_kl_weight)
         self.set("opd_governor_admission_quota", limits.admission_quota)
         self.set("opd_governor_lr_scale", limits.lr_scale)
+        self.set("opd_governor_loop_tail_weight", limits.loop_tail_weight)
+        if limits.unfinished_quota is not None:
+            self.set("opd_governor_unfinished_quota", limits.unfinished_quota)
 
     def beat(self) -> None:
         """A step has finished, or a pause has ended: what follows is timed from here."""
@@ -227,13 +238,6 @@ class Telemetry:
 def _read_histogram(child: Any) -> list[Any]:
     """[edges, counts between them, sum]."""
     return [[str(edge) for edge in child._upper_bounds], [bucket.get() for bucket in child._buckets], child._sum.get()]
-
-
-def length_buckets(max_new_tokens: int) -> tuple[float, ...]:
-    """Dense, even buckets up to the cap people allow, doubled once beyond it: the cap may be raised while the run goes on."""
-    width = max(1, -(-max_new_tokens // NUM_LENGTH_BUCKETS))
-    bounds = [float(bound) for bound in range(width, max_new_tokens, width)]
-    return (*bounds, float(max_new_tokens), float(2 * max_new_tokens))
 
 
 def _create(metric: Metric, buckets: tuple[float, ...] | None, registry: CollectorRegistry) -> MetricWrapperBase:

@@ -70,6 +70,7 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
         num_over_quota=len(refused),
         num_unscored=len(trajectories) - len(refused) - len(scored),
         limits=launch.limits,
+        max_new_tokens=launch.settings.max_new_tokens,
         config_generation=launch.config_generation,
         rollout_s=rollout_s,
         score_s=time.monotonic() - started - rollout_s,

@@ -168,7 +168,7 @@ class Distillation:
         await self._end_border()
         self._state.step = batch.step
         self._recovery.reached(batch.step)
-        self._journal.learned(batch, learned.report, learned.ruling.limits, self._terms.job.rollout.max_new_tokens)
+        self._journal.learned(batch, learned.report, learned.ruling.limits)
         self._border = Border(partial(self._sync_after, learned), self._decide, partial(self._conclude, learned))
         command = await self._border.learner_free()
         checkpoint = batch.step % self._terms.job.checkpoint.every_steps == 0 or self._gate.checkpoint_wanted

@@ -83,7 +83,7 @@ class Run:
                 say(line)
         trackers = Trackers(job, out, say)
         store = ConfigStore(job, directory.config)
-        telemetry = Telemetry(job.name, job.rollout.max_new_tokens)
+        telemetry = Telemetry(job.name)
         monitor = RunMonitor(job.name, job.learner.total_steps, base_limits(job))
 
         def record_step(record: Record) -> None:

@@ -107,4 +107,5 @@ def base_limits(job: Job) -> LengthLimits:
         stop_tilt_nats=objective.stop_tilt_nats,
         loop_tail_weight=tail_weight,
         admission_quota=objective.admission_quota,
+        unfinished_quota=1.0 if job.data.unfinished_by_teacher == "quota" else None,
     )

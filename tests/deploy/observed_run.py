@@ -52,7 +52,7 @@ class ObservedRun:
     """
 
     def __init__(self, name: str) -> None:
-        self.telemetry = Telemetry(name, max_new_tokens=CAP_TOKENS)
+        self.telemetry = Telemetry(name)
         self.server, self.thread = start_http_server(0, addr="127.0.0.1", registry=self.telemetry.registry)
         self.target = Target(name, f"127.0.0.1:{self.server.server_port}")
         self.steps = 0
@@ -79,9 +79,9 @@ class ObservedRun:
         self.steps += 1
         trajectories = [_trajectory(length, self.steps) for length in lengths]
         scored = [ScoredRollout(t, _scores(t)) for t in trajectories]
-        batch = Batch(self.steps, trajectories, scored, [], 0, 0, limits, 1, rollout_s=1.0, score_s=0.1)
+        batch = Batch(self.steps, trajectories, scored, [], 0, 0, limits, CAP_TOKENS, 1, rollout_s=1.0, score_s=0.1)
         report = StepReport(0.3, 1.2, 1e-4, False, self.steps, _metrics(sum(lengths), len(lengths)))
-        record_batch(telemetry, batch, report, limits, CAP_TOKENS)
+        record_batch(telemetry, batch, report, limits)
         telemetry.beat()
         for phase, seconds in StepTimes(1.0, 0.1, 0.3, 0.1, 0.0, 1.5, 1.0).by_phase().items():
             telemetry.observe("opd_step_seconds", seconds, phase=phase)

@@ -26,7 +26,7 @@ class Run:
     """
 
     def __init__(self, name: str) -> None:
-        self.telemetry = Telemetry(name, max_new_tokens=192)
+        self.telemetry = Telemetry(name)
         self.telemetry.set("opd_length_reference_tokens", 40, stat="mean")
         self.telemetry.set("opd_length_reference_tokens", 60, stat="p99")
         self.telemetry.beat()
@@ -51,7 +51,7 @@ class Run:
             nothing = np.zeros(length, np.float32)
             return Trajectory(Prompt(0, (1,)), (2,) * length, nothing, reason, 192, 0, 0, 0, loop_onset=3 if length >= 192 else None)
 
-        self.telemetry.record_rollouts([rollout(length) for length in lengths], max_new_tokens=192)
+        self.telemetry.record_rollouts([rollout(length) for length in lengths], 192, 192)
         self.telemetry.inc("opd_kl_nats_total", kl_nats * sum(lengths), position="0-192")
         self.telemetry.inc("opd_kl_tokens_total", sum(lengths), position="0-192")
         for name in ("student", "teacher", "tokens"):

@@ -16,7 +16,7 @@ from opd_governor.actors.governor.signals import Signals
 from opd_governor.actors.governor.state import Decision, State
 from opd_governor.actors.trajectory import LengthLimits
 
-BASE = LengthLimits(cap_tokens=192, golden_weight=0.1, reference_kl_weight=0.01)
+BASE = LengthLimits(cap_tokens=192, golden_weight=0.1, reference_kl_weight=0.01, unfinished_quota=1.0)
 HEALTHY = Signals(
     steps_spanned=1,
     num_rollouts=32,

@@ -30,7 +30,7 @@ def rollout(index, num_prompt, num_tokens, *, reason="stop", onset=None, period=
     def logp(*shape):
         return -rng.exponential(2, shape).astype(np.float32)
 
-    limits = {"cap_tokens": 40, "step": 0, "weight_version": 0, "limits_generation": 0}
+    limits = {"budget_tokens": 40, "step": 0, "weight_version": 0, "limits_generation": 0}
     loop = {"loop_onset": onset, "loop_period": period}
     trajectory = Trajectory(prompt, tuple(ids.tolist()), logp(num_tokens), reason, **limits, **loop)
     support = {}

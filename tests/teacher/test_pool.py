@@ -72,7 +72,7 @@ def trajectory(domain: str = "", prompt_length: int = 3, length: int = 4, index:
         token_ids=(7,) * length,
         logprobs_T=np.zeros(length, np.float32),
         finish_reason="stop",
-        cap_tokens=64,
+        budget_tokens=64,
         step=1,
         weight_version=0,
         limits_generation=0,

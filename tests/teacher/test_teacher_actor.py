@@ -42,7 +42,7 @@ def trajectories(count: int) -> list[Trajectory]:
                 token_ids=tuple(draw.integers(0, 80, length).tolist()),
                 logprobs_T=np.zeros(length, np.float32),
                 finish_reason="stop",
-                cap_tokens=64,
+                budget_tokens=64,
                 step=0,
                 weight_version=0,
                 limits_generation=0,

@@ -198,7 +198,7 @@ class Loop:
         )
         self.directory = RunDirectory(tmp_path, resume=True)
         self.store = ConfigStore(self.job, self.directory.config)
-        self.telemetry, self.monitor = Telemetry("x", 8), RunMonitor("x", 10, base_limits(self.job))
+        self.telemetry, self.monitor = Telemetry("x"), RunMonitor("x", 10, base_limits(self.job))
         self.fleet, self.stream, self.warnings = FakeFleet(), FakeStream(), []
         self.on_step: Any = lambda record: None
         self.pool, self.governor = FakePool(), FakeGovernor(base_limits(self.job), commands or {}, sick_from)
