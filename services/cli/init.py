@@ -74,6 +74,11 @@ class Inputs:
         """Whether the column holds plain text and the student has a chat template to put it in."""
         return isinstance(self.row.get(column), str) and bool(self.tokenizer.chat_template)
 
+    def name_stops(self) -> str:
+        """`1 '<eos>' (config, tokenizer), 3 '<|im_end|>' (chat template)`."""
+        token = self.tokenizer.convert_ids_to_tokens
+        return ", ".join(f"{stop} {token(stop)!r} ({where})" for stop, where in sorted(self.stops.items()))
+
 
 def init(
     student: Annotated[str | None, typer.Option(help="The model that learns: a Hugging Face id or a local folder.")] = None,
@@ -117,7 +122,7 @@ def init(
             verifier=beside(out, verifier),
             max_new_tokens=cap, max_model_len=window_for(longest + cap, inputs.window_tokens),
             total_steps=settle("--steps", steps, 100, "Learner steps"), dtype=best_dtype(),
-            prompts_note=note, stops_note=", ".join(f"{stop} ({where})" for stop, where in sorted(inputs.stops.items())),
+            prompts_note=note, stops_note=inputs.name_stops(),
         )  # fmt: skip
         write(out, render(draft))
     except JobError as error:
@@ -217,7 +222,7 @@ data:
 {evaluation}
 
 rollout:
-  # A rollout ends at id {draft.stops_note}. `stop_token_ids: [...]` names others.
+  # A rollout ends at {draft.stops_note}. `stop_token_ids: [...]` names other ids.
   prompts_per_step: 32
   samples_per_prompt: 1
   max_new_tokens: {draft.max_new_tokens}  # upper bound of the cap; the governor moves the cap below it

@@ -63,7 +63,7 @@ def test_the_file_says_what_was_found_in_models_and_prompts(folder: Path) -> Non
     assert opd_init().exit_code == 0
     text = (folder / "job.yaml").read_text()
     assert "2 prompts, the longest 16 tokens" in text
-    assert "1 (generation_config, config, tokenizer), 3 (generation_config, config)" in text
+    assert "1 '<eos>' (generation_config, config, tokenizer), 3 '<|im_end|>' (generation_config, config)" in text
 
 
 def test_messages_need_no_chat_key(folder: Path) -> None:
