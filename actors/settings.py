@@ -1,6 +1,6 @@
 """The base of every settings model: strict, frozen, documented by the docstring under each field."""
 
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -22,3 +22,17 @@ def _without_secret(url: str) -> str:
 
 Url = Annotated[str, AfterValidator(_without_secret)]
 """An address without credentials."""
+
+
+TEMPLATE_OWN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
+"""What this package or transformers passes to a chat template itself."""
+
+
+def _without_own(keys: dict[str, Any]) -> dict[str, Any]:
+    if taken := [key for key in keys if key in TEMPLATE_OWN]:
+        raise ValueError(f"{taken[0]} is passed to every chat template already; leave it out")
+    return keys
+
+
+TemplateKeys = Annotated[dict[str, Any], AfterValidator(_without_own)]
+"""Variables of a chat template, such as `enable_thinking: false`."""

@@ -87,6 +87,8 @@ class Trajectory:
     loop_period: int | None = None
     support_ids_TK: np.ndarray | None = field(default=None, repr=False)
     """[T, K] int32: the student's own top-k ids at each position, when the objective asks for them."""
+    refusal: str = ""
+    """With finish reason "error": the engine's words where it refused this request."""
 
     @property
     def truncated(self) -> bool:

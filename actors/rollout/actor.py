@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from opd_governor.actors.rollout.refusals import unanswered
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
@@ -116,7 +117,15 @@ class RolloutActor:
             params = sampling_params(
                 prompt, limits, settings, seed=seed, reference_tokens=self._reference_tokens, top_k_logprobs=self._top_k, **terms
             )
-        answer = await self._engine.submit(list(prompt.token_ids), params)
+        try:
+            answer = await self._engine.submit(list(prompt.token_ids), params)
+        except ValueError as error:  # the engine's word on this request alone: the others are served
+            refusal = str(error)
+
+            async def refused() -> Trajectory:
+                return unanswered(prompt, sample, limits, step, refusal)
+
+            return refused()
 
         async def trajectory() -> Trajectory:
             return self._trajectory(await answer, prompt, sample, limits, step, settings)

@@ -15,9 +15,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
 from opd_governor.actors.deadlines import FIRST_S, FLOOR_S, ActorLostError, Pace, Reason, Say, first_line, reason_of, within
+from opd_governor.actors.rollout.refusals import Refusals, unanswered
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 
@@ -92,6 +91,7 @@ class RolloutPool:
         self._slots: list[Slot] = []
         self._error: Exception | None = None
         self._waiters: set[asyncio.Future[None]] = set()
+        self._refusals = Refusals(say)
 
     async def start(self) -> None:
         """Returns when every engine answers. Raises what a constructor raised, or HungError."""
@@ -182,7 +182,7 @@ class RolloutPool:
                     stalled = stalled + 1 if len(waiting) == num_waiting else 0
                 if waiting:
                     self._say(f"{len(waiting)} rollouts of step {step} given up: no engine finished any of them in {MAX_ISSUES} tries")
-                    queue.put_nowait([_failed(prompt, sample, limits, step) for prompt, sample in waiting.values()])
+                    queue.put_nowait([unanswered(prompt, sample, limits, step) for prompt, sample in waiting.values()])
                 queue.put_nowait(None)
             except Exception as error:  # handed to the consumer, which raises it
                 queue.put_nowait(error)
@@ -229,6 +229,7 @@ class RolloutPool:
                     fresh = [t for t in group if open_requests.pop(_key(t.prompt, t.sample), None) is not None]
                     num_tokens += sum(len(t.token_ids) for t in fresh)
                     slot.failures = 0
+                    self._refusals.tell(fresh, step)
                     if fresh:
                         queue.put_nowait(fresh)
             if open_requests:
@@ -314,8 +315,3 @@ class RolloutPool:
 
 def _key(prompt: Prompt, sample: int) -> tuple[int, int, int]:
     return prompt.epoch, prompt.index, sample
-
-
-def _failed(prompt: Prompt, sample: int, limits: LengthLimits, step: int) -> Trajectory:
-    """The empty answer to a request that could not be served: counted, never learned from."""
-    return Trajectory(prompt, (), np.zeros(0, np.float32), "error", limits.cap_tokens, step, -1, limits.generation, sample)

@@ -1,10 +1,10 @@
 """Which teacher scores the student's tokens, and how its pool behaves."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from opd_governor.actors.settings import Settings, Url
+from opd_governor.actors.settings import Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.backends import TEACHER_BACKENDS, Backend
 
 
@@ -37,6 +37,10 @@ class TeacherSettings(Settings):
     """More arguments of vLLM's EngineArgs by name (quantization: fp8, kv_cache_dtype: fp8), back end `vllm`. They win."""
     system_prompt: str | None = None
     """Prepended to the teacher's prompt only (concise teacher); the student's tokens follow unchanged."""
+    template: TemplateKeys | None = None
+    """Variables of the chat template in the teacher's prompt. None: those of data.prompts.template."""
+    render: Literal["student", "own"] = "student"
+    """own: the teacher's prompt is rendered with the teacher's own chat template; the student's tokens follow unchanged."""
     batch_tokens: Annotated[int, Field(ge=16)] = 8192
     """Padded tokens in one forward pass. At 16 nearly every request goes alone: slower, but bitwise the same whoever else waits."""
     chunk_tokens: Annotated[int, Field(ge=1)] = 1024

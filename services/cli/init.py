@@ -146,7 +146,8 @@ def settle(flag: str, given: T | None, default: T | None, question: str) -> T:
 def read_inputs(student: str, teacher: str | None, prompts: str) -> Inputs:
     """Open the models and the prompt file. `teacher` None: a server has it. Raises JobError, or OSError for an id out of reach."""
     from opd_governor.services.inputs.models import context_tokens, resolve_model, split_pruned, stop_event_ids, tokenizer_of
-    from opd_governor.services.inputs.prompts import read_rows
+    from opd_governor.services.inputs.rows import first_row
+    from opd_governor.services.job.settings import PromptSource
 
     pruned = split_pruned(student)
     folders = [resolve_model(name) for name in (pruned[0] if pruned else student, teacher) if name]
@@ -154,7 +155,7 @@ def read_inputs(student: str, teacher: str | None, prompts: str) -> Inputs:
     stops: dict[int, str] = {}
     for folder in folders:
         stops |= stop_event_ids(folder, tokenizer)
-    return Inputs(tokenizer, min(map(context_tokens, folders)), stops, read_rows(prompts)[0])
+    return Inputs(tokenizer, min(map(context_tokens, folders)), stops, first_row(PromptSource(path=prompts)))
 
 
 def survey(inputs: Inputs, prompts: str, column: str, chat: bool) -> tuple[str, int]:
@@ -164,7 +165,7 @@ def survey(inputs: Inputs, prompts: str, column: str, chat: bool) -> tuple[str, 
     source = {"path": prompts, "column": column, "chat": chat}
     job = Job.model_validate({"name": "init", "student": {"model": "-"}, "teacher": {"model": "-"}, "data": {"prompts": source}})
     stream = open_prompts(job, inputs.tokenizer, inputs.window_tokens)
-    refused = f", {len(stream.survey.refused)} more do not fit the window" if stream.survey.refused else ""
+    refused = f", {stream.survey.num_refused} more do not fit the window" if stream.survey.num_refused else ""
     return f"{len(stream)} prompts, the longest {stream.survey.longest_tokens} tokens{refused}", stream.survey.longest_tokens
 
 

@@ -32,7 +32,8 @@ class Progress:
     def step(self, record: Record) -> None:
         """One line for one step; a record without rollouts is the evaluation before the first."""
         if not record["num_rollouts"]:
-            self.say(f"held-out accuracy before the first step: {record['eval_accuracy']:.3f}")
+            accuracy = record.get("eval_accuracy")
+            self.say(f"held-out accuracy before the first step: {'not known' if accuracy is None else format(accuracy, '.3f')}")
             return
         if self._lines % 25 == 0:
             self._console.print(HEADER, style="bold")
@@ -50,7 +51,7 @@ def format_step(record: Record, total_steps: int) -> str:
     """`step, KL, length mean/p95, truncated %, loops %, cap, pressure, tokens/s, staleness` and, at evaluations, accuracy."""
     kl = f"{record['kl_nats']:7.3f}" if "kl_nats" in record else "      -"
     staleness = f"{record['staleness_mean']:5.1f}" if "staleness_mean" in record else "    -"
-    accuracy = f"  {record['eval_accuracy']:.3f}" if "eval_accuracy" in record else ""
+    accuracy = f"  {record['eval_accuracy']:.3f}" if record.get("eval_accuracy") is not None else ""
     return (
         f"{record['step']:>6}/{total_steps} {kl}  {record['length_mean']:8.1f}/{record['length_p95']:<6.0f} "
         f"{record['truncation']:6.1%} {record['loops']:6.1%} {record['cap_tokens']:6d} {record['pressure']:6.2f} "

@@ -18,7 +18,8 @@ import pyarrow
 import pyarrow.parquet
 
 from opd_governor.actors.trajectory import Prompt
-from opd_governor.services.inputs.prompts import DataError, PromptStream
+from opd_governor.services.inputs.prompts import PromptStream
+from opd_governor.services.inputs.refusals import DataError
 from opd_governor.services.job.settings import GoldenSettings
 
 Answers = Sequence[tuple[int, ...] | None]
@@ -70,10 +71,9 @@ def golden_key(prompts: Sequence[Prompt], settings: GoldenSettings, terms: Mappi
 
 def choose_prompts(stream: PromptStream, settings: GoldenSettings, seed: int) -> list[Prompt]:
     """The prompts of the golden pass: those with a golden column first, then others in a seeded order."""
-    prompts = list(stream.prompts())
-    order = np.random.default_rng([seed, len(prompts)]).permutation(len(prompts))
-    shuffled = [prompts[i] for i in order]
-    return sorted(shuffled, key=lambda prompt: prompt.golden_ids is None)[: settings.num_prompts]
+    order = np.random.default_rng([seed, len(stream)]).permutation(len(stream))
+    golden_first = order[np.argsort(~stream.has_golden()[order], kind="stable")]
+    return [stream.at(int(stream.indices[place])) for place in golden_first[: settings.num_prompts]]
 
 
 async def collect_golden(

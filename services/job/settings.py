@@ -1,7 +1,8 @@
 """The job file: one pydantic tree composed of the actors' own settings."""
 
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -11,7 +12,7 @@ from opd_governor.actors.extensions import ExtensionError, use_extensions
 from opd_governor.actors.governor.policy import Policy
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.rollout.settings import RolloutSettings
-from opd_governor.actors.settings import Settings, Url
+from opd_governor.actors.settings import Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.settings import TeacherSettings
 
 
@@ -27,23 +28,42 @@ class StudentSettings(Settings):
     """Run Python code that the model's folder brings along. Off: such a model is refused."""
 
 
+OnBadRow = Literal["refuse", "stop"]
+
+
 class PromptSource(Settings):
-    """Prompts from JSONL, Parquet or a Hugging Face dataset id."""
+    """Prompts from files, folders, addresses or a dataset of the hub."""
 
     path: str
-    """A .jsonl or .parquet file, or a dataset id."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, also with .gz, .zst, .bz2 or .xz behind), a folder or glob of such files, an
+    address that an installed fsspec back end serves (s3://bucket/prompts/*.parquet), or a dataset id of the hub."""
+    config: str | None = None
+    """Configuration of a dataset id, such as `main` of openai/gsm8k."""
     split: str = "train"
-    """Split of a dataset id."""
+    """Split of a dataset id. In a folder whose shards are named by split (train-00000.parquet): only those shards."""
+    revision: str | None = None
+    """Branch, tag or commit of a dataset id. None: its main branch."""
     column: str = "prompt"
-    """Column with the prompt: text, or a list of chat messages."""
+    """Column with the prompt: text, or a list of chat messages. A dotted path reaches into nested columns, here and below."""
+    answer_column: str = "answer"
+    """Column that a verifier compares with, such as `reward_model.ground_truth`."""
+    golden_column: str = "golden"
+    """Column with a complete answer."""
+    domain_column: str = "domain"
+    """Column that chooses the teachers."""
     chat: bool = False
     """Put text prompts through the student's chat template as one user message. Messages always go through it."""
     system_prompt: str | None = None
     """With `chat`: a system message before the user message."""
+    template: TemplateKeys = Field(default_factory=dict)
+    """Variables of the student's chat template, such as `enable_thinking: false`."""
     shuffle: bool = True
     """Draw the prompts in an order that follows from the job's seed and the epoch. Off: in the order of the file."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows."""
+    on_bad_row: OnBadRow | None = None
+    """A row that is no prompt: `refuse` leaves it out, `stop` ends the command. None: refuse while fewer than 1 % of the rows are bad.
+    Rows that are left out are counted, the first ones named."""
 
 
 class GoldenSettings(Settings):
@@ -63,18 +83,39 @@ class GoldenSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """Held-out evaluation."""
+    """Held-out evaluation. Problems are read as the training prompts are; what is None here is as it is in data.prompts."""
 
     path: str | None = None
-    """Prompts with an `answer` column. None: no evaluation."""
+    """Prompts with an answer column, as data.prompts.path. None: no evaluation."""
+    config: str | None = None
+    """Configuration of a dataset id. None: that of data.prompts where the id is the same."""
+    split: str = "test"
+    """Split of a dataset id."""
+    revision: str | None = None
+    """Branch, tag or commit of a dataset id. None: that of data.prompts where the id is the same."""
+    column: str | None = None
+    answer_column: str | None = None
+    chat: bool | None = None
+    system_prompt: str | None = None
+    template: TemplateKeys | None = None
+    on_bad_row: OnBadRow | None = None
     every_steps: Annotated[int, Field(ge=1)] = 50
     """Evaluate before the first step, after every so many steps, and after the last."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows."""
     verifier: str = "exact"
-    """`exact`, `regex` (the answer column is a pattern), or `file.py:function` / `module:function` called with (response, answer)."""
+    """A verifier by name (exact, regex: the answer is a pattern, number, math), or `file.py:function` / `module:function` called with
+    (response, answer)."""
     sampled: bool = True
     """Answer each problem twice: greedily, and sampled at the rollout's temperature."""
+
+    def source(self, prompts: PromptSource) -> PromptSource:
+        """Where the problems lie and how they are read, given the same of the training prompts. `path` must be set."""
+        own = self.model_dump(include={"column", "answer_column", "chat", "system_prompt", "template"}, exclude_none=True)
+        same = {"config": prompts.config, "revision": prompts.revision} if self.path == prompts.path else {"config": None, "revision": None}
+        same |= self.model_dump(include={"config", "revision"}, exclude_none=True)
+        place = {"path": self.path, "split": self.split, "limit": self.limit, "on_bad_row": self.on_bad_row, "shuffle": False}
+        return PromptSource.model_validate(prompts.model_dump() | own | same | place)
 
 
 class DataSettings(Settings):
@@ -264,13 +305,14 @@ def _extensions(tree: dict[str, Any], base: Path) -> list[str]:
     return tree["extensions"]
 
 
-def describe_errors(error: ValidationError) -> list[str]:
-    """One line per mistake: path of the field, what is wrong with it, the value given."""
+def describe_errors(error: ValidationError, root: type[Settings] | None = None) -> list[str]:
+    """One line per mistake: path of the field, what is wrong with it, the value given. `root`: what was validated; None: a job."""
+    root = root or Job
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "(job)"
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key; remove it, or find the key that was meant in services/job/README.md")
+            lines.append(f"{where}: unknown key; {_meant(item['loc'], root)}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing; add it")
         elif item["type"] == "secret":
@@ -278,6 +320,25 @@ def describe_errors(error: ValidationError) -> list[str]:
         else:
             lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
     return lines
+
+
+def _meant(place: tuple[int | str, ...], root: type[Settings]) -> str:
+    """What to do about an unknown key: the nearest known one beside it, else all of them."""
+    group: Any = root
+    for part in place[:-1]:
+        fields = getattr(group, "model_fields", {})
+        if isinstance(part, str) and part in fields:
+            group = _settings_in(fields[part].annotation)
+    known = list(getattr(group, "model_fields", {}))
+    near = get_close_matches(str(place[-1]), known, n=1)
+    return f"did you mean {near[0]}?" if near else f"remove it; the keys here are {', '.join(known)}" if known else "remove it"
+
+
+def _settings_in(annotation: Any) -> Any:
+    """The settings class inside an annotation such as `tuple[TeacherSettings, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _settings_in(part)) is not None), None)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

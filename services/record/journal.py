@@ -129,10 +129,19 @@ class Journal:
         self.monitor.update(weight_version=sync.weight_version)
 
     def evaluation(self, evaluations: Mapping[str, Evaluation]) -> None:
+        """Held-out results; a value that could not be made is absent from /metrics, and said."""
         for decoding, evaluation in evaluations.items():
-            self._telemetry.set("opd_eval_accuracy_ratio", evaluation.accuracy_ratio, decoding=decoding)
-            self._telemetry.set("opd_eval_length_tokens", evaluation.length_tokens, decoding=decoding)
-            self._telemetry.set("opd_eval_truncation_ratio", evaluation.truncation_ratio, decoding=decoding)
+            for name, value in (
+                ("opd_eval_accuracy_ratio", evaluation.accuracy_ratio),
+                ("opd_eval_length_tokens", evaluation.length_tokens),
+                ("opd_eval_truncation_ratio", evaluation.truncation_ratio),
+            ):
+                if value is None:
+                    self._telemetry.drop(name, decoding=decoding)
+                else:
+                    self._telemetry.set(name, value, decoding=decoding)
+            if shortfall := evaluation.shortfall():
+                self.note(f"held-out evaluation, {decoding}: {shortfall}")
 
     # ---- checkpoints
 

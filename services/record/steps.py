@@ -151,16 +151,23 @@ def step_record(
 
 
 def evaluation_fields(evaluations: Mapping[str, Evaluation]) -> Record:
-    """eval_accuracy, eval_length, eval_length_p95, eval_truncation of greedy decoding, and the same as eval_sampled_* where sampled too."""
+    """eval_accuracy, eval_length, eval_length_p95, eval_truncation of greedy decoding, and the same as eval_sampled_* where sampled too.
+
+    What could not be measured is absent; eval_unanswered and eval_unjudged count problems without an answer or a verdict, where there are
+    some.
+    """
     fields: Record = {}
     for decoding, evaluation in evaluations.items():
         prefix = "eval" if decoding == "greedy" else f"eval_{decoding}"
-        fields |= {
-            f"{prefix}_accuracy": evaluation.accuracy_ratio,
-            f"{prefix}_length": evaluation.length_tokens,
-            f"{prefix}_length_p95": evaluation.length_p95_tokens,
-            f"{prefix}_truncation": evaluation.truncation_ratio,
+        values: Record = {
+            "accuracy": evaluation.accuracy_ratio,
+            "length": evaluation.length_tokens,
+            "length_p95": evaluation.length_p95_tokens,
+            "truncation": evaluation.truncation_ratio,
+            "unanswered": evaluation.num_unanswered or None,
+            "unjudged": evaluation.num_unjudged or None,
         }
+        fields |= {f"{prefix}_{name}": value for name, value in values.items() if value is not None}
     return fields
 
 

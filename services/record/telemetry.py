@@ -150,6 +150,12 @@ class Telemetry:
         """Set a gauge."""
         self._child(name, labels).set(value)
 
+    def drop(self, name: str, **labels: str) -> None:
+        """Take a gauge's value away: what it told is not known any more."""
+        key = (name, *labels.values()) if len(labels) < 2 else (name, *sorted(labels.items()))
+        if self._children.pop(key, None) is not None:
+            self._metrics[name].remove(self.run, *labels.values())
+
     def observe(self, name: str, *values: float, **labels: str) -> None:
         """Add observations to a histogram."""
         child = self._child(name, labels)

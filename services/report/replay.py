@@ -70,7 +70,7 @@ def load_policy(path: Path) -> Policy:
     try:
         return Policy.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {line}" for line in describe_errors(error))) from None
+        raise ValueError("\n".join(f"{path}: {line}" for line in describe_errors(error, Policy))) from None
 
 
 def render(rows: Sequence[ReplayRow]) -> str:

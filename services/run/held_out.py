@@ -26,13 +26,19 @@ class HeldOut:
         """
         greedy_of = {"greedy": True} | ({"sampled": False} if job.data.eval.sampled else {})
         runs = [self._answers(job, step, greedy=greedy) for greedy in greedy_of.values()]
-        return {name: summarise(responses, self.verify) for name, responses in zip(greedy_of, await asyncio.gather(*runs), strict=True)}
+        num = len(self.sources.problems)
+        return {
+            name: summarise(responses, self.verify, num_unanswered=num - len(responses))
+            for name, responses in zip(greedy_of, await asyncio.gather(*runs), strict=True)
+        }
 
     async def _answers(self, job: Job, step: int, *, greedy: bool) -> list[Response]:
+        """Of the problems whose request was served: an answer that an engine refused is no answer of the student."""
         limits: LengthLimits = base_limits(job)
         requests = [(problem, 0) for problem in self.sources.problems]
         return [
             Response(self.sources.decode(t.token_ids), t.prompt.answer or "", len(t.token_ids), t.truncated)
             async for group in self.fleet.rollout(requests, limits, step, job.rollout, greedy=greedy)
             for t in group
+            if t.finish_reason != "error"
         ]

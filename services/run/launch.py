@@ -147,12 +147,11 @@ class Run:
         for stat, value in (("mean", reference.mean_tokens), ("p99", reference.p99_tokens)):
             self.telemetry.set("opd_length_reference_tokens", value, stat=stat)
         sources.stream.mark(golden.finished, golden.answers)
-        answered = [prompt for prompt in sources.stream.prompts() if prompt.golden_ids]
         await fleet.set_reference(reference.mean_tokens)
         self._loop = Distillation(
             job,
             self.store,
-            TrainingData(sources.stream, answered, golden.key, reference.mean_tokens),
+            TrainingData(sources.stream, sources.stream.golden(), golden.key, reference.mean_tokens),
             Actors(fleet, pool, start_governor(job, self.store, self.service, journal)),
             journal,
             Checkpoints(

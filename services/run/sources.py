@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_governor.actors.trajectory import Prompt
-from opd_governor.services.inputs.prompts import PromptStream, load_problems, open_prompts
+from opd_governor.services.inputs.prompts import PromptStream, open_problems, open_prompts
 from opd_governor.services.inputs.resolve import Models, resolve
 from opd_governor.services.inputs.verifiers import Verifier, load_verifier
 from opd_governor.services.job.settings import Job
@@ -34,8 +34,8 @@ class Sources:
         stream = open_prompts(job, tokenizer, models.context_tokens)
         if not job.data.eval.path:
             return cls(models, tokenizer, stream, (), None)
-        problems = load_problems(job.data.eval, job.data.prompts, tokenizer)
-        return cls(models, tokenizer, stream, tuple(problems), load_verifier(job.data.eval.verifier))
+        problems = open_problems(job, tokenizer, models.context_tokens).prompts
+        return cls(models, tokenizer, stream, problems, load_verifier(job.data.eval.verifier))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A response as text, without the stop id at its end."""

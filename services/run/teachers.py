@@ -14,7 +14,7 @@ from opd_governor.services.run.cluster import role_resources
 from opd_governor.services.run.placement import place
 from opd_governor.services.run.sources import Sources
 
-PER_TEACHER = frozenset({"name", "domains", "weight", "system_prompt", "beams", "length_penalty", "no_repeat_ngram"})
+PER_TEACHER = frozenset({"name", "domains", "weight", "system_prompt", "template", "render", "beams", "length_penalty", "no_repeat_ngram"})
 """Settings that shape a request or its use, not the actor that serves it: teachers may differ in them and share actors."""
 
 
@@ -32,7 +32,7 @@ async def start_teachers(job: Job, sources: Sources, journal: Journal) -> Teache
     return TeacherPool(
         teachers,
         support=Support(student=needs.student_top_k > 0, top_k=needs.teacher_top_k, hidden=needs.hidden),
-        domains={prompt.domain for prompt in sources.stream.prompts()},
+        domains=sources.stream.survey.domains,
         on_request=journal.teacher_requests,
         on_restart=lambda teacher, reason: journal.restarted("teacher", reason),
         on_nonfinite=lambda trajectory, scores: journal.nonfinite("teacher", trajectory, scores),

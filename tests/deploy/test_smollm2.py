@@ -3,7 +3,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from opd_governor.services.inputs.prompts import load_problems, open_prompts
+from opd_governor.services.inputs.prompts import open_problems, open_prompts
 from opd_governor.services.job.settings import load_job
 from tests.tiny import tiny_tokenizer
 
@@ -13,7 +13,7 @@ JOB = Path("deploy/jobs/smollm2.yaml")
 def test_the_job_opens_the_prompts_that_ship():
     job = load_job(JOB)
     stream = open_prompts(job, tiny_tokenizer(chat=True), context_tokens=512)
-    problems = load_problems(job.data.eval, job.data.prompts, tiny_tokenizer(chat=True))
+    problems = open_problems(job, tiny_tokenizer(chat=True), context_tokens=512).prompts
     assert (len(stream), len(problems)) == (419, 64)
     assert len(stream.survey.domains) == 12
 

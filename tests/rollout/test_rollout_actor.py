@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from opd_governor.actors.rollout.actor import Deliveries, RayEngine, RolloutActor
+from opd_governor.actors.rollout.refusals import Refusals
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 
@@ -120,3 +121,32 @@ async def test_an_engine_stops_sampling_when_nobody_waits_any_more() -> None:
     await asyncio.sleep(0.01)
     assert actor.dropped
     assert not actor._deliveries._open
+
+
+class PickyEngine:
+    """Takes prompts of up to three tokens, as an engine with that window does."""
+
+    context_tokens, weight_version = 3, 5
+
+    async def submit(self, prompt_token_ids: list[int], params: Any) -> Any:
+        if len(prompt_token_ids) > 3:
+            raise ValueError("the prompt is longer than the window of 3")
+
+        async def completion() -> Any:
+            return SimpleNamespace(
+                token_ids=(1,), logprobs_T=np.zeros(1, np.float32), finish_reason="stop", weight_version=5, top_ids_TK=None
+            )
+
+        return completion()
+
+
+async def test_a_request_that_the_engine_refuses_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd_governor.actors.rollout.sampling.greedy_params", lambda *terms, **named: None)
+    actor = RolloutActor("none", RolloutSettings(), stop_ids=(1,), reference_tokens=None, weight_transfer="file", seed=0)
+    actor._engine = PickyEngine()  # type: ignore[assignment]
+    requests = [(Prompt(index, (5,) * num), 0) for index, num in enumerate((2, 9, 3, 8))]
+    answers = [t async for group in actor.rollout(requests, LIMITS, 1, RolloutSettings(), greedy=True) for t in group]
+    assert {t.prompt.index: t.finish_reason for t in answers} == {0: "stop", 1: "error", 2: "stop", 3: "error"}
+    told: list[str] = []
+    Refusals(told.append).tell(answers, step=1)
+    assert told == ["step 1: the engine refuses prompt 1, which counts as an error: the prompt is longer than the window of 3"]

@@ -34,7 +34,7 @@ from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.actors.teacher.scorers import GenerateOptions, TorchScorer
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.models import build_once
-from opd_governor.services.inputs.prompts import load_problems
+from opd_governor.services.inputs.prompts import open_problems
 from opd_governor.services.inputs.resolve import resolve
 from opd_governor.services.job.settings import load_job
 
@@ -191,8 +191,8 @@ def forward_kl(student: Path, limit: int = 64) -> dict[str, float]:
     job = load_job(JOBS["smollm2"])
     models, tokenizer = resolve(job)
     assert job.data.eval is not None
-    source = job.data.eval.model_copy(update={"limit": limit})
-    prompts = [problem.token_ids for problem in load_problems(source, job.data.prompts, tokenizer)]
+    job = job.model_copy(update={"data": job.data.model_copy(update={"eval": job.data.eval.model_copy(update={"limit": limit})})})
+    prompts = [problem.token_ids for problem in open_problems(job, tokenizer, models.context_tokens).prompts]
     teacher = TorchScorer(TeacherSettings(model=models.teachers[0], batch_tokens=1 << 20), models.stop_ids)
     answers = teacher.generate(prompts, GenerateOptions(max_new_tokens=job.rollout.max_new_tokens, temperature=1.0))
     learned = CausalLM(str(student))

@@ -231,15 +231,17 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
     from opd_governor.actors.packing import like_lengths
     from opd_governor.actors.teacher.scorers import GenerateOptions, TorchScorer
     from opd_governor.actors.teacher.settings import TeacherSettings
-    from opd_governor.services.inputs.models import stop_event_ids
-    from opd_governor.services.inputs.prompts import load_problems
+    from opd_governor.services.inputs.models import context_tokens, stop_event_ids
+    from opd_governor.services.inputs.prompts import open_problems
     from opd_governor.services.job.settings import load_job
 
     torch.set_num_threads(2)
     job = load_job(ROOT / work.job, tuple(our_overrides(work)))
     tokenizer = AutoTokenizer.from_pretrained(work.student)
-    source = job.data.eval.model_copy(update={"path": str(ROOT / work.heldout), "limit": work.heldout_prompts})
-    prompts = [problem.token_ids for problem in load_problems(source, job.data.prompts, tokenizer)] * work.heldout_answers
+    heldout = job.data.eval.model_copy(update={"path": str(ROOT / work.heldout), "limit": work.heldout_prompts})
+    job = job.model_copy(update={"data": job.data.model_copy(update={"eval": heldout})})
+    problems = open_problems(job, tokenizer, context_tokens(work.student)).prompts
+    prompts = [problem.token_ids for problem in problems] * work.heldout_answers
     stop_ids = stop_event_ids(work.student, tokenizer)
     sampler = TorchScorer(TeacherSettings(model=student, batch_tokens=1 << 20), tuple(stop_ids))
     answers = sampler.generate(prompts, GenerateOptions(max_new_tokens=work.max_new_tokens, temperature=1.0, seed=work.seed))

@@ -4,16 +4,14 @@ import pytest
 
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.golden import choose_prompts, collect_golden, golden_key, measure_lengths
-from opd_governor.services.inputs.prompts import DataError
+from opd_governor.services.inputs.prompts import open_prompts
+from opd_governor.services.inputs.refusals import DataError
 from opd_governor.services.job.settings import GoldenSettings
+from tests.services.inputs.test_prompts import job_of, write_lines
+from tests.tiny import tiny_tokenizer
 
 STOP = 1
 PROMPTS = [Prompt(index=i, token_ids=(5, i)) for i in range(6)]
-
-
-class FakeStream(list):
-    def prompts(self):
-        return iter(self)
 
 
 class FakeTeacher:
@@ -97,8 +95,9 @@ def test_the_cache_key_moves_with_all_that_shapes_an_answer():
     assert len(others | {key}) == 5
 
 
-def test_prompts_with_a_golden_column_are_chosen_first():
-    stream = FakeStream([*PROMPTS, replace(PROMPTS[0], index=9, golden_ids=(7, STOP))])
+def test_prompts_with_a_golden_column_are_chosen_first(tmp_path):
+    rows = [{"prompt": f"number {i}"} for i in range(9)] + [{"prompt": "number 9", "golden": "nine"}]
+    stream = open_prompts(job_of(write_lines(tmp_path / "p.jsonl", rows)), tiny_tokenizer(), 256)
     chosen = choose_prompts(stream, GoldenSettings(num_prompts=3), seed=0)
     assert chosen[0].index == 9
     assert len({p.index for p in chosen}) == 3

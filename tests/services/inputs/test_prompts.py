@@ -7,8 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_governor.services.inputs.prompts import DataError, PromptEncoder, PromptStream, Survey, load_problems, open_prompts
-from opd_governor.services.job.settings import EvalSettings, Job, PromptSource
+from opd_governor.services.inputs.encode import Terms
+from opd_governor.services.inputs.prompts import PromptStream, Survey, open_problems, open_prompts
+from opd_governor.services.inputs.refusals import DataError
+from opd_governor.services.inputs.rows import Row
+from opd_governor.services.inputs.table import open_table
+from opd_governor.services.job.settings import Job, PromptSource
 from tests.tiny import tiny_tokenizer
 
 PLAIN, CHAT = tiny_tokenizer(), tiny_tokenizer(chat=True)
@@ -52,9 +56,7 @@ def test_each_epoch_holds_every_prompt_once_in_an_order_of_its_own(tmp_path):
 @given(st.lists(st.integers(1, 9), max_size=8), st.integers(1, 9))
 def test_a_restored_cursor_goes_on_where_the_stream_was(steps, n):
     def stream():
-        rows = [{"prompt": "x"}] * 7
-        encoder = PromptEncoder(PLAIN, PromptSource(path="unused"))
-        return PromptStream(FakeRows(rows), encoder, Survey(tuple(range(7))), seed=5)
+        return PromptStream(table_of([{"prompt": "x"}] * 7), Survey(tuple(range(7))), seed=5)
 
     original, resumed = stream(), stream()
     for step in steps:
@@ -64,8 +66,18 @@ def test_a_restored_cursor_goes_on_where_the_stream_was(steps, n):
 
 
 class FakeRows(list):
-    def where(self, index: int) -> str:
-        return f"fake:{index + 1}"
+    names = ("fake",)
+    done_share = 0.0
+
+    def __iter__(self):
+        return (Row("fake", number, row) for number, row in enumerate(super().__iter__(), start=1))
+
+    def identity(self) -> str:
+        return "fake"
+
+
+def table_of(rows):
+    return open_table(FakeRows(rows), PLAIN, Terms(PromptSource(path="unused")))
 
 
 def test_a_cursor_of_another_file_is_refused(tmp_path):
@@ -92,8 +104,7 @@ def test_drop_leaves_out_what_the_teacher_does_not_finish(tmp_path):
 
 @given(quota=st.floats(0, 1), n=st.integers(1, 12), num_unfinished=st.integers(0, 9))
 def test_quota_bounds_the_share_of_unfinished_prompts_in_every_batch(quota, n, num_unfinished):
-    encoder = PromptEncoder(PLAIN, PromptSource(path="unused"))
-    stream = PromptStream(FakeRows([{"prompt": "x"}] * 10), encoder, Survey(tuple(range(10))), seed=1, unfinished="quota")
+    stream = PromptStream(table_of([{"prompt": "x"}] * 10), Survey(tuple(range(10))), seed=1, unfinished="quota")
     stream.mark({i: i >= num_unfinished for i in range(10)})
     for _ in range(3):
         batch = stream.next(n, unfinished_quota=quota)
@@ -204,7 +215,10 @@ def test_prompts_that_leave_too_little_of_the_window_are_refused_by_line(tmp_pat
 
 def test_held_out_problems_need_an_answer(tmp_path):
     path = write_lines(tmp_path / "eval.jsonl", [{"prompt": "1+1?", "answer": "2"}, {"prompt": "2+2?"}])
-    source = PromptSource(path="unused")
-    assert load_problems(EvalSettings(path=str(path), limit=1), source, PLAIN)[0].answer == "2"
+
+    def opened(**settings):
+        return open_problems(job_of("unused", data={"eval": {"path": str(path)} | settings}), PLAIN, 256).prompts
+
+    assert opened(limit=1)[0].answer == "2"
     with pytest.raises(DataError, match=r"eval.jsonl:2: no column 'answer'"):
-        load_problems(EvalSettings(path=str(path)), source, PLAIN)
+        opened()

@@ -1,0 +1,251 @@
+"""Rows to token ids, in batches: what is asked of the template in Python, what is asked of the tokenizer on its own threads.
+
+rows --drafts--> text of student, teacher and golden answer --tokens--> columns of a table
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opd_governor.actors.rollout.loops import find_loop
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.services.inputs.models import answer_stop
+from opd_governor.services.inputs.questions import Messages, Notes, Question, read_question
+from opd_governor.services.inputs.refusals import DataError, RowError, theirs
+from opd_governor.services.inputs.rows import Row
+from opd_governor.services.inputs.templates import ChatForm, Encoder, stop_words
+from opd_governor.services.job.settings import JobError, PromptSource
+
+OWN_BOS = "prompts begin with the BOS token already: it is not added again"
+RENDERED = "prompts were put through a chat template before: taken as they stand"
+STOPS_INSIDE = "prompts hold a stop token in their own text: it stays, as that token"
+GOLDEN_LOOPS = "golden answers end in a loop: left out"
+GOLDEN_GOES_ON = "golden answers go on behind a stop token: left out"
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What, beside rows and tokenizers, decides how a row is encoded. All of it is part of the cache's key."""
+
+    source: PromptSource
+    teachers: tuple[TeacherSettings, ...] = ()
+    """Their domains, system prompts and templates decide what a teacher sees."""
+    loop_min_repeats: int = 4
+    loop_min_tokens: int = 32
+    stop_ids: tuple[int, ...] | None = None
+    """rollout.stop_token_ids: golden answers end with one of them."""
+
+
+@dataclass(slots=True)
+class Draft:
+    """A row on its way: as text, then as ids."""
+
+    row: Row
+    question: Question | None = None
+    error: RowError | None = None
+    text: str = ""
+    """What the student's tokenizer gets."""
+    rendered: bool = False
+    """By a chat template: no BOS is added."""
+    in_chat: bool = False
+    """It asks for an assistant's turn, whose end is the template's."""
+    teacher_text: str | None = None
+    teacher_rendered: bool = False
+    token_ids: list[int] | None = None
+    teacher_ids: list[int] | None = None
+    golden_ids: list[int] | None = None
+
+
+@dataclass(slots=True)
+class View:
+    """What a teacher sees in place of the student's prompt."""
+
+    system_prompt: str | None
+    form: ChatForm
+    encoder: Encoder
+
+
+class RowEncoder:
+    """Encodes batches of rows; keeps notes of what it took otherwise than it stood."""
+
+    def __init__(self, tokenizer: Any, terms: Terms, teacher_tokenizers: Mapping[str, Any] | None = None) -> None:
+        """`teacher_tokenizers`: by teacher's name, of those that render their own prompts. Raises JobError."""
+        self.notes = Notes()
+        self._terms, self._source = terms, terms.source
+        self._form = ChatForm(tokenizer, terms.source.template, "the student")
+        self._encoder = Encoder(tokenizer, "the student")
+        self._tokenizer, self._others = tokenizer, teacher_tokenizers or {}
+        self._views: dict[str, View | None] = {}
+        self._stops = stop_words(tokenizer)
+        self._golden_stops: dict[bool, int] = {}
+
+    def drafts(self, rows: Sequence[Row]) -> list[Draft]:
+        """Read and render each row."""
+        drafts = [self._draft(row) for row in rows]
+        self._render([draft for draft in drafts if draft.question is not None])
+        return drafts
+
+    def tokens(self, drafts: Sequence[Draft]) -> list[Draft]:
+        """Put what `drafts` rendered into token ids."""
+        live = [draft for draft in drafts if draft.error is None]
+        for draft, ids in zip(live, self._encoder.ids([draft.text for draft in live]), strict=True):
+            if isinstance(ids, RowError):
+                draft.error = ids
+            else:
+                draft.token_ids = self._with_bos(draft, ids, self._encoder, draft.rendered, note=True)
+                if not draft.token_ids:
+                    draft.error = RowError(f"column {self._source.column!r} holds no tokens; give the prompt some text")
+        self._teacher_tokens([draft for draft in live if draft.error is None and draft.teacher_text is not None])
+        self._golden_tokens([d for d in live if d.error is None and d.question is not None and d.question.golden is not None])
+        return list(drafts)
+
+    # ---- text
+
+    def _draft(self, row: Row) -> Draft:
+        draft = Draft(row)
+        try:
+            if isinstance(row.value, RowError):
+                raise row.value
+            with theirs("", "the row", "mend or remove it", RowError):
+                draft.question = read_question(row.value, row.place, self._source, self.notes)
+            if not draft.question.content:
+                raise RowError(f"column {self._source.column!r} holds no tokens; give the prompt some text")
+        except RowError as error:
+            draft.error = error
+        return draft
+
+    def _render(self, drafts: Sequence[Draft]) -> None:
+        chats = []
+        for draft in drafts:
+            assert draft.question is not None
+            content = draft.question.content
+            if (said := self._rendered_before(content)) is not None:
+                draft.text, draft.in_chat = said, True
+                if not isinstance(content, str):
+                    draft.rendered = True
+                    self.notes.add(RENDERED, draft.row.place)
+            else:
+                if any(stop in draft.question.text for stop in self._stops.values()):
+                    self.notes.add(STOPS_INSIDE, draft.row.place)
+                if isinstance(content, str):
+                    draft.text = content
+                elif not self._form.exists:
+                    draft.error = RowError("chat messages need a chat template, which the student's tokenizer lacks; give plain text")
+                else:
+                    chats.append(draft)
+        self._put_text(chats, self._form, {id(draft): draft.question.content for draft in chats if draft.question}, teacher=False)
+        self._render_for_teachers([draft for draft in drafts if draft.error is None])
+
+    def _rendered_before(self, content: str | Messages) -> str | None:
+        """The text of a prompt that a chat template has made already, None for any other."""
+        if not isinstance(content, str) and any(message["role"] != "system" for message in content[:-1]):
+            return None
+        text = content if isinstance(content, str) else str(content[-1]["content"])
+        opening = self._form.opening
+        begins = opening is not None and text.removeprefix(self._encoder.bos_token or "").lstrip().startswith(opening)
+        return text if begins else None
+
+    def _put_text(self, drafts: Sequence[Draft], form: ChatForm, contents: Mapping[int, Any], *, teacher: bool) -> None:
+        texts = form.render([(contents[id(draft)], draft.question.tools if draft.question else None) for draft in drafts])
+        for draft, text in zip(drafts, texts, strict=True):
+            if isinstance(text, RowError):
+                draft.error = text
+            elif teacher:
+                draft.teacher_text, draft.teacher_rendered = text, True
+            else:
+                draft.text, draft.rendered, draft.in_chat = text, True, True
+
+    def _render_for_teachers(self, drafts: Sequence[Draft]) -> None:
+        chats: dict[str, list[Draft]] = {}
+        contents: dict[int, Any] = {}
+        for draft in drafts:
+            question = draft.question
+            assert question is not None
+            view = self._view(question.domain)
+            if view is None:
+                continue
+            if isinstance(question.content, str):
+                draft.teacher_text = f"{view.system_prompt}\n\n{question.content}" if view.system_prompt else question.content
+                continue
+            own = [{"role": "system", "content": view.system_prompt}] if view.system_prompt else []
+            others = [m for m in question.content if m["role"] != "system"] if own else question.content
+            contents[id(draft)] = [*own, *others]
+            chats.setdefault(question.domain, []).append(draft)
+        for domain, group in chats.items():
+            view = self._view(domain)
+            assert view is not None
+            self._put_text(group, view.form, contents, teacher=True)
+
+    def _view(self, domain: str) -> View | None:
+        if domain not in self._views:
+            self._views[domain] = self._view_of(domain)
+        return self._views[domain]
+
+    def _view_of(self, domain: str) -> View | None:
+        """None where the teachers of the domain see what the student sees. Raises DataError where they do not see the same."""
+        serving = [teacher for teacher in self._terms.teachers if not teacher.domains or domain in teacher.domains]
+        views = {(t.system_prompt, repr(self._keys(t)), t.name if t.render == "own" else None): t for t in serving}
+        if len(views) > 1:
+            names = ", ".join(teacher.name for teacher in serving)
+            raise DataError(f"teachers {names} serve domain {domain!r} with different system prompts or templates; give them the same")
+        if not views:
+            return None
+        (teacher,) = views.values()
+        if teacher.system_prompt is None and teacher.render == "student" and self._keys(teacher) == self._source.template:
+            return None
+        if teacher.render == "own":
+            other = self._others[teacher.name]
+            form = ChatForm(other, self._keys(teacher), f"teacher {teacher.name}")
+            if not form.exists:
+                raise JobError(f"teacher {teacher.name}: render is own, but its tokenizer has no chat template; set render to student")
+            return View(teacher.system_prompt, form, Encoder(other, f"teacher {teacher.name}"))
+        return View(teacher.system_prompt, ChatForm(self._tokenizer, self._keys(teacher), "the student"), self._encoder)
+
+    def _keys(self, teacher: TeacherSettings) -> dict[str, Any]:
+        return self._source.template if teacher.template is None else teacher.template
+
+    # ---- ids
+
+    def _with_bos(self, draft: Draft, ids: list[int], encoder: Encoder, rendered: bool, *, note: bool = False) -> list[int]:
+        if rendered or encoder.bos is None:
+            return ids
+        if ids[:1] == [encoder.bos]:
+            if note:
+                self.notes.add(OWN_BOS, draft.row.place)
+            return ids
+        return [encoder.bos, *ids]
+
+    def _teacher_tokens(self, drafts: Sequence[Draft]) -> None:
+        by_encoder: dict[int, tuple[Encoder, list[Draft]]] = {}
+        for draft in drafts:
+            assert draft.question is not None
+            view = self._view(draft.question.domain)
+            assert view is not None
+            by_encoder.setdefault(id(view.encoder), (view.encoder, []))[1].append(draft)
+        for encoder, group in by_encoder.values():
+            for draft, ids in zip(group, encoder.ids([draft.teacher_text or "" for draft in group]), strict=True):
+                if isinstance(ids, RowError):
+                    draft.error = ids
+                else:
+                    draft.teacher_ids = self._with_bos(draft, ids, encoder, draft.teacher_rendered)
+
+    def _golden_tokens(self, drafts: Sequence[Draft]) -> None:
+        answers = self._encoder.ids([draft.question.golden or "" for draft in drafts if draft.question])
+        for draft, body in zip(drafts, answers, strict=True):
+            if isinstance(body, RowError):
+                draft.error = body
+                continue
+            stop = self._golden_stop(draft.in_chat)
+            if body[-1:] == [stop]:
+                body = body[:-1]
+            if any(token in self._stops for token in body):
+                self.notes.add(GOLDEN_GOES_ON, draft.row.place)
+            elif find_loop(body, min_repeats=self._terms.loop_min_repeats, min_tokens=self._terms.loop_min_tokens):
+                self.notes.add(GOLDEN_LOOPS, draft.row.place)
+            else:
+                draft.golden_ids = [*body, stop]
+
+    def _golden_stop(self, chat: bool) -> int:
+        if chat not in self._golden_stops:
+            self._golden_stops[chat] = answer_stop(self._tokenizer, chat, self._terms.stop_ids)
+        return self._golden_stops[chat]
