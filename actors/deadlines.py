@@ -26,6 +26,10 @@ class HungError(TimeoutError):
     """A call that did not come back within its deadline; says what was waited for, how long, and how long it was allowed."""
 
 
+class CallerError(ValueError):
+    """The request itself is wrong: no other actor would answer it. Any other error of an actor counts as the actor's fault."""
+
+
 class ActorLostError(RuntimeError):
     """An actor is gone, and with it a state that others need."""
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 
+from opd_governor.actors.deadlines import CallerError
 from opd_governor.actors.teacher.backends import MAX_FULL_VOCABULARY
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, cut_at_stop, generate_timeout_s, score_logp
 from opd_governor.actors.teacher.settings import TeacherSettings
@@ -53,7 +54,7 @@ class HttpScorer:
 
     def __init__(self, settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int = 0) -> None:
         if not settings.url:
-            raise ValueError(f"teacher {settings.name}: backend http needs url, such as http://127.0.0.1:8000")
+            raise CallerError(f"teacher {settings.name}: backend http needs url, such as http://127.0.0.1:8000")
         self.settings = settings
         self.stop_ids = stop_ids
         self._random = random.Random(seed)
@@ -72,7 +73,7 @@ class HttpScorer:
     def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         """Answers with their stop id. Sampling only. Raises TeacherUnavailableError unless every prompt is answered."""
         if options.beams > 1 or options.no_repeat_ngram > 0:
-            raise ValueError(f"teacher {self.settings.name}: beams and no_repeat_ngram need backend torch")
+            raise CallerError(f"teacher {self.settings.name}: beams and no_repeat_ngram need backend torch")
         deadline = time.monotonic() + DEADLINE_SHARE * generate_timeout_s(self.settings, options)
         plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # not the checkpoint's own defaults
 
@@ -106,7 +107,7 @@ class HttpScorer:
     def _score_one(self, request: ScoreRequest, deadline: float) -> TokenScores | None:
         vocabulary = self._vocabulary or 0
         if not vocabulary and request.support_ids_TK is not None:
-            raise ValueError(
+            raise CallerError(
                 f"teacher {self.settings.name}: an HTTP server scores only its own most likely ids; set objective.support to sampled "
                 "or teacher, or use backend torch or vllm"
             )
@@ -156,7 +157,7 @@ class HttpScorer:
                 if response.is_success:
                     return read(_only_choice(response, body["prompt"]))
                 if response.status_code < 500 and response.status_code not in (408, 429):
-                    raise ValueError(f"teacher {self.settings.name}: {self.settings.url} refused a request: {_reason(response)}")
+                    raise CallerError(f"teacher {self.settings.name}: {self.settings.url} refused a request: {_reason(response)}")
                 wait_s = max(wait_s, _retry_after_s(response))
             except (httpx.TransportError, BadAnswerError):
                 pass  # asked again after the wait

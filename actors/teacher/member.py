@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from opd_governor.actors.deadlines import FLOOR_S, Pace, Reason, Say, first_line, within
+from opd_governor.actors.deadlines import FLOOR_S, CallerError, Pace, Reason, Say, first_line, within
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, generate_timeout_s
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import TokenScores
@@ -42,7 +42,7 @@ class TeacherHandle(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Asked:
     """Requests that stay together, and who waits for their scores."""
 
     requests: Sequence[ScoreRequest]
@@ -75,27 +75,31 @@ class Member:
         self._on_restart = on_restart
         self._cooldown_s = cooldown_s
         self._say = say
-        self._queue: list[Share] = []
+        self._queue: list[Asked] = []
         self._busy = asyncio.Lock()
         self._failures = 0
         self._process: str | None = None
-        """That answered last."""
+        """Worker id of the last reply."""
         self._pace = Pace(floor_s)
         self._worker: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Wait until the actor has its model. Raises what its constructor raised, or TimeoutError."""
-        async with asyncio.timeout(START_TIMEOUT_S):
-            self._note_process(await self.handle.ping(), "crash")
+        """Wait until the actor has its model. Raises what its constructor raised, or HungError."""
+        self._note_process(await self._ping(), "crash")
+
+    async def _ping(self) -> str:
+        return await within(
+            self.handle.ping(), START_TIMEOUT_S, lambda: f"the start of an actor of teacher {self.settings.name}", self._say
+        )
 
     def submit(self, requests: Sequence[ScoreRequest]) -> asyncio.Future[list[TokenScores | None]]:
-        """Queue requests for one call: their scores, None where the back end gives one up; TimeoutError or whatever the actor raised.
+        """Queue requests for one call: their scores, None where the back end gives one up; HungError or what the actor raised.
 
         The load rises at once, so that the next pick sees it. Cancelling the future takes a waiting share from the queue.
         """
         num_tokens = sum(request.num_tokens for request in requests)
-        share = Share(requests, asyncio.get_running_loop().create_future(), num_tokens)
+        share = Asked(requests, asyncio.get_running_loop().create_future(), num_tokens)
         self._queue.append(share)
         self._add_load(share.num_tokens)
         share.scores.add_done_callback(lambda _: self._add_load(-share.num_tokens))
@@ -125,7 +129,7 @@ class Member:
         while self._queue:
             async with self._busy:
                 batch = self._take_batch()
-                if not batch:  # all who waited have gone
+                if not batch:  # nobody waits any more
                     continue
                 requests = [request for share in batch for request in share.requests]
                 tokens, started = sum(share.num_tokens for share in batch), time.monotonic()
@@ -136,7 +140,7 @@ class Member:
                     self._note_process(process, "crash")
                     assert len(scores) == len(requests), (len(scores), len(requests))
                     self._pace.observe(tokens, time.monotonic() - started)
-                except Exception as error:  # handed to those who wait: they retry elsewhere or raise it
+                except Exception as error:  # handed to the waiting calls: they retry elsewhere or raise it
                     if not self.live.is_set():
                         batch += self._queue
                         self._queue = []
@@ -150,8 +154,8 @@ class Member:
                 if not share.scores.done():
                     share.scores.set_result(own)
 
-    def _take_batch(self) -> list[Share]:
-        """The oldest shares, CALL_BATCHES' worth of tokens; those nobody waits for any more are dropped."""
+    def _take_batch(self) -> list[Asked]:
+        """The oldest shares, CALL_BATCHES' worth of tokens; shares that nobody waits for any more are dropped."""
         waiting = [share for share in self._queue if not share.scores.done()]
         num_taken, room_tokens = 0, 0 if self._alone else CALL_BATCHES * self.settings.batch_tokens
         for share in waiting:
@@ -163,10 +167,10 @@ class Member:
         return waiting[:num_taken]
 
     async def _call(self, reply: Coroutine[Any, Any, T], timeout_s: float, what: str) -> T:
-        """A ValueError is the caller's mistake; anything else sets the member aside."""
+        """Any error but a CallerError sets the member aside."""
         try:
             result = await within(reply, timeout_s, lambda: f"{what} from teacher {self.settings.name}", self._say)
-        except ValueError:
+        except CallerError:
             raise
         except Exception as error:
             self._failures += 1
@@ -187,8 +191,7 @@ class Member:
             try:
                 if hangs:
                     await self.handle.restart()
-                async with asyncio.timeout(START_TIMEOUT_S):
-                    process = await self.handle.ping()
+                process = await self._ping()
             except Exception as error:  # still sick: asked again after a longer wait
                 self._failures += 1
                 hangs = isinstance(error, TimeoutError)
@@ -197,7 +200,7 @@ class Member:
             self.live.set()
 
     def _note_process(self, process: str, reason: Reason) -> None:
-        """Every answer tells whose it is: Ray may have started the actor again, once or oftener, while nobody was asking."""
+        """Each reply carries its process id: Ray may have restarted the actor, more than once, while nothing was asked."""
         if self._process not in (None, process):
             self._on_restart(self.settings.name, reason)
         self._process = process

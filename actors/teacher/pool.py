@@ -8,19 +8,17 @@ A score that never arrives, or is not finite, comes back as None: the caller mas
 """
 
 import asyncio
-import heapq
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import numpy as np
-
-from opd_governor.actors.deadlines import FLOOR_S, Say
+from opd_governor.actors.deadlines import FLOOR_S, CallerError, Say
+from opd_governor.actors.teacher.blending import blend_scores, odd_ones
 from opd_governor.actors.teacher.member import COOLDOWN_S, Member, OnRestart, TeacherHandle
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest
 from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.teacher.shares import least_loaded, share_out
 from opd_governor.actors.trajectory import Prompt, TokenScores, Trajectory
 
 T = TypeVar("T")
@@ -47,7 +45,7 @@ class Support:
     """The teacher's hidden states instead: the learner has its head, and with it the whole vocabulary."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Teacher:
     """A teacher's settings and the actors that serve it."""
 
@@ -56,6 +54,25 @@ class Teacher:
 
     def serves(self, domain: str) -> bool:
         return not self.settings.domains or domain in self.settings.domains
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Where a pool tells what happens."""
+
+    on_request: OnRequest = lambda teacher, result, seconds, num: None
+    on_restart: OnRestart = lambda teacher, reason: None
+    on_nonfinite: Callable[[Trajectory, TokenScores], None] = lambda trajectory, scores: None
+    """A sample whose scores are not finite, with one teacher's scores."""
+    say: Say = lambda line: None
+    """A line for a person."""
+
+
+class Answer(NamedTuple):
+    """One teacher's scores of one response."""
+
+    scores: TokenScores
+    finite: bool
 
 
 class TeacherPool:
@@ -74,40 +91,42 @@ class TeacherPool:
         *,
         support: Support = Support(),
         domains: Iterable[str] = (),
-        on_request: OnRequest = lambda teacher, result, seconds, num: None,
-        on_restart: OnRestart = lambda teacher, reason: None,
-        on_nonfinite: Callable[[Trajectory, TokenScores], None] = lambda trajectory, scores: None,
+        events: Events = Events(),
         cooldown_s: float = COOLDOWN_S,
         floor_s: float = FLOOR_S,
-        say: Say = lambda line: None,
         alone: bool = False,
     ) -> None:
-        """`alone`: every response goes through its teacher by itself, so scores are the same whoever else waits, retried or not."""
-        self._alone = alone
+        """`domains`: those of the prompts to come; CallerError if one has no teacher.
+
+        `alone`: every response goes through its teacher by itself, so scores are the same whatever else waits, retried or not.
+        """
+        self._alone, self._events = alone, events
         members: dict[int, Member] = {}
         for settings, handles in teachers:
             for handle in handles:
-                members.setdefault(id(handle), Member(handle, settings, on_restart, cooldown_s, floor_s, say, alone=alone))
+                if id(handle) not in members:
+                    members[id(handle)] = Member(handle, settings, events.on_restart, cooldown_s, floor_s, events.say, alone=alone)
         self.members = tuple(members.values())
         self.teachers = tuple(Teacher(settings, tuple(members[id(handle)] for handle in handles)) for settings, handles in teachers)
         self.support = support
-        self._on_request, self._on_nonfinite = on_request, on_nonfinite
         for domain in sorted(set(domains)):
             self.teachers_of(domain)
 
     def teachers_of(self, domain: str) -> tuple[Teacher, ...]:
-        """All teachers that score this domain. Raises ValueError where there is none, or where their supports cannot be blended."""
+        """All teachers that score this domain. Raises CallerError where there is none, or where their supports cannot be blended."""
         serving = tuple(teacher for teacher in self.teachers if teacher.serves(domain))
         if not serving:
             offered = {teacher.settings.name: teacher.settings.domains for teacher in self.teachers}
-            raise ValueError(f"domain {domain!r} has no teacher (teacher.domains: {offered}); add it to one, or leave one's domains empty")
+            raise CallerError(f"domain {domain!r} has no teacher (teacher.domains: {offered}); add it to one, or leave one's domains empty")
         if len(serving) > 1 and self.support.top_k > 0:
             names = [teacher.settings.name for teacher in serving]
-            raise ValueError(f"domain {domain!r}: teachers {names} blend only on the same ids; set objective.support to sampled or student")
+            raise CallerError(
+                f"domain {domain!r}: teachers {names} blend only on the same ids; set objective.support to sampled or student"
+            )
         return serving
 
     async def start(self) -> None:
-        """Wait until every actor has its model. Raises what a constructor raised, or TimeoutError."""
+        """Wait until every actor has its model. Raises what a constructor raised, or HungError."""
         await asyncio.gather(*(member.start() for member in self.members))
 
     def num_live(self) -> dict[str, int]:
@@ -120,13 +139,39 @@ class TeacherPool:
     async def score(self, trajectories: Sequence[Trajectory]) -> list[TokenScores | None]:
         """One entry per trajectory, in order; None: no score arrived or it was not finite.
 
-        Raises ValueError for a mistake that no other actor would cure (context window, back end without the support asked for).
+        Raises CallerError for a mistake that no other actor would cure (context window, back end without the support asked for).
         """
-        by_domain: dict[str, list[int]] = {}
+        asked: dict[Teacher, dict[int, ScoreRequest]] = {}
+        """Teacher -> place of a trajectory -> what it is asked there."""
         for place, trajectory in enumerate(trajectories):
-            by_domain.setdefault(trajectory.prompt.domain, []).append(place)
-        parts = await _all([self._score_domain(domain, [trajectories[p] for p in places]) for domain, places in by_domain.items()])
-        return _in_place(list(by_domain.values()), parts)
+            request = self._request(trajectory)
+            for teacher in self.teachers_of(trajectory.prompt.domain):
+                asked.setdefault(teacher, {})[place] = request
+        found = await _all([self._score(teacher, requests) for teacher, requests in asked.items()])
+        answers = dict(zip(asked, found, strict=True))
+        return [self._blend(place, trajectory, answers) for place, trajectory in enumerate(trajectories)]
+
+    def _request(self, trajectory: Trajectory) -> ScoreRequest:
+        if self.support.student and trajectory.support_ids_TK is None:
+            raise CallerError("the objective's support needs the student's own top ids, but the trajectory carries no support_ids_TK")
+        return ScoreRequest(
+            prompt_token_ids=teacher_view(trajectory.prompt),
+            token_ids=trajectory.token_ids,
+            support_ids_TK=trajectory.support_ids_TK if self.support.student else None,
+            top_k=self.support.top_k,
+            hidden=self.support.hidden,
+        )
+
+    def _blend(self, place: int, trajectory: Trajectory, answers: Mapping[Teacher, Mapping[int, Answer]]) -> TokenScores | None:
+        """Every teacher of the domain has to have answered, with finite scores."""
+        teachers = self.teachers_of(trajectory.prompt.domain)
+        arrived = [answers[teacher][place] for teacher in teachers if place in answers[teacher]]
+        odd = [answer.scores for answer in arrived if not answer.finite]
+        for scores in odd:
+            self._events.on_nonfinite(trajectory, scores)
+        if odd or len(arrived) < len(teachers):
+            return None
+        return blend_scores([answer.scores for answer in arrived], [teacher.settings.weight for teacher in teachers])
 
     async def golden(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int
@@ -172,99 +217,50 @@ class TeacherPool:
             tried.add(member)
             try:
                 return await member.generate(prompts, options)
-            except ValueError:
+            except CallerError:
                 raise
             except Exception:  # retried on another actor
                 continue
         return [None] * len(prompts)
 
-    async def _score_domain(self, domain: str, trajectories: Sequence[Trajectory]) -> list[TokenScores | None]:
-        teachers = self.teachers_of(domain)
-        if self.support.student and any(trajectory.support_ids_TK is None for trajectory in trajectories):
-            raise ValueError("the objective's support needs the student's own top ids, but the trajectory carries no support_ids_TK")
-        requests = [
-            ScoreRequest(
-                prompt_token_ids=teacher_view(trajectory.prompt),
-                token_ids=trajectory.token_ids,
-                support_ids_TK=trajectory.support_ids_TK if self.support.student else None,
-                top_k=self.support.top_k,
-                hidden=self.support.hidden,
-            )
-            for trajectory in trajectories
-        ]
-        by_teacher = await _all([self._score_requests(teacher, requests) for teacher in teachers])
-        spoiled = set[int]()
-        for scores in by_teacher:
-            for place, odd in odd_ones(scores):
-                self._on_nonfinite(trajectories[place], odd)
-                spoiled.add(place)
-        weights = [teacher.settings.weight for teacher in teachers]
-        blends: list[TokenScores | None] = []
-        for place, parts in enumerate(zip(*by_teacher, strict=True)):
-            arrived = [part for part in parts if part is not None]
-            whole = len(arrived) == len(parts) and place not in spoiled
-            blends.append(blend_scores(arrived, weights) if whole else None)
-        return blends
-
-    async def _score_requests(self, teacher: Teacher, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
-        shares = self._share(teacher, requests)
-        parts = [[requests[place] for place in places] for _, places in shares]
-        # All issued before the first wait, so that whoever comes next sees the load.
-        issued = [None if member is None else (member, member.submit(part)) for (member, _), part in zip(shares, parts, strict=True)]
+    async def _score(self, teacher: Teacher, requests: Mapping[int, ScoreRequest]) -> dict[int, Answer]:
+        """One teacher's answers by place; a place without one was given up."""
+        lengths = {place: request.num_tokens for place, request in requests.items()}
+        shares = share_out(teacher.members, lengths, 0 if self._alone else teacher.settings.batch_tokens)
+        parts = [{place: requests[place] for place in places} for _, places in shares]
+        # All issued before the first wait, so that the next call sees the load.
+        asked = zip(shares, parts, strict=True)
+        issued = [None if member is None else (member, member.submit(list(part.values()))) for (member, _), part in asked]
         try:
-            scored = await _all([self._score_share(teacher, first, part) for first, part in zip(issued, parts, strict=True)])
+            answers = await _all([self._score_part(teacher, first, part) for first, part in zip(issued, parts, strict=True)])
         finally:
             for first in issued:
                 if first is not None:
                     first[1].cancel()
-        return _in_place([places for _, places in shares], scored)
+        return {place: answer for part in answers for place, answer in part.items()}
 
-    def _share(self, teacher: Teacher, requests: Sequence[ScoreRequest]) -> list[tuple[Member | None, list[int]]]:
-        """Requests, by their places, to the least loaded live members, in shares that fit one call; None: no member is live.
-
-        An idle member starts at once with what it is given, so idle ones get one request each in turn. A busy one takes all that
-        waits for it in its next call, so there requests stay together: one message for many.
-        """
-        lengths = [request.num_tokens for request in requests]
-        room_tokens = 0 if self._alone else teacher.settings.batch_tokens
-        loads = [(member.load_tokens, index) for index, member in enumerate(teacher.members) if member.live.is_set()]
-        if not loads:
-            return [(None, share) for share in cut(range(len(requests)), lengths, room_tokens)]
-        heapq.heapify(loads)
-        given: dict[int, list[int]] = {}
-        load, index = heapq.heappop(loads)
-        together_tokens = room_tokens if load else 0
-        """What may still stay together with the request before."""
-        for place, length in enumerate(lengths):
-            if place and length > together_tokens:
-                load, index = heapq.heappushpop(loads, (load, index))
-                together_tokens = room_tokens if teacher.members[index].load_tokens else 0
-            given.setdefault(index, []).append(place)
-            load, together_tokens = load + length, together_tokens - length
-        return [(teacher.members[index], share) for index, places in given.items() for share in cut(places, lengths, room_tokens)]
-
-    async def _score_share(self, teacher: Teacher, issued: Issued | None, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
-        name, started, tried = teacher.settings.name, time.monotonic(), set[Member]()
-        scores: list[TokenScores | None] = [None] * len(requests)
+    async def _score_part(self, teacher: Teacher, issued: Issued | None, part: Mapping[int, ScoreRequest]) -> dict[int, Answer]:
+        """Up to max_attempts tries of the requests of one call, each on another member if there is one."""
+        name, started, requests = teacher.settings.name, time.monotonic(), list(part.values())
+        tried: set[Member] = set()
+        found: dict[int, Answer] = {}
         for _ in range(teacher.settings.max_attempts):
             issued = issued or await self._issue(teacher, tried, requests)
             if issued is None:
                 break
             try:
-                scores = await self._attempt(teacher, issued, tried, requests)
+                answers = await self._attempt(teacher, issued, tried, requests)
+                found = {place: answer for place, answer in zip(part, answers, strict=True) if answer is not None}
                 break
-            except ValueError:
+            except CallerError:
                 raise
             except Exception:  # already reported; retried on another actor
                 issued = None
-        if num_unscored := sum(score is None for score in scores):
-            self._on_request(name, "unscored", time.monotonic() - started, num_unscored)
-        # Actors that serve several teachers name but one of them.
-        return [score if score is None or score.teacher == name else replace(score, teacher=name) for score in scores]
+        if num_unscored := len(part) - len(found):
+            self._events.on_request(name, "unscored", time.monotonic() - started, num_unscored)
+        return found
 
-    async def _attempt(
-        self, teacher: Teacher, issued: Issued, tried: set[Member], requests: Sequence[ScoreRequest]
-    ) -> list[TokenScores | None]:
+    async def _attempt(self, teacher: Teacher, issued: Issued, tried: set[Member], requests: Sequence[ScoreRequest]) -> list[Answer | None]:
         """First success of one member and, when it is slow, a second one. Raises the last failure where both fail."""
         member, reply = issued
         tried.add(member)
@@ -288,19 +284,25 @@ class TeacherPool:
             for task in pending:
                 task.cancel()
 
-    async def _report(self, teacher: Teacher, reply: asyncio.Future[list[TokenScores | None]], num: int) -> list[TokenScores | None]:
+    async def _report(self, teacher: Teacher, reply: asyncio.Future[list[TokenScores | None]], num: int) -> list[Answer | None]:
+        """The answers of one attempt, counted. Raises what the attempt raised, counted too."""
         name, started = teacher.settings.name, time.monotonic()
         try:
             scores = await reply
         except Exception as error:
-            self._on_request(name, "timeout" if isinstance(error, TimeoutError) else "error", time.monotonic() - started, num)
+            self._events.on_request(name, "timeout" if isinstance(error, TimeoutError) else "error", time.monotonic() - started, num)
             raise
-        num_odd = len(odd_ones(scores))
-        results: tuple[tuple[Result, int], ...] = ("nonfinite", num_odd), ("ok", num - num_odd - sum(score is None for score in scores))
+        odd = odd_ones(scores)
+        results: tuple[tuple[Result, int], ...] = ("nonfinite", len(odd)), ("ok", num - len(odd) - sum(score is None for score in scores))
         for result, number in results:
             if number:
-                self._on_request(name, result, time.monotonic() - started, number)
-        return scores
+                self._events.on_request(name, result, time.monotonic() - started, number)
+
+        def named(score: TokenScores) -> TokenScores:
+            """Actors that serve several teachers name but one of them."""
+            return score if score.teacher == name else replace(score, teacher=name)
+
+        return [None if score is None else Answer(named(score), place not in odd) for place, score in enumerate(scores)]
 
     async def _issue(self, teacher: Teacher, tried: set[Member], requests: Sequence[ScoreRequest]) -> Issued | None:
         member = await self._pick(teacher, tried)
@@ -320,15 +322,6 @@ class TeacherPool:
         return least_loaded(teacher.members, tried) or least_loaded(teacher.members)
 
 
-def least_loaded(members: Iterable[Member], tried: Iterable[Member] = ()) -> Member | None:
-    """The live member outside `tried` with the fewest tokens queued and in flight; None where there is none."""
-    best = None
-    for member in members:
-        if (best is None or member.load_tokens < best.load_tokens) and member.live.is_set() and member not in tried:
-            best = member
-    return best
-
-
 def teacher_view(prompt: Prompt) -> tuple[int, ...]:
     """What the teacher sees before the response: its own prompt where it has one (concise teacher), else the student's."""
     return prompt.teacher_token_ids or prompt.token_ids
@@ -337,70 +330,3 @@ def teacher_view(prompt: Prompt) -> tuple[int, ...]:
 async def _all(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """All results in order; of a single one without a task of its own."""
     return [await coroutines[0]] if len(coroutines) == 1 else list(await asyncio.gather(*coroutines))
-
-
-def _in_place(places: Sequence[Sequence[int]], parts: Sequence[Sequence[TokenScores | None]]) -> list[TokenScores | None]:
-    """Parts put together: each one's scores at its places."""
-    found = dict(zip(chain.from_iterable(places), chain.from_iterable(parts), strict=True))
-    return [found[place] for place in range(len(found))]
-
-
-def cut(places: Iterable[int], lengths: Sequence[int], room_tokens: int) -> list[list[int]]:
-    """In order, where the padded size stays within the room; what is longer than that goes by itself."""
-    shares: list[list[int]] = []
-    widest = 0
-    for place in places:
-        widest = max(widest, lengths[place])
-        if shares and (len(shares[-1]) + 1) * widest <= room_tokens:
-            shares[-1].append(place)
-        else:
-            shares.append([place])
-            widest = lengths[place]
-    return shares
-
-
-def odd_ones(scores: Sequence[TokenScores | None]) -> list[tuple[int, TokenScores]]:
-    """Scores that are not finite, and their places."""
-    arrived = [(place, score) for place, score in enumerate(scores) if score is not None]
-    rows = [score for _, score in arrived if score.support_ids_TK is None]
-    plain = [array_T for score in rows for array_T in (score.sampled_logp_T, score.stop_logp_T)]
-    if len(rows) == len(arrived) and plain and np.isfinite(np.concatenate(plain)).all():  # one look at all of them: most often it is enough
-        return []
-    return [(place, score) for place, score in arrived if not is_finite(score)]
-
-
-def is_finite(scores: TokenScores) -> bool:
-    """Whether every number can enter a loss; padded support entries (id -1) are -inf by definition."""
-    if (hidden_TH := scores.hidden_TH) is not None:
-        exponent = np.uint16(0x7F80)  # of bfloat16: all its bits are set in what is no number
-        return bool((hidden_TH & exponent != exponent).all() if hidden_TH.dtype == np.uint16 else np.isfinite(hidden_TH).all())
-    if not (np.isfinite(scores.sampled_logp_T).all() and np.isfinite(scores.stop_logp_T).all()):
-        return False
-    if scores.support_ids_TK is None or scores.support_logp_TK is None:
-        return True
-    return bool(np.isfinite(scores.support_logp_TK[scores.support_ids_TK >= 0]).all())
-
-
-def blend_scores(scores: Sequence[TokenScores], weights: Sequence[float]) -> TokenScores:
-    """The log-probs of the mixture sum_i w_i p_i, weights normalised; supports must stand on the same ids.
-
-    An id that one teacher's vocabulary lacks (-1) has probability 0 there.
-    """
-    if len(scores) == 1:
-        return scores[0]
-    log_weights = np.log(np.asarray(weights, np.float32) / sum(weights))
-
-    def mix(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        return np.logaddexp.reduce([weight + array for weight, array in zip(log_weights, arrays, strict=True)]).astype(np.float32)
-
-    supports = [(s.support_ids_TK, s.support_logp_TK) for s in scores if s.support_ids_TK is not None and s.support_logp_TK is not None]
-    assert len(supports) in (0, len(scores)), "some teachers returned a support, others none"
-    ids_TK = np.maximum.reduce([ids for ids, _ in supports]) if supports else None
-    assert all(((ids == ids_TK) | (ids < 0)).all() for ids, _ in supports), "supports on different ids"
-    return TokenScores(
-        teacher="+".join(s.teacher for s in scores),
-        sampled_logp_T=mix([s.sampled_logp_T for s in scores]),
-        stop_logp_T=mix([s.stop_logp_T for s in scores]),
-        support_ids_TK=ids_TK,
-        support_logp_TK=mix([logp for _, logp in supports]) if supports else None,
-    )

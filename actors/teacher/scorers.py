@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
 from opd_governor.actors.causal_lm import CausalLM
+from opd_governor.actors.deadlines import CallerError
 from opd_governor.actors.packing import like_lengths
 from opd_governor.actors.teacher.scoring import PAD_ID, score_positions
 from opd_governor.actors.teacher.settings import TeacherSettings
@@ -43,9 +44,9 @@ class ScoreRequest:
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
-            raise ValueError("prompt_token_ids is empty: the first response token needs a token before it")
+            raise CallerError("prompt_token_ids is empty: the first response token needs a token before it")
         if self.support_ids_TK is not None and len(self.support_ids_TK) != len(self.token_ids):
-            raise ValueError(f"support_ids_TK has {len(self.support_ids_TK)} rows for {len(self.token_ids)} response tokens")
+            raise CallerError(f"support_ids_TK has {len(self.support_ids_TK)} rows for {len(self.token_ids)} response tokens")
 
     @property
     def num_tokens(self) -> int:
@@ -175,7 +176,7 @@ def check_window(teacher: str, requests: Sequence[ScoreRequest], context_tokens:
     """Raises ValueError for a request longer than the teacher's context window."""
     longest = max((request.num_tokens for request in requests), default=0)
     if context_tokens is not None and longest > context_tokens:
-        raise ValueError(
+        raise CallerError(
             f"teacher {teacher}: prompt and response have {longest} tokens, its context window {context_tokens}; "
             "lower rollout.max_new_tokens or shorten the prompts"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from opd_governor.actors.deadlines import CallerError
 from opd_governor.actors.packing import like_lengths
 from opd_governor.actors.teacher.arguments import engine_arguments
 from opd_governor.actors.teacher.backends import MAX_FULL_VOCABULARY
@@ -48,7 +49,7 @@ class VllmScorer:
         self.engine: Any = vllm.LLM(**engine_arguments(settings, context_tokens=self.context_tokens, seed=seed))
         self.by_id: bool = self.engine.llm_engine.vllm_config.use_v2_model_runner
         if not self.by_id and self.vocabulary > MAX_FULL_VOCABULARY:
-            raise ValueError(
+            raise CallerError(
                 f"teacher {settings.name}: backend vllm without a GPU cannot read the stop class of a vocabulary of {self.vocabulary} "
                 f"tokens (at most {MAX_FULL_VOCABULARY}); set backend: torch"
             )
@@ -80,7 +81,7 @@ class VllmScorer:
     def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         """Answers with their stop id; one without it ran to `max_new_tokens`. Sampling only: beams need the torch back end."""
         if options.beams > 1 or options.no_repeat_ngram > 0:
-            raise ValueError(f"teacher {self.settings.name}: beams and no_repeat_ngram need backend torch")
+            raise CallerError(f"teacher {self.settings.name}: beams and no_repeat_ngram need backend torch")
         params = [
             self._params(
                 max_tokens=options.max_new_tokens,

@@ -74,6 +74,8 @@ def run(
         fail([f"stopped by the guard rail: {error}; see {directory / 'report.html'}"], 4)
     except (SyncError, LearnerError, ActorLostError) as error:
         fail([str(error)], 1)
+    except TimeoutError as error:  # an OSError in Python, but no disk has to do with it
+        fail([str(error) or "a call to an actor took too long"], 1)
     except OSError as error:
         fail([f"{error}; --resume goes on from the newest checkpoint"], 1)
     except TerminatedError as error:

@@ -5,7 +5,7 @@ from typing import Any
 import ray
 
 from opd_governor.actors.teacher.actor import start_teacher
-from opd_governor.actors.teacher.pool import Support, TeacherPool
+from opd_governor.actors.teacher.pool import Events, Support, TeacherPool
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.models import weights_identity
 from opd_governor.services.job.settings import Job
@@ -33,11 +33,13 @@ async def start_teachers(job: Job, sources: Sources, journal: Journal) -> Teache
         teachers,
         support=Support(student=needs.student_top_k > 0, top_k=needs.teacher_top_k, hidden=needs.hidden),
         domains=sources.stream.survey.domains,
-        on_request=journal.teacher_requests,
-        on_restart=lambda teacher, reason: journal.restarted("teacher", reason),
-        on_nonfinite=lambda trajectory, scores: journal.nonfinite("teacher", trajectory, scores),
+        events=Events(
+            on_request=journal.teacher_requests,
+            on_restart=lambda teacher, reason: journal.restarted("teacher", reason),
+            on_nonfinite=lambda trajectory, scores: journal.nonfinite("teacher", trajectory, scores),
+            say=journal.note,
+        ),
         floor_s=job.cluster.deadline_floor_s,
-        say=journal.note,
         alone=job.repeatable,
     )
 

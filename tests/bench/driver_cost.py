@@ -42,7 +42,7 @@ from opd_governor.actors.learner.group import LearnerGroup
 from opd_governor.actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
 from opd_governor.actors.rollout.actor import Deliveries, RayEngine, hand_on_s
 from opd_governor.actors.teacher.actor import RayTeacher
-from opd_governor.actors.teacher.pool import TeacherPool
+from opd_governor.actors.teacher.pool import Events, TeacherPool
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
@@ -320,7 +320,7 @@ def measure(
         fleet.learner._group = learner
         pool = TeacherPool(
             [(TEACHER, list(scorers))],
-            on_request=lambda *request: journal.teacher_requests(*request),
+            events=Events(on_request=lambda *request: journal.teacher_requests(*request)),
         )
         journal = Journal(
             directory, telemetry, monitor, samples_per_step=job.service.samples_per_step, decode=lambda ids: "x" * len(ids),

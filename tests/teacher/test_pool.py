@@ -1,103 +1,18 @@
 """The pool over fake actors: they have the methods of RayTeacher and a script of what goes wrong."""
 
 import asyncio
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from opd_governor.actors.deadlines import CallerError, HungError
+from opd_governor.actors.teacher import member
 from opd_governor.actors.teacher.member import CALL_BATCHES
-from opd_governor.actors.teacher.pool import Support, TeacherPool, blend_scores
-from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest
+from opd_governor.actors.teacher.pool import Events, Support, TeacherPool
+from opd_governor.actors.teacher.scorers import ScoreRequest
 from opd_governor.actors.teacher.settings import TeacherSettings
-from opd_governor.actors.trajectory import Prompt, TokenScores, Trajectory
-
-
-@dataclass(eq=False)
-class FakeTeacher:
-    """Scores every token with `logp`; each entry of `faults` spoils one call: an exception, seconds to hang, or nan."""
-
-    logp: float = -1.0
-    faults: list[Exception | float] = field(default_factory=list)
-    pace_s: float = 0.0
-    pid: int = 1
-    calls: list[int] = field(default_factory=list)
-    prompts: list[tuple[int, ...]] = field(default_factory=list)
-    restarts: int = 0
-
-    async def score(self, requests):
-        self.calls.append(len(requests))
-        self.prompts += [request.prompt_token_ids for request in requests]
-        logp = self.logp
-        if self.faults:
-            fault = self.faults.pop(0)
-            if isinstance(fault, Exception):
-                self.pid += isinstance(fault, ConnectionError)  # the process died and Ray started another
-                raise fault
-            if np.isnan(fault):
-                logp = fault
-            else:
-                await asyncio.sleep(fault)
-        await asyncio.sleep(self.pace_s)
-        return str(self.pid), [
-            TokenScores(
-                teacher="fake",
-                sampled_logp_T=np.full(len(request.token_ids), logp, np.float32),
-                stop_logp_T=np.full(len(request.token_ids), logp - 1, np.float32),
-                support_ids_TK=request.support_ids_TK,
-                support_logp_TK=None if request.support_ids_TK is None else np.full(request.support_ids_TK.shape, logp, np.float32),
-            )
-            for request in requests
-        ]
-
-    async def generate(self, prompts, options: GenerateOptions):
-        if self.faults:
-            raise self.faults.pop(0)
-        await asyncio.sleep(self.pace_s)
-        self.prompts += prompts
-        return [(options.seed, *prompt, options.beams) for prompt in prompts]
-
-    async def ping(self):
-        return str(self.pid)
-
-    async def restart(self):
-        self.restarts += 1
-        self.pid += 1
-
-
-def trajectory(domain: str = "", prompt_length: int = 3, length: int = 4, index: int = 0, **prompt) -> Trajectory:
-    return Trajectory(
-        prompt=Prompt(index=index, token_ids=(5,) * prompt_length, domain=domain, **prompt),
-        token_ids=(7,) * length,
-        logprobs_T=np.zeros(length, np.float32),
-        finish_reason="stop",
-        budget_tokens=64,
-        step=1,
-        weight_version=0,
-        limits_generation=0,
-        support_ids_TK=np.full((length, 2), 9, np.int32),
-    )
-
-
-def settings(**values) -> TeacherSettings:
-    return TeacherSettings(model="m", **values)
-
-
-class Log(Counter):
-    """Counts (teacher, result) and (teacher, reason)."""
-
-    def request(self, teacher, result, seconds, num):
-        assert seconds >= 0
-        self[teacher, result] += num
-
-    def restart(self, teacher, reason):
-        self[teacher, reason] += 1
-
-
-def build(teachers, log=None, **options) -> TeacherPool:
-    log = log if log is not None else Log()
-    return TeacherPool(teachers, on_request=log.request, on_restart=log.restart, cooldown_s=0.01, **options)
+from tests.teacher.fake_teacher import FakeTeacher, Log, build, settings, trajectory
 
 
 async def test_each_request_goes_to_the_least_loaded_actor():
@@ -124,7 +39,7 @@ async def test_hidden_states_arrive_whole_and_one_that_is_no_number_does_not(dty
             return process, [replace(s, sampled_logp_T=s.sampled_logp_T * np.nan, hidden_TH=h) for s, h in zip(scores, states, strict=True)]
 
     log = Log()
-    pool = TeacherPool([(settings(max_attempts=1), [Hidden()])], support=Support(hidden=True), on_request=log.request)
+    pool = TeacherPool([(settings(max_attempts=1), [Hidden()])], support=Support(hidden=True), events=Events(on_request=log.request))
     whole, spoiled = await pool.score([trajectory(), trajectory(index=1)])
     assert whole.hidden_TH.shape == (4, 2)
     assert spoiled is None
@@ -321,7 +236,7 @@ async def test_padded_support_entries_may_be_minus_infinity():
 
 
 async def test_a_users_mistake_is_raised_at_once():
-    actor = FakeTeacher(faults=[ValueError("context window 16")])
+    actor = FakeTeacher(faults=[CallerError("context window 16")])
     pool = build([(settings(), [actor])])
     with pytest.raises(ValueError, match="context window 16"):
         await pool.score([trajectory()])
@@ -339,39 +254,6 @@ async def test_each_domain_has_its_teacher():
 async def test_a_domain_without_teacher_is_refused_at_construction():
     with pytest.raises(ValueError, match=r"domain 'law' has no teacher \(teacher.domains: {'m': \('maths',\)}\)"):
         build([(settings(name="m", domains=("maths",)), [FakeTeacher()])], domains={"maths", "law"})
-
-
-async def test_several_teachers_of_a_domain_are_blended_as_a_mixture():
-    one, two = FakeTeacher(logp=-1), FakeTeacher(logp=-3)
-    pool = build([(settings(name="a", weight=3), [one]), (settings(name="b", weight=1), [two])], support=Support(student=True))
-    (scores,) = await pool.score([trajectory()])
-    mixture = np.log(0.75 * np.exp(-1) + 0.25 * np.exp(-3))
-    assert scores.teacher == "a+b"
-    np.testing.assert_allclose(scores.sampled_logp_T, mixture, rtol=1e-6)
-    np.testing.assert_allclose(scores.stop_logp_T, mixture - 1, rtol=1e-6)
-    np.testing.assert_allclose(scores.support_logp_TK, mixture, rtol=1e-6)
-    assert scores.support_logp_TK.dtype == np.float32
-
-
-async def test_half_a_blend_is_unscored():
-    one, two = FakeTeacher(), FakeTeacher(faults=[np.nan])
-    pool = build([(settings(name="a"), [one]), (settings(name="b"), [two])])
-    assert await pool.score([trajectory()]) == [None]
-
-
-async def test_teachers_own_supports_cannot_be_blended():
-    teachers = [(settings(name="a"), [FakeTeacher()]), (settings(name="b"), [FakeTeacher()])]
-    with pytest.raises(ValueError, match=r"\['a', 'b'\] blend only on the same ids"):
-        build(teachers, support=Support(top_k=8), domains={""})
-
-
-def test_an_id_one_vocabulary_lacks_has_no_probability_there():
-    def scores(ids, logps):
-        return TokenScores("t", np.zeros(1, np.float32), np.zeros(1, np.float32), np.array([ids], np.int32), np.array([logps], np.float32))
-
-    blended = blend_scores([scores([4, -1], [-1, -np.inf]), scores([4, 6], [-1, -2])], [1, 1])
-    assert blended.support_ids_TK.tolist() == [[4, 6]]
-    np.testing.assert_allclose(blended.support_logp_TK, [[-1, -2 + np.log(0.5)]], rtol=1e-6)
 
 
 async def test_teachers_with_the_same_actors_share_load_and_health():
@@ -417,3 +299,23 @@ async def test_alone_no_request_shares_a_call_with_another():
     scores = await pool.score([trajectory(index=index) for index in range(5)])
     assert teacher.calls == [1] * 5
     assert all(score is not None for score in scores)
+
+
+async def test_a_teacher_that_does_not_come_up_is_named_with_the_seconds_waited(monkeypatch):
+    class Silent(FakeTeacher):
+        async def ping(self):
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(member, "START_TIMEOUT_S", 0.05)
+    said = []
+    with pytest.raises(HungError, match=r"waited 0\.\d s for the start of an actor of teacher big, deadline"):
+        await build([(settings(name="big"), [Silent()])], say=said.append).start()
+    assert "watchdog" in said[0]
+
+
+async def test_an_actors_own_value_error_sets_it_aside_and_the_request_is_asked_elsewhere():
+    log, sick = Log(), FakeTeacher(faults=[ValueError("setting an array element with a sequence")])
+    pool = build([(settings(), [sick, FakeTeacher()])], log)
+    (score,) = await pool.score([trajectory()])
+    assert score is not None
+    assert log["teacher", "error"] == 1

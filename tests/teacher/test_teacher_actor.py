@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from opd_governor.actors.teacher.actor import RayTeacher, start_teacher
-from opd_governor.actors.teacher.pool import Support, TeacherPool
+from opd_governor.actors.teacher.pool import Events, Support, TeacherPool
 from opd_governor.actors.teacher.scorers import ScoreRequest, TorchScorer, digest_weights
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import Prompt, Trajectory
@@ -69,7 +69,7 @@ async def test_two_actors_score_answer_and_survive_a_kill(cluster, tmp_path):
     settings = TeacherSettings(model=folder, name="tiny", num_actors=2, batch_tokens=256)
     handles = start_teacher(settings, STOP_IDS, seed=0)
     restarts = []
-    pool = TeacherPool([(settings, handles)], support=Support(top_k=4), on_restart=lambda *event: restarts.append(event))
+    pool = TeacherPool([(settings, handles)], support=Support(top_k=4), events=Events(on_restart=lambda *event: restarts.append(event)))
     await pool.start()
     samples = trajectories(24)
 

@@ -1,15 +1,21 @@
 """What every command of `opd` has, and what `opd` says about itself."""
 
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from importlib.metadata import version
+from pathlib import Path
 
 import click
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from opd_governor.actors.deadlines import HungError
 from opd_governor.services.cli.app import app
 from opd_governor.services.cli.terminal import quiet_environment
+from opd_governor.services.inputs import preflight
+from opd_governor.services.run.launch import Run
 
 COMMANDS: dict[str, click.Command] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -47,3 +53,19 @@ def test_the_long_work_before_a_run_may_print_its_progress(monkeypatch: pytest.M
         assert logging.getLogger("opd_governor.services.inputs.prune").isEnabledFor(logging.INFO)
     finally:
         logger.setLevel(level)
+
+
+def test_an_actor_that_does_not_come_up_is_named_and_no_disk_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.asynccontextmanager
+    async def never_up(*_: object, **__: object) -> AsyncIterator[Run]:
+        raise HungError("waited 600.0 s for the start of an actor of teacher big, deadline 600.0 s")
+        yield
+
+    monkeypatch.setattr(preflight, "check", lambda job, out: [])
+    monkeypatch.setattr(Run, "open", never_up)
+    job = tmp_path / "job.yaml"
+    job.write_text("name: x\nstudent: {model: a}\nteacher: {model: b}\ndata: {prompts: {path: p}}\n")
+    shown = CliRunner().invoke(app, ["run", str(job), "--out", str(tmp_path / "out")])
+    assert shown.exit_code == 1
+    assert "the start of an actor of teacher big" in shown.output
+    assert "--resume" not in shown.output
