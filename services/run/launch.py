@@ -261,7 +261,7 @@ class Run:
         needs = self.job.objective.needs
         return TeacherPool(
             teachers,
-            support=Support(student=needs.student_top_k > 0, top_k=needs.teacher_top_k, hidden=needs.hidden),
+            support=Support(student=needs.student_top_k > 0, top_k=needs.teacher_top_k, rest=needs.rest, hidden=needs.hidden),
             domains={prompt.domain for prompt in self.stream.prompts()},
             on_request=self._count_requests,
             on_restart=lambda teacher, reason: self._count_restart("teacher", reason),
