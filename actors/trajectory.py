@@ -10,6 +10,12 @@ import numpy as np
 
 FinishReason = Literal["stop", "length", "repetition", "error"]
 
+REST_ID = -2
+"""In a support's ids: the column whose log-prob is that of every id which is neither the sampled one, nor in the support, nor (where
+stops are one event) a stop id. -1 is padding."""
+Rest = Literal["without_stops", "with_stops"]
+"""Whether the rest leaves out the stop ids (they are a class of their own) or has those that are not listed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

@@ -149,6 +149,7 @@ class Learner:
             limits,
             micro_batch_tokens=self._settings.micro_batch_tokens,
             max_new_tokens=self._max_new_tokens,
+            stop_ids=self._passes.stop_ids.tolist(),
             reference_length_tokens=reference_tokens,
             share=rank_and_size(),
         )

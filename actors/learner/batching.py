@@ -16,7 +16,7 @@ from torch import Tensor
 from opd_governor.actors.learner.fields import TokenFields
 from opd_governor.actors.learner.settings import ObjectiveSettings
 from opd_governor.actors.learner.supports import SUPPORTS
-from opd_governor.actors.learner.weights import overlong_penalty, stop_tilt, token_mask, token_weights
+from opd_governor.actors.learner.weights import overlong_terms, position_weights, stop_tilt, token_mask, token_weights, within_horizon
 from opd_governor.actors.packing import like_lengths
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
 
@@ -90,6 +90,7 @@ def build_micro_batches(
     *,
     micro_batch_tokens: int,
     max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
     reference_length_tokens: float | None = None,
     pad_id: int = 0,
     share: tuple[int, int] = (0, 1),
@@ -99,8 +100,8 @@ def build_micro_batches(
     A row longer than that has a micro-batch to itself. `share` (rank, number of ranks) leaves this rank's rows only: their weights
     stay shares of the whole batch, and all ranks get equally many micro-batches. `golden`: prompts with `golden_ids`, learnt by
     cross-entropy with weight `limits.golden_weight` (mean over their tokens). `max_new_tokens` is the constant reduction's normaliser and
-    `reference_length_tokens` the stop tilt's target where the settings leave them open. Raises ValueError where a tilt
-    has no target, or a dense loss no support.
+    `reference_length_tokens` the stop tilt's target where the settings leave them open; `stop_ids` are what a
+    horizon keeps. Raises ValueError where a tilt has no target, or a dense loss no support.
 
     >>> for micro in build_micro_batches(rollouts, golden, settings, limits, micro_batch_tokens=8192, max_new_tokens=512):
     ...     hidden_NH = model.model(micro.student.input_ids_BL).last_hidden_state.flatten(0, 1)[micro.student.predictor_N]
@@ -110,29 +111,42 @@ def build_micro_batches(
     if limits.stop_tilt_nats > 0 and target_tokens is None:
         raise ValueError("objective.stop_tilt_target_tokens: not set and no reference length known; set it or stop_tilt_nats to 0")
 
-    masks = [token_mask(rollout.trajectory, settings, limits.loop_tail_weight) for rollout in rollouts]
+    masks = [token_mask(rollout.trajectory, settings, limits.loop_tail_weight, stop_ids) for rollout in rollouts]
     weights = token_weights(masks, settings.reduction, normaliser_tokens)
+    whole_weights = weights
+    if settings.overlong_weight > 0:
+        whole_masks = [token_mask(rollout.trajectory, settings, 1.0, stop_ids) for rollout in rollouts]
+        whole_weights = token_weights(whole_masks, settings.reduction, normaliser_tokens)
     rows = [
-        _rollout_row(rollout, weight_T, settings, limits, target_tokens or 0.0) for rollout, weight_T in zip(rollouts, weights, strict=True)
+        _rollout_row(rollout, weight_T, whole_T, settings, limits, target_tokens or 0.0)
+        for rollout, weight_T, whole_T in zip(rollouts, weights, whole_weights, strict=True)
     ]
-    num_golden_tokens = sum(len(prompt.golden_ids or ()) for prompt in golden)
+    golden_masks = [within_horizon(prompt.golden_ids or (), settings.horizon_tokens, stop_ids) for prompt in golden]
+    golden_weight = limits.golden_weight / max(sum(float(mask_T.sum()) for mask_T in golden_masks), 1)
     blank = _blank_teacher(rows)
-    rows += [_golden_row(prompt, limits.golden_weight / max(num_golden_tokens, 1), blank) for prompt in golden]
+    rows += [_golden_row(prompt, golden_weight * mask_T, blank) for prompt, mask_T in zip(golden, golden_masks, strict=True)]
     rows.sort(key=lambda row: -row.num_tokens)
     rank, num_ranks = share
     shares = [_group(dealt, micro_batch_tokens) for dealt in _deal(rows, num_ranks)]
     # A pass is a meeting of all ranks: who has fewer micro-batches makes up with rows that count nothing.
     num_missing = max(map(len, shares)) - len(shares[rank])
-    nothing = _golden_row(Prompt(-1, (pad_id,), golden_ids=(pad_id,)), 0.0, blank)
+    nothing = _golden_row(Prompt(-1, (pad_id,), golden_ids=(pad_id,)), np.zeros(1), blank)
     return [_pad(group, pad_id) for group in [*shares[rank], *([[nothing]] * num_missing)]]
 
 
 def _rollout_row(
-    rollout: ScoredRollout, weight_T: np.ndarray, settings: ObjectiveSettings, limits: LengthLimits, target_tokens: float
+    rollout: ScoredRollout,
+    weight_T: np.ndarray,
+    whole_weight_T: np.ndarray,
+    settings: ObjectiveSettings,
+    limits: LengthLimits,
+    target_tokens: float,
 ) -> _Row:
     trajectory, scores = rollout.trajectory, rollout.scores
     num_tokens = len(trajectory.token_ids)
-    penalty = overlong_penalty(num_tokens, trajectory.budget_tokens, settings.overlong_buffer_ratio)
+    overlong_T, tail_weight_T = overlong_terms(trajectory, settings, weight_T, whole_weight_T)
+    if settings.position_gamma > 0:
+        weight_T = weight_T * position_weights(scores, trajectory, settings.position_gamma)
     fields = _blank_fields(trajectory.token_ids) | {
         "rollout_N": np.ones(num_tokens, bool),
         "weight_N": weight_T,
@@ -140,7 +154,8 @@ def _rollout_row(
         "teacher_logp_N": scores.sampled_logp_T,
         "teacher_stop_logp_N": scores.stop_logp_T,
         "tilt_N": stop_tilt(num_tokens, limits.stop_tilt_nats, target_tokens, settings.stop_tilt_width_tokens),
-        "overlong_N": np.full(num_tokens, settings.overlong_weight * penalty),
+        "overlong_N": overlong_T,
+        "tail_weight_N": tail_weight_T,
     }
     support = SUPPORTS[settings.support]
     if support.student_ids or support.teacher_ids:
@@ -171,22 +186,22 @@ def _blank_teacher(rows: list[_Row]) -> dict[str, np.ndarray]:
     }
 
 
-def _golden_row(prompt: Prompt, weight: float, blank: dict[str, np.ndarray]) -> _Row:
+def _golden_row(prompt: Prompt, weight_T: np.ndarray, blank: dict[str, np.ndarray]) -> _Row:
     assert prompt.golden_ids is not None, f"prompt {prompt.index} has no golden answer"
     num_tokens = len(prompt.golden_ids)
-    fields = _blank_fields(prompt.golden_ids) | {"golden_weight_N": np.full(num_tokens, weight)}
+    fields = _blank_fields(prompt.golden_ids) | {"golden_weight_N": weight_T}
     fields |= {name: np.broadcast_to(row, (num_tokens, row.shape[1])) for name, row in blank.items()}
     return _Row(prompt.token_ids, prompt.golden_ids, fields)
 
 
 def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
     num_tokens = len(response_ids)
-    zeros = ("weight_N", "golden_weight_N", "behaviour_logp_N", "teacher_logp_N", "teacher_stop_logp_N", "tilt_N", "overlong_N")
+    names = ["weight", "golden_weight", "tail_weight", "behaviour_logp", "teacher_logp", "teacher_stop_logp", "tilt", "overlong"]
     return {
         "sampled_ids_N": np.asarray(response_ids, np.int64),
         "position_N": np.arange(num_tokens),
         "rollout_N": np.zeros(num_tokens, bool),
-    } | {name: np.zeros(num_tokens) for name in zeros}
+    } | {f"{name}_N": np.zeros(num_tokens) for name in names}
 
 
 def _deal(rows: list[_Row], num_ranks: int) -> list[list[_Row]]:

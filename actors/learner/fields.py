@@ -41,6 +41,8 @@ class TokenFields:
     """Stop tilt b(t), nats."""
     overlong_N: Tensor
     """Soft overlong penalty of the token's response, times its weight, nats."""
+    tail_weight_N: Tensor | None = None
+    """Weight of the overlong penalty alone, beside `weight_N`: what a loop's tokens lack where their distillation is masked."""
     support_ids_NK: Tensor | None = None
     """Ids of a top-k support; repeats count once, -1 is padding."""
     support_logp_NK: Tensor | None = None

@@ -62,6 +62,9 @@ def chunked_objective(
         chunk = fields.select(index)
         losses = token_losses(student.head(hidden_CH), chunk, settings, stop_ids_E, teacher_CV, reference_CV)
         total = (chunk.weight_N * (losses.loss_N + reference_kl_weight * losses.reference_kl_N)).sum()
+        if chunk.tail_weight_N is not None and chunk.tail_weight_N.any():
+            alone, _ = policy_gradient(torch.zeros_like(losses.kl_N), losses.logp_N, losses.action_logp_N, chunk, settings)
+            total = total + (chunk.tail_weight_N * alone).sum()
         if chunk.golden_weight_N.any():
             # On a golden token -log p of the action is the cross-entropy with the stop as one event.
             total = total - (chunk.golden_weight_N * losses.action_logp_N).sum()
@@ -156,7 +159,7 @@ def token_losses(
 
 def _positions(logp_CV: Tensor, fields: TokenFields, stop_ids_E: Tensor, teacher_logits_CV: Tensor | None) -> tuple[Positions, Tensor]:
     """What both models say at each position, and the student's log-prob of the sampled id."""
-    stop_ids_E = stop_ids_E[stop_ids_E < logp_CV.shape[-1]]
+    stop_ids_E = stop_ids_E[stop_ids_E < logp_CV.shape[-1]].unique()  # one that is named twice counts once
     assert stop_ids_E.numel() > 0, "no stop id inside the student's vocabulary"
     # Picked at once: the gradient of each gather is a tensor as large as the logits.
     picked_ids_CX = torch.cat([fields.sampled_ids_N[:, None], stop_ids_E.expand(len(fields), -1)], -1)

@@ -61,4 +61,7 @@ def reference_kl(
     r_C = pick(reference_CV, fields.sampled_ids_N[:, None]).squeeze(-1) - logp_C
     k2_C = r_C.square() / 2
     k3_C = (torch.expm1(r_C) - r_C).detach()
-    return importance_weight(logp_C, fields, settings) * (k3_C + (k2_C - k2_C.detach()))
+    # In later epochs the sample is one of the policy at the batch's start: its ratio weighs it back to the present one.
+    moved_C = 0.0 if fields.proximal_logp_N is None else logp_C.detach() - fields.proximal_logp_N
+    ratio_C = torch.as_tensor(moved_C).exp() * importance_weight(logp_C, fields, settings)
+    return ratio_C * (k3_C + (k2_C - k2_C.detach()))

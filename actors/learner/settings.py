@@ -52,7 +52,8 @@ class ObjectiveSettings(Settings):
     golden_ratio: Annotated[float, Field(ge=0, le=4)] = 0.25
     """Golden answers beside each rollout in a batch (0.25: one per four)."""
     overlong_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """DAPO soft overlong penalty: a response at its cap has this many nats taken from each token's advantage; sampled support only."""
+    """DAPO soft overlong penalty: a response at its cap has this many nats taken from each token's advantage; sampled support only.
+    Where it ends in a loop, from the tokens of the loop alone, whatever weight `loop_tail` gives their distillation."""
     overlong_buffer_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The penalty rises over the last buffer x cap tokens."""
     stop_tilt_nats: Annotated[float, Field(ge=0, le=20)] = 0.0
@@ -60,6 +61,11 @@ class ObjectiveSettings(Settings):
     stop_tilt_target_tokens: Annotated[int, Field(ge=1)] | None = None
     """None: the reference length (mean of golden or teacher answers)."""
     stop_tilt_width_tokens: Annotated[int, Field(ge=1)] = 32
+    horizon_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Loss on the first tokens of each response only, and on its stop event wherever that stands, sampled or golden. None: all."""
+    position_gamma: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """IW-OPD: a token counts 1 + gamma x the share of its response's |log pT - log pS| that lies at it or after it. 0: all tokens alike.
+    Needs log-probs of the sampled tokens, so not with support full."""
     loop_tail: Literal["mask", "keep", "downweight"] = "mask"
     """Tokens from one period after a loop's onset."""
     loop_tail_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -76,12 +82,14 @@ class ObjectiveSettings(Settings):
             raise ValueError(f"loss {self.loss} needs a dense support: set support to student, teacher, union or full")
         if dense and self.overlong_weight > 0:
             raise ValueError("overlong_weight acts on the sampled estimator only: set support to sampled or the weight to 0")
+        if SUPPORTS[self.support].hidden and self.position_gamma > 0:
+            raise ValueError(f"position_gamma needs log-probs of the sampled tokens; support {self.support} has none: set it to 0")
         return self
 
     @property
     def needs(self) -> Needs:
         """What engines, teachers and the learner have to know of each position for this support."""
-        return SUPPORTS[self.support].needs(self.top_k)
+        return SUPPORTS[self.support].needs(self)
 
 
 class LearnerSettings(Settings):

@@ -10,6 +10,7 @@ A support of your own is one declaration in a file that the job's `extensions` n
 Shapes: C positions, V vocabulary, K ids of a top-k, X classes, E stop ids.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from opd_governor.actors.extensions import Kind
 from opd_governor.actors.learner.fields import LOWEST_LOGP, TokenFields
+from opd_governor.actors.trajectory import REST_ID, Rest
 
 if TYPE_CHECKING:
     from opd_governor.actors.learner.settings import ObjectiveSettings
@@ -65,6 +67,8 @@ class Needs:
     """The teacher's own most likely ids; 0: none."""
     hidden: bool
     """The teacher's hidden states, and its head beside the student."""
+    rest: Rest | None = None
+    """The teacher's log-prob of all that is not listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,12 @@ class Support:
     hidden: bool = False
     """It needs the teacher's hidden states."""
 
-    def needs(self, top_k: int) -> Needs:
-        return Needs(top_k if self.student_ids else 0, top_k if self.teacher_ids else 0, self.hidden)
+    def needs(self, settings: "ObjectiveSettings") -> Needs:
+        top_k = settings.top_k
+        rest: Rest = "without_stops" if settings.stop_event == "class" else "with_stops"
+        listed = self.student_ids or self.teacher_ids
+        tail = rest if settings.tail_bucket and listed else None
+        return Needs(top_k if self.student_ids else 0, top_k if self.teacher_ids else 0, self.hidden, tail)
 
     @property
     def dense(self) -> bool:
@@ -90,6 +98,10 @@ class Support:
 
 
 SUPPORTS: Kind[Support] = Kind("support")
+
+LOWEST_REST = 1e-7
+LOWEST_REST_LOGP = math.log(LOWEST_REST)
+"""A rest below this is rounding of float32 log-probs. The floor is the same for both models, so an empty rest costs nothing."""
 
 
 def listed(at: Positions, columns: int | None = None) -> Classes:
@@ -140,9 +152,41 @@ def close(at: Positions, classes: Classes, settings: "ObjectiveSettings", log_ti
         teacher_CX = teacher_CX + tilt_C[:, None] * stop_CX - log_tilt_sum_C[:, None]
     if whole and valid_CX.all():  # both are distributions as they are
         return student_CX, teacher_CX, at.p_CV
-    tail = settings.tail_bucket and not complete
-    student_CX, teacher_CX = _normalise(student_CX, valid_CX, tail), _normalise(teacher_CX, valid_CX, tail)
+    if settings.tail_bucket and not complete:
+        student_C, teacher_C = _rests(at, classes, settings, student_CX, teacher_CX, valid_CX)
+        student_CX, teacher_CX = torch.cat([student_CX, student_C[:, None]], -1), torch.cat([teacher_CX, teacher_C[:, None]], -1)
+        valid_CX = F.pad(valid_CX, (0, 1), value=True)
+    student_CX, teacher_CX = _normalise(student_CX, valid_CX), _normalise(teacher_CX, valid_CX)
     return student_CX, teacher_CX, student_CX.detach().exp()
+
+
+def _rests(
+    at: Positions, classes: Classes, settings: "ObjectiveSettings", student_CX: Tensor, teacher_CX: Tensor, valid_CX: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[C] each model's log-prob of everything that is in no class, not below LOWEST_REST_LOGP.
+
+    Where the teacher sent its own (the column REST_ID) both are sums over ids, so that a small rest keeps its digits. A back end that
+    does not know the whole vocabulary sends none; then both are what the classes leave of 1, in float64. The teacher's log-probs are
+    float32, so such a rest r is good to 1e-7 / r.
+    """
+    ids_NK, logp_NK = at.fields.support_ids_NK, at.fields.support_logp_NK
+    if ids_NK is None or logp_NK is None or not (rest_NK := ids_NK == REST_ID).any():
+        return _left_of_one(student_CX, valid_CX), _left_of_one(teacher_CX, valid_CX)
+    inside_CV = torch.zeros_like(at.p_CV, dtype=torch.bool)
+    rows_CX = torch.arange(len(inside_CV), device=inside_CV.device)[:, None].expand_as(classes.ids_CX)
+    inside_CV[rows_CX[classes.valid_CX], classes.ids_CX[classes.valid_CX]] = True
+    if settings.stop_event == "class":
+        inside_CV[:, at.stop_ids_E] = True
+    student_C = at.logp_CV.masked_fill(inside_CV, LOWEST_LOGP).logsumexp(-1)
+    # Ids that the student lacks are in the teacher's support and in no class.
+    foreign_CX = (classes.ids_CX >= at.logp_CV.shape[-1]) & ~_repeated(classes.ids_CX)
+    parts = logp_NK.to(teacher_CX.dtype).masked_fill(~rest_NK, LOWEST_LOGP), classes.teacher_CX.masked_fill(~foreign_CX, LOWEST_LOGP)
+    return student_C.clamp(min=LOWEST_REST_LOGP), torch.cat(parts, -1).logsumexp(-1).clamp(min=LOWEST_REST_LOGP)
+
+
+def _left_of_one(logp_CX: Tensor, valid_CX: Tensor) -> Tensor:
+    inside_C = logp_CX.double().masked_fill(~valid_CX, LOWEST_LOGP).exp().sum(-1)
+    return torch.log1p(-inside_C.clamp(max=1 - LOWEST_REST)).to(logp_CX.dtype)
 
 
 def _repeated(ids_CX: Tensor) -> Tensor:
@@ -153,11 +197,6 @@ def _repeated(ids_CX: Tensor) -> Tensor:
     return torch.zeros_like(again_CX).scatter(-1, order_CX, again_CX)
 
 
-def _normalise(logp_CX: Tensor, valid_CX: Tensor, tail: bool) -> Tensor:
-    """Log-probs renormalised on the valid classes, with `tail` one more for all the rest; at the others as good as log 0."""
-    logp_CX = logp_CX.masked_fill(~valid_CX, LOWEST_LOGP)
-    if tail:
-        # An empty tail is rounding noise in both models: the floor makes it the same noise, so it costs nothing.
-        rest_C = (1 - logp_CX.exp().sum(-1)).clamp(min=torch.finfo(logp_CX.dtype).eps)
-        logp_CX = torch.cat([logp_CX, rest_C.log()[:, None]], -1)
-    return logp_CX.log_softmax(-1)
+def _normalise(logp_CX: Tensor, valid_CX: Tensor) -> Tensor:
+    """Log-probs renormalised on the valid classes; at the others as good as log 0."""
+    return logp_CX.masked_fill(~valid_CX, LOWEST_LOGP).log_softmax(-1)

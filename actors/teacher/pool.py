@@ -19,7 +19,7 @@ from opd_governor.actors.teacher.member import COOLDOWN_S, Member, OnRestart, Te
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.teacher.shares import least_loaded, share_out
-from opd_governor.actors.trajectory import Prompt, TokenScores, Trajectory
+from opd_governor.actors.trajectory import Prompt, Rest, TokenScores, Trajectory
 
 T = TypeVar("T")
 Result = Literal["ok", "nonfinite", "error", "timeout", "unscored"]
@@ -41,6 +41,8 @@ class Support:
     """Log-probs at the trajectory's own `support_ids_TK`."""
     top_k: int = 0
     """The teacher's own most likely ids; 0: none."""
+    rest: Rest | None = None
+    """The log-prob of all that is not listed."""
     hidden: bool = False
     """The teacher's hidden states instead: the learner has its head, and with it the whole vocabulary."""
 
@@ -159,6 +161,7 @@ class TeacherPool:
             token_ids=trajectory.token_ids,
             support_ids_TK=trajectory.support_ids_TK if self.support.student else None,
             top_k=self.support.top_k,
+            rest=self.support.rest,
             hidden=self.support.hidden,
         )
 

@@ -20,7 +20,7 @@ from opd_governor.actors.deadlines import CallerError
 from opd_governor.actors.packing import like_lengths
 from opd_governor.actors.teacher.scoring import PAD_ID, score_positions
 from opd_governor.actors.teacher.settings import TeacherSettings
-from opd_governor.actors.trajectory import TokenScores
+from opd_governor.actors.trajectory import Rest, TokenScores
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class ScoreRequest:
     """[T, K] ids to score at each position (the student's own); -1 pads a row. They come first in the answer's support."""
     top_k: int = 0
     """Teacher's own most likely ids to add; 0: none."""
+    rest: Rest | None = None
+    """Add a column REST_ID with the log-prob of all that is not listed, where the back end knows the whole vocabulary."""
     hidden: bool = False
     """Give the hidden states, and no log-prob at all (back end `torch`)."""
 
@@ -125,6 +127,7 @@ class TorchScorer:
             top_k=max(request.top_k for request in requests),
             given_ids_NK=None if given_ids_NK is None else torch.from_numpy(given_ids_NK).to(device),
             chunk_tokens=self.settings.chunk_tokens,
+            rest=requests[0].rest,
         )
         return split_scores(
             self.settings.name,
@@ -210,8 +213,9 @@ def split_scores(
     for request in requests:
         rows = slice(start, start := start + len(request.token_ids))
         own_given = 0 if request.support_ids_TK is None else request.support_ids_TK.shape[1]
-        own_top = min(request.top_k, ids_NK.shape[1] - joined_given)
-        columns = np.concatenate([np.arange(own_given), joined_given + np.arange(own_top)])
+        num_rest = int(request.rest is not None)
+        own_top = min(request.top_k, ids_NK.shape[1] - joined_given - num_rest)
+        columns = np.concatenate([np.arange(own_given), joined_given + np.arange(own_top), ids_NK.shape[1] - 1 - np.arange(num_rest)])
         results.append(
             TokenScores(
                 teacher=teacher,
@@ -245,6 +249,7 @@ def score_logp(teacher: str, request: ScoreRequest, logp_TV: np.ndarray, stop_id
         stop_ids,
         top_k=request.top_k,
         given_ids_NK=None if request.support_ids_TK is None else torch.from_numpy(request.support_ids_TK.astype(np.int64)),
+        rest=request.rest,
     )
     support = scored.support_ids_NK.to(torch.int32).numpy(), scored.support_logp_NK.numpy()
     return split_scores(teacher, [request], scored.sampled_logp_N.numpy(), scored.stop_logp_N.numpy(), *support)[0]

@@ -31,7 +31,7 @@ async def start_teachers(job: Job, sources: Sources, journal: Journal) -> Teache
     needs = job.objective.needs
     return TeacherPool(
         teachers,
-        support=Support(student=needs.student_top_k > 0, top_k=needs.teacher_top_k, hidden=needs.hidden),
+        support=Support(student=needs.student_top_k > 0, top_k=needs.teacher_top_k, rest=needs.rest, hidden=needs.hidden),
         domains=sources.stream.survey.domains,
         events=Events(
             on_request=journal.teacher_requests,

@@ -243,4 +243,6 @@ def reference_kl(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor
         return term, term
     r = torch.log(reference[case.sampled[n]]) - torch.log(p[case.sampled[n]])
     weight = importance(case, settings, n, p)
+    if case.proximal_probs is not None:
+        weight *= number(p[case.sampled[n]] / case.proximal_probs[n][case.sampled[n]])
     return weight * (torch.exp(r) - 1 - r), weight * r**2 / 2
