@@ -16,7 +16,7 @@ from torch import Tensor
 from opd_governor.actors.learner.fields import TokenFields
 from opd_governor.actors.learner.settings import ObjectiveSettings
 from opd_governor.actors.learner.supports import SUPPORTS
-from opd_governor.actors.learner.weights import overlong_penalty, stop_tilt, token_mask, token_weights
+from opd_governor.actors.learner.weights import comparable, overlong_penalty, stop_tilt, token_mask, token_weights
 from opd_governor.actors.packing import like_lengths
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
 
@@ -110,7 +110,7 @@ def build_micro_batches(
     if limits.stop_tilt_nats > 0 and target_tokens is None:
         raise ValueError("objective.stop_tilt_target_tokens: not set and no reference length known; set it or stop_tilt_nats to 0")
 
-    masks = [token_mask(rollout.trajectory, settings, limits.loop_tail_weight) for rollout in rollouts]
+    masks = [token_mask(rollout.trajectory, settings, limits.loop_tail_weight) * comparable(rollout.scores) for rollout in rollouts]
     weights = token_weights(masks, settings.reduction, normaliser_tokens)
     rows = [
         _rollout_row(rollout, weight_T, settings, limits, target_tokens or 0.0) for rollout, weight_T in zip(rollouts, weights, strict=True)
@@ -142,6 +142,10 @@ def _rollout_row(
         "tilt_N": stop_tilt(num_tokens, limits.stop_tilt_nats, target_tokens, settings.stop_tilt_width_tokens),
         "overlong_N": np.full(num_tokens, settings.overlong_weight * penalty),
     }
+    if scores.span_T is not None:
+        fields["span_start_N"] = (scores.span_T < 0) | (np.diff(scores.span_T, prepend=-2) != 0)
+    if scores.sampled_only_T is not None:
+        fields["sampled_only_N"] = scores.sampled_only_T
     support = SUPPORTS[settings.support]
     if support.student_ids or support.teacher_ids:
         if scores.support_ids_TK is None or scores.support_logp_TK is None:
@@ -186,6 +190,8 @@ def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
         "sampled_ids_N": np.asarray(response_ids, np.int64),
         "position_N": np.arange(num_tokens),
         "rollout_N": np.zeros(num_tokens, bool),
+        "span_start_N": np.ones(num_tokens, bool),
+        "sampled_only_N": np.zeros(num_tokens, bool),
     } | {name: np.zeros(num_tokens) for name in zeros}
 
 

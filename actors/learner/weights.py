@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from opd_governor.actors.learner.settings import ObjectiveSettings
-from opd_governor.actors.trajectory import Trajectory
+from opd_governor.actors.trajectory import TokenScores, Trajectory
 
 
 def token_mask(trajectory: Trajectory, settings: ObjectiveSettings, loop_tail_weight: float) -> np.ndarray:
@@ -19,6 +19,14 @@ def token_mask(trajectory: Trajectory, settings: ObjectiveSettings, loop_tail_we
     if trajectory.loop_onset is not None:
         mask_T[trajectory.loop_onset + (trajectory.loop_period or 0) :] = loop_tail_weight
     return mask_T
+
+
+def comparable(scores: TokenScores) -> np.ndarray:
+    """[T] 1 where the teacher has something to compare the token with, else 0."""
+    counts_T = np.ones(len(scores.sampled_logp_T))
+    if scores.span_T is not None:
+        counts_T[scores.span_T < 0] = 0.0
+    return counts_T
 
 
 def token_weights(masks: Sequence[np.ndarray], reduction: str, normaliser_tokens: float) -> list[np.ndarray]:
