@@ -16,7 +16,15 @@ from torch import Tensor
 from opd_governor.actors.learner.fields import TokenFields
 from opd_governor.actors.learner.settings import ObjectiveSettings
 from opd_governor.actors.learner.supports import SUPPORTS
-from opd_governor.actors.learner.weights import overlong_terms, position_weights, stop_tilt, token_mask, token_weights, within_horizon
+from opd_governor.actors.learner.weights import (
+    comparable,
+    overlong_terms,
+    position_weights,
+    stop_tilt,
+    token_mask,
+    token_weights,
+    within_horizon,
+)
 from opd_governor.actors.packing import like_lengths
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
 
@@ -111,11 +119,11 @@ def build_micro_batches(
     if limits.stop_tilt_nats > 0 and target_tokens is None:
         raise ValueError("objective.stop_tilt_target_tokens: not set and no reference length known; set it or stop_tilt_nats to 0")
 
-    masks = [token_mask(rollout.trajectory, settings, limits.loop_tail_weight, stop_ids) for rollout in rollouts]
+    masks = [token_mask(r.trajectory, settings, limits.loop_tail_weight, stop_ids) * comparable(r.scores) for r in rollouts]
     weights = token_weights(masks, settings.reduction, normaliser_tokens)
     whole_weights = weights
     if settings.overlong_weight > 0:
-        whole_masks = [token_mask(rollout.trajectory, settings, 1.0, stop_ids) for rollout in rollouts]
+        whole_masks = [token_mask(r.trajectory, settings, 1.0, stop_ids) * comparable(r.scores) for r in rollouts]
         whole_weights = token_weights(whole_masks, settings.reduction, normaliser_tokens)
     rows = [
         _rollout_row(rollout, weight_T, whole_T, settings, limits, target_tokens or 0.0)
@@ -157,6 +165,10 @@ def _rollout_row(
         "overlong_N": overlong_T,
         "tail_weight_N": tail_weight_T,
     }
+    if scores.span_T is not None:
+        fields["span_start_N"] = (scores.span_T < 0) | (np.diff(scores.span_T, prepend=-2) != 0)
+    if scores.sampled_only_T is not None:
+        fields["sampled_only_N"] = scores.sampled_only_T
     support = SUPPORTS[settings.support]
     if support.student_ids or support.teacher_ids:
         if scores.support_ids_TK is None or scores.support_logp_TK is None:
@@ -201,6 +213,8 @@ def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
         "sampled_ids_N": np.asarray(response_ids, np.int64),
         "position_N": np.arange(num_tokens),
         "rollout_N": np.zeros(num_tokens, bool),
+        "span_start_N": np.ones(num_tokens, bool),
+        "sampled_only_N": np.zeros(num_tokens, bool),
     } | {f"{name}_N": np.zeros(num_tokens) for name in names}
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from opd_governor.actors.learner.divergences import LOSSES
 from opd_governor.actors.learner.fields import LOWEST_LOGP, LazyLogits, TokenFields, TokenLosses, pick
 from opd_governor.actors.learner.sampled import policy_gradient, reference_kl
+from opd_governor.actors.learner.spans import chunks, reward_to_go
 from opd_governor.actors.learner.supports import SUPPORTS, Positions, close
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def chunked_objective(
         parts.append(losses)
         return total
 
-    slices = [slice(start, start + chunk_tokens) for start in range(0, max(len(fields), 1), chunk_tokens)]
+    slices = chunks(len(fields), chunk_tokens, fields.span_start_N)
     total = _EagerGradient.apply(run, slices, student.hidden_NH, *student.weights)
     return total, TokenLosses.cat(parts)
 
@@ -132,12 +133,15 @@ def token_losses(
     # log(1 + P_T(E|s)(e^b - 1)): what the tilt takes from every action; exactly 0 where b = 0
     log_tilt_sum_C = torch.log1p(at.teacher_stop_logp_C.exp() * torch.expm1(tilt_C))
 
-    if support.classes is None:
-        tilted_gap_C = gap_C + tilt_C * at_stop_C - log_tilt_sum_C
-        loss_C, clipped_C = policy_gradient(tilted_gap_C, logp_C, action_logp_C, fields, settings)
-    else:
+    loss_C, clipped_C = torch.zeros_like(gap_C), torch.zeros_like(gap_C)
+    if support.classes is not None:
         student_CX, teacher_CX, p_CX = close(at, support.classes(at, settings), settings, log_tilt_sum_C)
-        loss_C, clipped_C = LOSSES[settings.loss](student_CX, teacher_CX, p_CX, settings), torch.zeros_like(gap_C)
+        loss_C = LOSSES[settings.loss](student_CX, teacher_CX, p_CX, settings)
+    sampled_C = torch.ones_like(at_stop_C) if support.classes is None else fields.sampled_only_N
+    if sampled_C is not None and sampled_C.any():
+        advantage_C = reward_to_go(gap_C + tilt_C * at_stop_C - log_tilt_sum_C, action_logp_C.detach(), fields.span_start_N)
+        estimate_C, estimate_clipped_C = policy_gradient(advantage_C, logp_C, action_logp_C, fields, settings)
+        loss_C, clipped_C = torch.where(sampled_C, estimate_C, loss_C), torch.where(sampled_C, estimate_clipped_C, clipped_C)
 
     with torch.no_grad():
         reference_CV = None if reference_logits_CV is None else _log_softmax(reference_logits_CV)

@@ -51,6 +51,14 @@ def position_weights(scores: TokenScores, trajectory: Trajectory, gamma: float) 
     return 1 + gamma * (1 - before_T / max(float(gap_T.sum()), 1e-12))
 
 
+def comparable(scores: TokenScores) -> np.ndarray:
+    """[T] 1 where the teacher has something to compare the token with, else 0."""
+    counts_T = np.ones(len(scores.sampled_logp_T))
+    if scores.span_T is not None:
+        counts_T[scores.span_T < 0] = 0.0
+    return counts_T
+
+
 def token_weights(masks: Sequence[np.ndarray], reduction: str, normaliser_tokens: float) -> list[np.ndarray]:
     """Each token's weight in the loss of the whole batch, so that loss = sum of weight x token loss.
 

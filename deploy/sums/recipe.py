@@ -20,7 +20,6 @@ import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from deploy.sums.task import (
-    ALPHABET,
     PAD,
     STOP,
     Terms,
@@ -105,12 +104,13 @@ STALLING = Plan(1, 3, 96, 256, 300, 1e-3, draw_stalling_batches)
 STUDENT = Plan(2, 2, 64, 168, 1600, 3e-3, draw_student_batches)
 
 
-def build(plan: Plan) -> LlamaForCausalLM:
-    """An untrained model."""
+def build(plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None) -> LlamaForCausalLM:
+    """An untrained model, in the task's own characters where no tokenizer is given."""
+    tokenizer = tokenizer or build_tokenizer(WINDOW_TOKENS)
     torch.manual_seed(plan.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(ALPHABET),
+            vocab_size=len(tokenizer),
             hidden_size=plan.hidden_size,
             intermediate_size=plan.intermediate_size,
             num_hidden_layers=plan.num_layers,
@@ -120,12 +120,12 @@ def build(plan: Plan) -> LlamaForCausalLM:
             max_position_embeddings=WINDOW_TOKENS,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=ALPHABET.index(STOP),
-            pad_token_id=ALPHABET.index(PAD),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
             dtype="float32",
         )
     )
-    model.generation_config = GenerationConfig(eos_token_id=ALPHABET.index(STOP), pad_token_id=ALPHABET.index(PAD), do_sample=True)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True)
     return model
 
 
@@ -137,7 +137,7 @@ def train(model: LlamaForCausalLM, plan: Plan, tokenizer: PreTrainedTokenizerBas
         losses = []
         for batch in batches:
             encoded = tokenizer(batch.documents, padding=True, padding_side="right", return_tensors="pt")
-            loss = model(encoded.input_ids, labels=mask_prompts(encoded.input_ids)).loss
+            loss = model(encoded.input_ids, labels=mask_prompts(encoded.input_ids, tokenizer)).loss
             (batch.weight * loss).backward()
             losses.append(f"{loss.item():.3f}")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -149,11 +149,12 @@ def train(model: LlamaForCausalLM, plan: Plan, tokenizer: PreTrainedTokenizerBas
     return model.eval()
 
 
-def mask_prompts(ids_BT: torch.Tensor) -> torch.Tensor:
+def mask_prompts(ids_BT: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None = None) -> torch.Tensor:
     """[B, T] labels: -100 on padding, and up to the first `?` of each document. A document without a `?` is kept whole."""
-    asked_BT = (ids_BT == ALPHABET.index("?")).cumsum(1) > 0
+    tokenizer = tokenizer or build_tokenizer(WINDOW_TOKENS)
+    asked_BT = (ids_BT == tokenizer.convert_tokens_to_ids("?")).cumsum(1) > 0
     in_prompt_BT = ~asked_BT.roll(1, 1).index_fill(1, torch.tensor([0]), False) & asked_BT.any(1, keepdim=True)
-    return ids_BT.masked_fill(in_prompt_BT | (ids_BT == ALPHABET.index(PAD)), -100)
+    return ids_BT.masked_fill(in_prompt_BT | (ids_BT == tokenizer.pad_token_id), -100)
 
 
 @torch.no_grad()

@@ -90,3 +90,15 @@ def pairs() -> PreTrainedTokenizerFast:
 def _finished(core: Tokenizer) -> PreTrainedTokenizerFast:
     core.add_special_tokens([AddedToken(STOP, special=True), AddedToken(THINK, special=True)])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=STOP, clean_up_tokenization_spaces=False)
+
+
+def renumbered(tokenizer: PreTrainedTokenizerFast, order: list[int]) -> PreTrainedTokenizerFast:
+    """The same tokens under other ids: what was order[i] is i."""
+    new_id = {old: new for new, old in enumerate(order)}
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    for added in tree["added_tokens"]:
+        tree["model"]["vocab"][added["content"]] = added["id"]  # else the library numbers them itself
+        added["id"] = new_id[added["id"]]
+    tree["model"]["vocab"] = {token: new_id[old] for token, old in tree["model"]["vocab"].items()}
+    core = Tokenizer.from_str(json.dumps(tree))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=STOP, clean_up_tokenization_spaces=False)
