@@ -18,7 +18,7 @@ class ObjectiveSettings(Settings):
     """
 
     loss: Annotated[str, LOSSES.key] = "reverse_kl"
-    loss_options: dict[str, float] = Field(default_factory=dict)
+    loss_options: dict[str, float] = Field(default={})
     """Parameters of a loss of your own, which reads them from here."""
     support: Annotated[str, SUPPORTS.key] = "sampled"
     top_k: Annotated[int, Field(ge=1, le=1024)] = 32

@@ -80,6 +80,6 @@ class RolloutSettings(Settings):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     enforce_eager: bool = True
     """Skip graph capture: starts faster; turn off for large models on GPUs."""
-    engine: dict[str, Any] = Field(default_factory=dict)
+    engine: dict[str, Any] = Field(default={})
     """More arguments of vLLM's AsyncEngineArgs by name (kv_cache_dtype: fp8, max_num_batched_tokens: 16384, quantization: fp8,
     data_parallel_size: 2); `opd check` holds the names against the installed vLLM. They win over what the keys here set."""

@@ -33,7 +33,7 @@ class TeacherSettings(Settings):
     max_model_len: Annotated[int, Field(ge=8)] | None = None
     """Longest sequence it scores, tokens (back end `vllm`): the KV cache must hold one. None: the longest prompt and the cap, at most
     the model's own window, which for many models is 131,072 tokens and 17 GB."""
-    engine: dict[str, Any] = Field(default_factory=dict)
+    engine: dict[str, Any] = Field(default={})
     """More arguments of vLLM's EngineArgs by name (quantization: fp8, kv_cache_dtype: fp8), back end `vllm`. They win."""
     system_prompt: str | None = None
     """Prepended to the teacher's prompt only (concise teacher); the student's tokens follow unchanged."""

@@ -55,7 +55,7 @@ class PromptSource(Settings):
     """Put text prompts through the student's chat template as one user message. Messages always go through it."""
     system_prompt: str | None = None
     """With `chat`: a system message before the user message."""
-    template: TemplateKeys = Field(default_factory=dict)
+    template: TemplateKeys = Field(default={})
     """Variables of the student's chat template, such as `enable_thinking: false`."""
     shuffle: bool = True
     """Draw the prompts in an order that follows from the job's seed and the epoch. Off: in the order of the file."""
