@@ -30,11 +30,12 @@ run: $(STAMP) ## the quickstart: a student learns running sums, governed, in und
 	@rm -rf runs/sums
 	$(BIN)/opd run deploy/jobs/sums.yaml --out runs/sums
 
-check: $(STAMP) ## fast tests, lint, format, types, arrows between rooms (under 2 minutes)
+check: $(STAMP) ## fast tests, lint, format, types, arrows between rooms, sizes (under 2 minutes)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.house
 	$(BIN)/python -m pytest -q -n 2 -m "not integration and not prometheus and not chaos and not browser"
 
 docs: $(STAMP) ## write the files that programs make: the job file's reference, dashboards, KubeRay's alert rules

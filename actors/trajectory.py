@@ -131,7 +131,7 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class ScoredRollout:
-    """A trajectory and its teacher's word on it: what the learner consumes."""
+    """A trajectory and its teacher scores: what the learner consumes."""
 
     trajectory: Trajectory
     scores: TokenScores

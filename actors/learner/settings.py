@@ -35,7 +35,8 @@ class ObjectiveSettings(Settings):
     """class: all stop ids are one action; raw: each id for itself."""
     reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     constant_normaliser_tokens: Annotated[float, Field(gt=0)] | None = None
-    """reduction constant: the divisor per sequence, tokens. None: the job's max_new_tokens."""
+    """reduction constant: the divisor per sequence, tokens. None: the job file's max_new_tokens; a cap changed later does not move it,
+    so that losses before and after the change stay comparable."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     """PPO clip: the ratio to the policy at the batch's start is kept in [1 - clip_low, 1 + clip_high]."""

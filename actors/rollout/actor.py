@@ -87,12 +87,9 @@ class RolloutActor:
         pending: set[asyncio.Task[Trajectory]] = set()
         async with self._turn if self._repeatable else contextlib.nullcontext():
             try:
-                if self._repeatable:
-                    await self._engine.hold()
-                for prompt, sample in requests:
-                    pending.add(asyncio.create_task(await self._submit(prompt, sample, limits, step, settings, greedy)))
-                if self._repeatable:
-                    await self._engine.release()
+                async with self._held() if self._repeatable else contextlib.nullcontext():
+                    for prompt, sample in requests:
+                        pending.add(asyncio.create_task(await self._submit(prompt, sample, limits, step, settings, greedy)))
                 while pending:
                     done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                     if pending:
@@ -103,10 +100,19 @@ class RolloutActor:
                 for task in pending:
                     task.cancel()
 
+    @contextlib.asynccontextmanager
+    async def _held(self) -> AsyncIterator[None]:
+        """What is submitted meanwhile begins together at the end. The engine goes on even if a submit fails."""
+        await self._engine.hold()
+        try:
+            yield
+        finally:
+            await self._engine.release()
+
     async def _submit(
         self, prompt: Prompt, sample: int, limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool
     ) -> Coroutine[None, None, Trajectory]:
-        """Put one request into the engine's queue; what is returned waits for its trajectory."""
+        """Put one request into the engine's queue; the coroutine returned waits for its trajectory."""
         from opd_governor.actors.rollout.sampling import greedy_params, sampling_params
 
         terms: dict[str, Any] = {"stop_ids": self._stop_ids, "context_tokens": self._engine.context_tokens}
@@ -161,7 +167,7 @@ class RolloutActor:
         return await self._deliveries.fetch(self.rollout, ticket, message)
 
     async def drop(self, ticket: int) -> None:
-        """Nobody waits for these any more: the engine must not sample on."""
+        """Nobody waits for these any more: the engine stops sampling them."""
         self._deliveries.drop(ticket)
 
     async def probe(self, token_ids: Sequence[int]) -> np.ndarray:

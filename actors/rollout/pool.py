@@ -5,7 +5,7 @@
                                  +-- dies, hangs --> replaced       |
                                  +-- requests still open -----------+ issued again: elsewhere at once, or on the replacement
 
-A request carries its own seed, so that a second issue asks for the same sample; what an engine had half done is gone with it.
+A request carries its own seed, so a second issue asks for the same sample. Half-finished rollouts are lost with their engine.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
-from opd_governor.actors.deadlines import FIRST_S, FLOOR_S, ActorLostError, Pace, Reason, Say, first_line, reason_of, within
+from opd_governor.actors.deadlines import FIRST_S, FLOOR_S, ActorLostError, CallerError, Pace, Reason, Say, first_line, reason_of, within
 from opd_governor.actors.rollout.refusals import Refusals, unanswered
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
@@ -40,12 +40,12 @@ class EngineHandle(Protocol):
     ) -> AsyncIterator[list[Trajectory]]: ...
 
     async def end(self) -> None:
-        """Whatever state it is in, its processes are gone afterwards."""
+        """End its processes, whatever state it is in."""
         ...
 
 
 class Slot:
-    """The place of one engine: whoever fills it now."""
+    """The place of one engine, and the engine that fills it now."""
 
     def __init__(self, index: int, handle: Any, floor_s: float) -> None:
         self.index, self.handle = index, handle
@@ -121,7 +121,7 @@ class RolloutPool:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def retry(self) -> None:
-        """Try again to replace what could not be replaced: what stood in the way (the learner's death) is over."""
+        """Replace the engines that could not be replaced while the learner was dead."""
         self._error = None
         for slot in self._slots:
             waits = slot.replacing is not None and slot.replacing.done()
@@ -135,7 +135,7 @@ class RolloutPool:
             handle, pace = slot.handle, slot.calls.setdefault(what, Pace(self._floor_s))
             try:
                 return await pace.watch(call(handle), f"{what} by {slot.name}", self._say)
-            except ValueError:
+            except CallerError:
                 raise
             except Exception as error:  # the engine's: it is replaced
                 self._fail(slot, handle, error, what)
@@ -161,9 +161,9 @@ class RolloutPool:
     async def rollout(
         self, requests: Sequence[Request], limits: LengthLimits, step: int, settings: RolloutSettings, *, greedy: bool = False
     ) -> AsyncIterator[list[Trajectory]]:
-        """Sample a response for each request, handed on in groups as they finish; each exactly once, whoever dies meanwhile.
+        """Sample a response for each request, handed on in groups as they finish; each exactly once, whichever engine dies meanwhile.
 
-        Raises ValueError for a caller's mistake, and the last failure of an engine that fails MAX_FAILURES times over this work.
+        Raises CallerError, and the last failure of an engine that fails MAX_FAILURES times over this work.
         """
         await self.any_live()
         queue: asyncio.Queue[list[Trajectory] | Exception | None] = asyncio.Queue()
@@ -176,7 +176,7 @@ class RolloutPool:
                     if not slot.live:
                         slot = await self.any_live()
                     num_waiting = len(waiting)
-                    # What a repeatable engine answers depends on all that it is asked at once: asked again for all, it answers the same.
+                    # A repeatable engine's answers depend on everything it is asked at once: asked again for all, it answers the same.
                     asked = share if self._repeatable else list(waiting.values())
                     await self._stream(slot, asked, waiting, (limits, step, settings, greedy), queue)
                     stalled = stalled + 1 if len(waiting) == num_waiting else 0
@@ -211,7 +211,7 @@ class RolloutPool:
         terms: tuple[Any, ...],
         queue: asyncio.Queue,
     ) -> None:
-        """One engine's share into the queue, as far as it is open; what stays open is so because the engine failed."""
+        """One engine's share into the queue, where still open. Requests stay open only if the engine fails."""
         limits, step, settings, greedy = terms
         handle, started = slot.handle, time.monotonic()
         budget_tokens = len(share) * limits.cap_tokens
@@ -225,7 +225,7 @@ class RolloutPool:
             nonlocal num_tokens
             async with aclosing(handle.rollout(share, limits, step, settings, greedy)) as groups:
                 async for group in groups:
-                    # An answer to nothing that is open was handed on before.
+                    # Answers to requests that are no longer open were handed on before.
                     fresh = [t for t in group if open_requests.pop(_key(t.prompt, t.sample), None) is not None]
                     num_tokens += sum(len(t.token_ids) for t in fresh)
                     slot.failures = 0
@@ -236,10 +236,10 @@ class RolloutPool:
                 raise RuntimeError("the stream ended early")
 
         try:
-            # Its other work is in the way of this.
+            # Its other work comes first.
             await within(consume(), slot.pace.deadline_s(slot.load_tokens), waited_for, self._say)
             slot.pace.observe(num_tokens, time.monotonic() - started)
-        except ValueError:
+        except CallerError:
             raise
         except Exception as error:  # the engine's: it is replaced
             self._fail(slot, handle, error, f"{waited_for()}, which are issued again")

@@ -237,7 +237,7 @@ LEARNER = (
         "suffix: steps",
         ((mean("opd_sample_staleness_steps"), "mean {{run}}"),),
     ),
-    Panel("Weight version", "The two part while a sync is under way.", "none", ((of("opd_weight_version"), "{{role}} {{run}}"),)),
+    Panel("Weight version", "The engines are behind while a sync is under way.", "none", ((of("opd_weight_version"), "{{role}} {{run}}"),)),
     Panel(
         "Weight sync",
         "",

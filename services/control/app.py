@@ -147,25 +147,45 @@ def create_app(
     strict = [*guard, Depends(_refuse_unknown_parameters)]
     unauthorised = _problems(401) if token is not None else {}
     api = APIRouter(prefix="/v1", dependencies=strict, responses=unauthorised | _problems(422))
-    open_to_all = APIRouter()
-    metrics = APIRouter(dependencies=guard, responses=unauthorised) if protect_metrics else open_to_all
-    instance = secrets.token_hex(8)
+    metrics = APIRouter(dependencies=guard, responses=unauthorised) if protect_metrics else APIRouter()
+    _add_metrics(metrics, registry)
+    _add_run_routes(api, run, registry)
+    api.include_router(_config_routes(store))
+    app.include_router(_health_routes(run))
+    app.include_router(api)
+    app.include_router(metrics)
+    _add_page(app)
+    return app
 
-    @open_to_all.get("/healthz", responses=_answers(_Open))
+
+def _health_routes(run: RunView) -> APIRouter:
+    """Open to everyone: what a load balancer or a kubelet asks."""
+    router = APIRouter()
+
+    @router.get("/healthz", responses=_answers(_Open))
     def healthz() -> Response:
         return respond({"status": "ok"})
 
-    @open_to_all.get("/readyz", responses=_answers(_Open) | _problems(503))
+    @router.get("/readyz", responses=_answers(_Open) | _problems(503))
     def readyz() -> Response:
         phase = run.status()["phase"]
         if phase not in ("running", "paused"):
             raise Problem(503, f"the run is {phase}")
         return respond({"status": phase})
 
-    @metrics.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}, response_class=Response)
+    return router
+
+
+def _add_metrics(router: APIRouter, registry: CollectorRegistry) -> None:
+    @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}, response_class=Response)
     def expose_metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"content-type": content_type})
+
+
+def _add_run_routes(api: APIRouter, run: RunView, registry: CollectorRegistry) -> None:
+    """Status, records and verbs of the run."""
+    instance = secrets.token_hex(8)
 
     @api.get("/run", responses=_answers(RunStatus))
     def show_run() -> Response:
@@ -195,14 +215,6 @@ def create_app(
             return respond(run.request(verb), 202)
         except ValueError as error:
             raise Problem(409, str(error)) from None
-
-    api.include_router(_config_routes(store))
-    app.include_router(open_to_all)
-    app.include_router(api)
-    if protect_metrics:
-        app.include_router(metrics)
-    _add_page(app)
-    return app
 
 
 def _restarts(registry: CollectorRegistry) -> dict[str, int]:

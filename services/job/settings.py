@@ -14,6 +14,7 @@ from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSetti
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.settings import Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.services.job.trackers import TRACKERS
 
 
 class StudentSettings(Settings):
@@ -189,7 +190,7 @@ class ServiceSettings(Settings):
     """A Prometheus server that the governor reads. None: the run's own /metrics."""
     file_sd_dir: str | None = None
     """Folder in which the run announces its /metrics address for Prometheus file discovery."""
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    trackers: tuple[Annotated[str, TRACKERS.key], ...] = ()
     """Where step records go beside the run directory. Each needs its own package."""
     samples_per_step: Annotated[int, Field(ge=0)] = 2
     """Rollouts of each step that are kept in samples.jsonl."""

@@ -97,6 +97,8 @@ class Journal:
         """The learner has had this batch: its metrics. `limits`: those it learned under."""
         record_batch(self._telemetry, batch, report, limits)
         self._telemetry.beat()
+        if report is not None:
+            self.learner_version(report.weight_version)
 
     def step(self, record: Record, batch: Batch, times: StepTimes) -> None:
         """The step is over: its record, a few of its samples, its seconds."""
@@ -121,11 +123,14 @@ class Journal:
         self.monitor.add_decision(record)
         self.monitor.update(limits=decision.limits)
 
+    def learner_version(self, weight_version: int) -> None:
+        """What the learner has now; the engines follow with the next sync."""
+        self._telemetry.set("opd_weight_version", weight_version, role="learner")
+
     def sync(self, sync: Sync) -> None:
         self._telemetry.observe("opd_weight_sync_seconds", sync.seconds)
         self._telemetry.set("opd_weight_sync_gap_nats", sync.gap_nats)
-        for role in ("learner", "rollout"):
-            self._telemetry.set("opd_weight_version", sync.weight_version, role=role)
+        self._telemetry.set("opd_weight_version", sync.weight_version, role="rollout")
         self.monitor.update(weight_version=sync.weight_version)
 
     def evaluation(self, evaluations: Mapping[str, Evaluation]) -> None:

@@ -18,7 +18,7 @@ from opd_governor.services.record.telemetry import Telemetry
 CLOCK_FIELDS = frozenset({"time", "step_s", "wait_s", "rollout_s", "score_s", "learn_s", "sync_s", "govern_s", "tokens_per_s"})
 """Fields of a step's record that tell time: all others are the same in every strict run of the same job."""
 Source = Literal["engine", "teacher", "learner"]
-"""Who found that a sample's numbers are none: its own log-probs, the teacher's, or its loss or gradient."""
+"""Which stage found non-finite values: the engine's log-probs, the teacher's, or the learner's loss or gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def record_batch(telemetry: Telemetry, batch: Batch, report: StepReport | None, 
     if report is None:
         return
     metrics = report.metrics
-    telemetry.inc("opd_learner_steps_total")
+    telemetry.inc("opd_learner_steps_total", float(not report.skipped))
     telemetry.inc("opd_learner_skipped_steps_total", float(report.skipped))
     telemetry.inc("opd_learner_tokens_total", int(metrics.num_tokens_P.sum()) - metrics.num_masked_tokens)
     telemetry.set("opd_learner_loss", report.loss)
@@ -85,9 +85,22 @@ def step_record(
     evaluations: Mapping[str, Evaluation],
 ) -> Record:
     """One line of metrics.jsonl. `limits` and `pressure` are those the learner step ran under; `prompts` are (epoch, index)."""
+    num_tokens = sum(len(trajectory.token_ids) for trajectory in batch.trajectories)
+    return {
+        **_of_batch(batch),
+        "pressure": pressure,
+        **_of_limits(limits),
+        **_of_times(times, num_tokens),
+        **(_of_learner(batch, report) if report else {}),
+        **evaluation_fields(evaluations),
+    }
+
+
+def _of_batch(batch: Batch) -> Record:
+    """Lengths, ends and the terms it was launched under."""
     lengths = np.array([len(t.token_ids) for t in batch.trajectories])
     num = max(1, len(lengths))
-    record: Record = {
+    return {
         "step": batch.step,
         "time": time.time(),
         "num_rollouts": len(lengths),
@@ -104,7 +117,11 @@ def step_record(
         "cap_tokens": batch.limits.cap_tokens,
         "limits_generation": batch.limits.generation,
         "config_generation": batch.config_generation,
-        "pressure": pressure,
+    }
+
+
+def _of_limits(limits: LengthLimits) -> Record:
+    return {
         "golden_weight": limits.golden_weight,
         "lr_scale": limits.lr_scale,
         "reference_kl_weight": limits.reference_kl_weight,
@@ -112,6 +129,11 @@ def step_record(
         "loop_tail_weight": limits.loop_tail_weight,
         "admission_quota": limits.admission_quota,
         "unfinished_quota": limits.unfinished_quota,
+    }
+
+
+def _of_times(times: StepTimes, num_tokens: int) -> Record:
+    return {
         "step_s": times.total_s,
         "wait_s": times.wait_s,
         "rollout_s": times.rollout_s,
@@ -119,35 +141,37 @@ def step_record(
         "learn_s": times.learn_s,
         "sync_s": times.sync_s,
         "govern_s": times.govern_s,
-        "tokens_per_s": float(lengths.sum()) / times.total_s,
+        "tokens_per_s": num_tokens / times.total_s,
     }
-    if report is not None:
-        metrics = report.metrics
-        tokens_P = metrics.num_tokens_P
-        num_tokens = max(1, int(tokens_P.sum()))
-        staleness = [_staleness(scored.trajectory, report) for scored in batch.scored]
-        record |= {
-            "weight_version": report.weight_version,
-            "loss": report.loss,
-            "grad_norm": report.grad_norm,
-            "learning_rate": report.learning_rate,
-            "skipped": report.skipped,
-            "staleness_mean": float(np.mean(staleness)),
-            "kl_nats": float(metrics.kl_nats_P.sum()) / num_tokens,
-            "kl_by_position": {
-                position: float(nats) / int(tokens)
-                for position, nats, tokens in zip(POSITION_BUCKETS, metrics.kl_nats_P, tokens_P, strict=True)
-                if tokens
-            },
-            "entropy_nats": metrics.entropy_nats / num_tokens,
-            "clipped": metrics.num_clipped_tokens / num_tokens,
-            "masked": metrics.num_masked_tokens / num_tokens,
-            "stop_mass_student": metrics.student_stop_mass / num_tokens,
-            "stop_mass_teacher": metrics.teacher_stop_mass / num_tokens,
-            "reference_kl_nats": metrics.reference_kl_nats / num_tokens,
-            "golden_nats": metrics.golden_nats / metrics.num_golden_tokens if metrics.num_golden_tokens else None,
-        }
-    return record | evaluation_fields(evaluations)
+
+
+def _of_learner(batch: Batch, report: StepReport) -> Record:
+    """What the optimiser step did. Means are over tokens."""
+    metrics = report.metrics
+    tokens_P = metrics.num_tokens_P
+    num_tokens = max(1, int(tokens_P.sum()))
+    staleness = [_staleness(scored.trajectory, report) for scored in batch.scored]
+    return {
+        "weight_version": report.weight_version,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "skipped": report.skipped,
+        "staleness_mean": float(np.mean(staleness)),
+        "kl_nats": float(metrics.kl_nats_P.sum()) / num_tokens,
+        "kl_by_position": {
+            position: float(nats) / int(tokens)
+            for position, nats, tokens in zip(POSITION_BUCKETS, metrics.kl_nats_P, tokens_P, strict=True)
+            if tokens
+        },
+        "entropy_nats": metrics.entropy_nats / num_tokens,
+        "clipped": metrics.num_clipped_tokens / num_tokens,
+        "masked": metrics.num_masked_tokens / num_tokens,
+        "stop_mass_student": metrics.student_stop_mass / num_tokens,
+        "stop_mass_teacher": metrics.teacher_stop_mass / num_tokens,
+        "reference_kl_nats": metrics.reference_kl_nats / num_tokens,
+        "golden_nats": metrics.golden_nats / metrics.num_golden_tokens if metrics.num_golden_tokens else None,
+    }
 
 
 def evaluation_fields(evaluations: Mapping[str, Evaluation]) -> Record:
@@ -172,7 +196,7 @@ def evaluation_fields(evaluations: Mapping[str, Evaluation]) -> Record:
 
 
 def sample_records(batch: Batch, num: int, decode: Callable[[Sequence[int]], str]) -> list[Record]:
-    """A few rollouts a person can read: the longest first, for there trouble shows; the loop's onset as an index into the text."""
+    """A few rollouts a person can read: the longest first, since trouble shows there; the loop's onset as an index into the text."""
     chosen = sorted(batch.trajectories, key=lambda t: -len(t.token_ids))[:num]
     return [
         {
@@ -188,7 +212,7 @@ def sample_records(batch: Batch, num: int, decode: Callable[[Sequence[int]], str
 
 
 def nonfinite_record(source: Source, trajectory: Trajectory, scores: TokenScores | None) -> Record:
-    """Everything about one sample that spoiled, or would have spoiled, a step; where a number is none it is null."""
+    """Everything about one sample that spoiled, or would have spoiled, a step. Non-finite values are written as null."""
     prompt = trajectory.prompt
     record: Record = {
         "step": trajectory.step,

@@ -1,4 +1,4 @@
-"""Step records to the trackers a job names; each package is imported only when chosen. metrics.jsonl is always written, whatever is here.
+"""Step records to the trackers a job names; each package is imported only when chosen. metrics.jsonl is always written beside them.
 
 >>> with Trackers(job, run_dir, say=print) as trackers:
 ...     trackers.log({"step": 1, "kl_nats": 0.4, ...})
@@ -7,82 +7,11 @@
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from opd_governor.services.job.settings import Job, JobError
+from opd_governor.services.job.trackers import TRACKERS, Tracker
 from opd_governor.services.record.rundir import Record, finite
-
-PROJECT = "opd-governor"
-"""W&B's and Trackio's project, MLflow's experiment. Their servers and keys are set as each documents, by its environment variables."""
-PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
-
-
-class Tracker(Protocol):
-    """Where the values of a step go."""
-
-    def log(self, values: dict[str, float], step: int) -> None: ...
-    def close(self) -> None: ...
-
-
-class TensorBoard:
-    """Event files in `tensorboard/` of the run directory."""
-
-    def __init__(self, module: Any, job: Job, run_dir: Path) -> None:
-        self._writer = module.SummaryWriter(log_dir=str(run_dir / "tensorboard"))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandB:
-    """A W&B run of the job's name; WANDB_MODE=offline keeps it in the run directory."""
-
-    def __init__(self, module: Any, job: Job, run_dir: Path) -> None:
-        self._run = module.init(project=PROJECT, name=job.name, config=job.model_dump(mode="json"), dir=str(run_dir))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._run.log(values, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
-    """A Trackio run of the job's name."""
-
-    def __init__(self, module: Any, job: Job, run_dir: Path) -> None:
-        self._trackio = module
-        module.init(project=PROJECT, name=job.name, config=job.model_dump(mode="json"))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._trackio.log(values, step=step)
-
-    def close(self) -> None:
-        self._trackio.finish()
-
-
-class MLflow:
-    """An MLflow run of the job's name, with the job file as its artifact."""
-
-    def __init__(self, module: Any, job: Job, run_dir: Path) -> None:
-        self._mlflow = module
-        module.set_experiment(PROJECT)
-        module.start_run(run_name=job.name)
-        module.log_dict(job.model_dump(mode="json"), "job.yaml")
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._mlflow.log_metrics(values, step=step, synchronous=False)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
-
-
-KINDS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio, "mlflow": MLflow}
 
 
 def load_packages(job: Job) -> dict[str, Any]:
@@ -90,7 +19,7 @@ def load_packages(job: Job) -> dict[str, Any]:
     modules: dict[str, Any] = {}
     for name in job.service.trackers:
         try:
-            modules[name] = importlib.import_module(PACKAGES[name])
+            modules[name] = importlib.import_module(TRACKERS[name].package)
         except ImportError:
             raise JobError(f"service.trackers: {name} is not installed here; pip install {name}, or take it off the list") from None
     return modules
@@ -106,7 +35,7 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
 
     def __enter__(self) -> "Trackers":
-        self._open = {name: KINDS[name](module, self._job, self._run_dir) for name, module in self._modules.items()}
+        self._open = {name: TRACKERS[name](module, self._job, self._run_dir) for name, module in self._modules.items()}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,6 +7,7 @@ prompts --fleet.rollout--> finished trajectories --pool.score (at once)--> Batch
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,55 +19,38 @@ from opd_governor.services.run.fleet import Fleet
 
 
 async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
-    """Sample and score one step's batch. Rollouts that ended in an error are dropped from the batch and counted as unscored."""
-    started = time.monotonic()
-    requests = [(prompt, sample) for prompt in launch.prompts for sample in range(launch.settings.samples_per_prompt)]
-    has_quota = launch.limits.admission_quota < 1
-    trajectories: list[Trajectory] = []
-    usable: list[Trajectory] = []
-    nonfinite: list[Trajectory] = []
-    held: set[int] = set()
-    """Identities: comparing trajectories compares their arrays."""
-    scoring: list[asyncio.Task[list[tuple[Trajectory, TokenScores | None]]]] = []
+    """Sample and score one step's batch. Rollouts that ended in an error are dropped from the batch and counted as unscored.
 
-    async def score(group: list[Trajectory]) -> list[tuple[Trajectory, TokenScores | None]]:
-        return list(zip(group, await pool.score(group), strict=True))
+    The first error of engines or teachers ends it, whatever else is under way.
+    """
+    started = time.monotonic()
+    sampled = _Sampled(has_quota=launch.limits.admission_quota < 1)
+    requests = [(prompt, sample) for prompt in launch.prompts for sample in range(launch.settings.samples_per_prompt)]
+    scores: dict[int, TokenScores | None] = {}
+    """Identity of a trajectory -> its scores: comparing trajectories compares their arrays."""
+
+    async def score(group: Sequence[Trajectory]) -> None:
+        scores.update(zip(map(id, group), await pool.score(group), strict=True))
 
     try:
-        async for group in fleet.rollout(requests, launch.limits, launch.step, launch.settings):
-            ready = []
-            sound = np.isfinite(np.concatenate([t.logprobs_T for t in group])).all()  # one look at all: most often it is enough
-            for trajectory in group:
-                if not (sound or np.isfinite(trajectory.logprobs_T).all()):
-                    nonfinite.append(trajectory)
-                elif trajectory.finish_reason != "error" and trajectory.token_ids:
-                    usable.append(trajectory)
-                    if has_quota and trajectory.truncated:
-                        held.add(id(trajectory))
-                    else:
-                        ready.append(trajectory)
-            trajectories += group
-            if ready:
-                scoring.append(asyncio.create_task(score(ready)))
-        rollout_s = time.monotonic() - started
-        admitted, refused = admit(usable, launch.limits.admission_quota)
-        if late := [t for t in admitted if id(t) in held]:
-            scoring.append(asyncio.create_task(score(late)))
-        pairs = [pair for result in await asyncio.gather(*scoring) for pair in result]
-    finally:
-        for task in scoring:
-            task.cancel()
-    place = {(r[0].epoch, r[0].index, r[1]): i for i, r in enumerate(requests)}
-
-    def order(trajectory: Trajectory) -> int:
-        return place[trajectory.prompt.epoch, trajectory.prompt.index, trajectory.sample]
-
-    scored = [ScoredRollout(t, scores) for t, scores in sorted(pairs, key=lambda pair: order(pair[0])) if scores is not None]
+        async with asyncio.TaskGroup() as scoring:
+            async for group in fleet.rollout(requests, launch.limits, launch.step, launch.settings):
+                if ready := sampled.add(group):
+                    scoring.create_task(score(ready))
+            rollout_s = time.monotonic() - started
+            admitted, refused = admit(sampled.usable, launch.limits.admission_quota)
+            if late := [t for t in admitted if id(t) in sampled.held]:
+                scoring.create_task(score(late))
+    except* Exception as errors:
+        raise first_of(errors) from None
+    place = {(prompt.epoch, prompt.index, sample): i for i, (prompt, sample) in enumerate(requests)}
+    trajectories = sorted(sampled.trajectories, key=lambda t: place[t.prompt.epoch, t.prompt.index, t.sample])
+    scored = [ScoredRollout(t, found) for t in trajectories if (found := scores.get(id(t))) is not None]
     return Batch(
         step=launch.step,
-        trajectories=sorted(trajectories, key=order),
+        trajectories=trajectories,
         scored=scored,
-        nonfinite=nonfinite,
+        nonfinite=sampled.nonfinite,
         num_over_quota=len(refused),
         num_unscored=len(trajectories) - len(refused) - len(scored),
         limits=launch.limits,
@@ -75,3 +59,37 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
         rollout_s=rollout_s,
         score_s=time.monotonic() - started - rollout_s,
     )
+
+
+class _Sampled:
+    """Rollouts as they come in, sorted into what may be scored at once, what waits for the quota, what is spoiled."""
+
+    def __init__(self, *, has_quota: bool) -> None:
+        self._has_quota = has_quota
+        self.trajectories: list[Trajectory] = []
+        self.usable: list[Trajectory] = []
+        self.nonfinite: list[Trajectory] = []
+        self.held: set[int] = set()
+        """Identities of truncated ones, which wait until all have finished."""
+
+    def add(self, group: Sequence[Trajectory]) -> list[Trajectory]:
+        """Take a group in; returns those that may be scored now."""
+        ready = []
+        sound = np.isfinite(np.concatenate([t.logprobs_T for t in group])).all()  # one look at all is most often enough
+        for trajectory in group:
+            if not (sound or np.isfinite(trajectory.logprobs_T).all()):
+                self.nonfinite.append(trajectory)
+            elif trajectory.finish_reason != "error" and trajectory.token_ids:
+                self.usable.append(trajectory)
+                if self._has_quota and trajectory.truncated:
+                    self.held.add(id(trajectory))
+                else:
+                    ready.append(trajectory)
+        self.trajectories += group
+        return ready
+
+
+def first_of(errors: BaseExceptionGroup) -> BaseException:
+    """The first error of a group, itself no group."""
+    error = errors.exceptions[0]
+    return first_of(error) if isinstance(error, BaseExceptionGroup) else error

@@ -36,6 +36,7 @@ class RunState:
         """Remember the state before the first step; `resume`: go on from the newest checkpoint."""
         await self._terms.begin()
         self._first = await self._state({})
+        self._journal.learner_version(0)
         if resume:
             await self.restore_newest()
 
@@ -66,8 +67,7 @@ class RunState:
             self._journal.note("the golden answers are not those that the checkpoint's run had: teacher, prompts or their settings differ")
         self._journal.restore(state["telemetry"], state["records"])
         self.begun = folder is not None
-        if folder is not None:
-            await self._learner.restore(str(folder))
+        self._journal.learner_version(await self._learner.restore(str(folder)) if folder else 0)
 
     async def roll_back(self, reason: str) -> int | None:
         """The learner's weights back to the last healthy checkpoint, moments dropped. Returns its step; None, with a warning, without one.

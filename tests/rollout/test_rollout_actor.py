@@ -150,3 +150,28 @@ async def test_a_request_that_the_engine_refuses_is_an_error_of_its_own(monkeypa
     told: list[str] = []
     Refusals(told.append).tell(sorted(answers, key=lambda t: t.prompt.index), step=1)
     assert told == ["step 1: the engine refuses prompt 1, which counts as an error: the prompt is longer than the window of 3"]
+
+
+class DyingEngine(PickyEngine):
+    """Held for a call whose submit fails."""
+
+    held = False
+
+    async def hold(self) -> None:
+        self.held = True
+
+    async def release(self) -> None:
+        self.held = False
+
+    async def submit(self, prompt_token_ids: list[int], params: Any) -> Any:
+        raise RuntimeError("engine dead")
+
+
+async def test_an_engine_goes_on_after_a_submit_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opd_governor.actors.rollout.sampling.greedy_params", lambda *terms, **named: None)
+    terms: dict[str, Any] = {"stop_ids": (1,), "reference_tokens": None, "weight_transfer": "file", "seed": 0, "repeatable": True}
+    actor, engine = RolloutActor("none", RolloutSettings(), **terms), DyingEngine()
+    actor._engine = engine  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="engine dead"):
+        _ = [group async for group in actor.rollout([(Prompt(0, (5,)), 0)], LIMITS, 6, RolloutSettings(), greedy=True)]
+    assert not engine.held

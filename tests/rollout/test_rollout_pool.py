@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opd_governor.actors.deadlines import ActorLostError
+from opd_governor.actors.deadlines import ActorLostError, CallerError
 from opd_governor.actors.rollout.pool import MAX_FAILURES, MAX_ISSUES, Request, RolloutPool
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
@@ -142,7 +142,7 @@ async def test_a_mistake_of_the_caller_is_raised_and_costs_no_engine() -> None:
     await run.pool.start()
 
     async def refuse(*_: Any) -> AsyncIterator[list[Trajectory]]:
-        raise ValueError("prompt too long")
+        raise CallerError("prompt too long")
         yield []
 
     run.engines[0].rollout = refuse  # type: ignore[method-assign]

@@ -1,6 +1,9 @@
 """Step records in the trackers a job names."""
 
 import importlib
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,8 @@ from typing import Any
 import pytest
 
 from opd_governor.services.job.settings import JobError
-from opd_governor.services.record.trackers import PACKAGES, Trackers
+from opd_governor.services.job.trackers import TRACKERS
+from opd_governor.services.record.trackers import Trackers
 from tests.services.control.fake_run import make_job, make_step
 
 
@@ -50,9 +54,9 @@ class FakeModule:
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeModule]:
-    fakes = {name: FakeModule() for name in PACKAGES}
+    fakes = {name: FakeModule() for name in TRACKERS}
     for name, fake in fakes.items():
-        monkeypatch.setitem(sys.modules, PACKAGES[name], fake)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, TRACKERS[name].package, fake)  # type: ignore[arg-type]
     return fakes
 
 
@@ -114,3 +118,48 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("length_mean")] == [(1, 61.0), (2, 62.0)]
     assert "kl_by_position/0-15" in events.Tags()["scalars"]
+
+
+OUTSIDE = """
+from opd_governor.services.job.trackers import TRACKERS
+
+
+@TRACKERS.add("lines")
+class Lines:
+    package = "json"
+
+    def __init__(self, module, job, run_dir):
+        self._dumps, self._path = module.dumps, run_dir / f"{job.name}.lines"
+
+    def log(self, values, step):
+        with self._path.open("a") as file:
+            file.write(self._dumps({"step": step} | values) + "\\n")
+
+    def close(self):
+        self._path.with_suffix(".closed").touch()
+"""
+
+
+def test_a_tracker_from_a_file_outside_the_package_is_named_in_a_job_fed_and_closed(tmp_path: Path) -> None:
+    (tmp_path / "lines.py").write_text(OUTSIDE)
+    (tmp_path / "job.yaml").write_text(
+        "name: x\nextensions: [lines.py]\nstudent: {model: a}\nteacher: {model: b}\ndata: {prompts: {path: p}}\n"
+        "service: {trackers: [lines]}\n"
+    )
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from opd_governor.services.job.settings import load_job\n"
+        "from opd_governor.services.record.trackers import Trackers\n"
+        "with Trackers(load_job(Path('job.yaml')), Path('.'), print) as trackers:\n"
+        "    trackers.log({'step': 3, 'time': 0.0, 'length_mean': 61.0})\n"
+    )
+    root = Path(__file__).parents[3]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)  # names stay in that process
+    assert json.loads((tmp_path / "x.lines").read_text()) == {"step": 3, "length_mean": 61.0}
+    assert (tmp_path / "x.closed").exists()
+
+
+def test_a_tracker_that_nobody_added_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match="no such tracker; did you mean wandb"):
+        job("wandv")

@@ -1,12 +1,14 @@
 """A batch: every rollout accounted for, in the order of its prompts, truncated ones under the quota."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from opd_governor.actors.deadlines import CallerError
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from opd_governor.services.record.batch import Batch, Launch
@@ -105,3 +107,28 @@ def test_a_failure_of_the_engine_reaches_the_caller() -> None:
     launch = Launch(1, [Prompt(0, (1,))], LengthLimits(8), RolloutSettings(), 1)
     with pytest.raises(RuntimeError, match="engine dead"):
         asyncio.run(collect(Broken({}), FakePool(set()), launch))  # type: ignore[arg-type]
+
+
+def test_a_teachers_error_ends_the_batch_at_once_and_not_when_the_slowest_rollout_is_in() -> None:
+    cancelled = []
+
+    class Slow(FakeFleet):
+        async def rollout(self, *arguments: Any) -> AsyncIterator[list[Trajectory]]:
+            async for group in super().rollout(*arguments):
+                yield group
+                try:
+                    await asyncio.sleep(30)
+                except asyncio.CancelledError:
+                    cancelled.append(True)
+                    raise
+
+    class Refuses(FakePool):
+        async def score(self, trajectories: Sequence[Trajectory]) -> list[TokenScores | None]:
+            raise CallerError("context window 16")
+
+    launch = Launch(1, [Prompt(index, (1,)) for index in range(3)], LengthLimits(8), RolloutSettings(), 1)
+    started = time.monotonic()
+    with pytest.raises(CallerError, match="context window 16"):
+        asyncio.run(collect(Slow({}), Refuses(set()), launch))  # type: ignore[arg-type]
+    assert time.monotonic() - started < 5
+    assert cancelled

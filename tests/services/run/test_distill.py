@@ -342,3 +342,33 @@ def test_samples_with_numbers_that_are_none_are_handed_on_for_inspection(tmp_pat
     assert loop.nonfinite == [("engine", 4), ("learner", 13)]
     assert [record["num_unscored"] for record in records] == [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]
     assert [record["step"] for record in records if record["skipped"]] == [5]
+
+
+def test_while_the_engines_load_they_are_a_version_behind_the_learner_in_the_metrics_too(tmp_path: Path) -> None:
+    loop, seen = Loop(tmp_path, staleness=1), set()
+    sync_weights = loop.fleet.sync_weights
+
+    async def watched(*arguments: Any) -> Sync:
+        versions = [loop.telemetry.registry.get_sample_value("opd_weight_version", {"run": "x", "role": r}) for r in ("learner", "rollout")]
+        seen.add(tuple(versions))
+        return await sync_weights(*arguments)
+
+    loop.fleet.sync_weights = watched  # type: ignore[method-assign]
+    loop.run()
+    assert {(float(version), float(version - 1)) for version in range(1, 11)} <= seen
+    assert loop.telemetry.registry.get_sample_value("opd_weight_version", {"run": "x", "role": "rollout"}) == 10
+
+
+def test_a_skipped_step_is_not_counted_as_taken(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    learn = loop.fleet.learn
+
+    async def skip_step_5(*arguments: Any) -> StepReport:
+        report = await learn(*arguments)
+        return replace(report, skipped=arguments[0][0].trajectory.step == 5)
+
+    loop.fleet.learn = skip_step_5  # type: ignore[method-assign]
+    loop.run()
+    value = loop.telemetry.registry.get_sample_value
+    assert value("opd_learner_steps_total", {"run": "x"}) == 9
+    assert value("opd_learner_skipped_steps_total", {"run": "x"}) == 1
