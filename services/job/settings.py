@@ -140,6 +140,10 @@ class ClusterSettings(Settings):
     """None: RAY_ADDRESS, else a private local cluster."""
     cpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
     """CPUs each actor reserves; 0 lets a small machine hold all of them."""
+    layout: Literal["auto", "colocated", "separate"] = "auto"
+    """Where the cluster has GPUs: separate gives every learner rank, engine and teacher whole GPUs of its own; colocated puts rank i,
+    engine i and teachers on GPU i; auto takes separate where it fits, else colocated. Ranks, engines, teacher actors and tensor
+    parallelism that the file does not name are chosen by the models' sizes. Without effect where gpus_per_* or placement_* is set."""
     gpus_per_rollout: Annotated[float, Field(ge=0)] | None = None
     """GPUs that each rollout actor reserves; .5 lets two share one. None: 1 where the cluster has GPUs, else 0."""
     gpus_per_teacher: Annotated[float, Field(ge=0)] | None = None
