@@ -5,7 +5,7 @@ that began well can inflate, lock at its cap, loop, or shrink.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +41,13 @@ SICK_LOOPS = 0.1
 GROWTH = 1.6
 """Mean length over its level in the first steps from which on growth without truncation counts."""
 SHRUNK = 0.4
+AT_CAP = 0.995
+"""A mean at this share of the cap is the cap: every answer was cut."""
 SURE_Z, FAIRLY_SURE_Z = 6.0, 3.0
+
+
+MAX_REPLAYED = 2000
+"""Steps given to the law: about a second of work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,31 +153,41 @@ def _running_median(values: np.ndarray) -> np.ndarray:
 
 
 def with_truncation(steps: Sequence[StepSeen], padded_clip_ratio: bool = False) -> tuple[list[StepSeen], float | None]:
-    """The steps with truncation derived or corrected where lengths prove it, and the cap: logged, or inferred from a constant longest answer."""
-    from dataclasses import replace
+    """The steps with truncation derived or corrected where lengths prove it, and the cap: logged, or inferred from lengths."""
+    cap = _cap(steps, padded_clip_ratio)
+    return [_with_truncation(seen, seen.cap_tokens or cap, padded_clip_ratio) for seen in steps], cap
 
-    caps = [seen.cap_tokens for seen in steps if seen.cap_tokens]
+
+def _cap(steps: Sequence[StepSeen], padded_clip_ratio: bool) -> float | None:
+    """The logged cap; else a longest answer that many steps share; else a mean that stands at its highest value in many steps."""
+    if caps := [seen.cap_tokens for seen in steps if seen.cap_tokens]:
+        return max(caps)
     longest = [seen.length_max_tokens for seen in steps if seen.length_max_tokens]
-    cap = max(caps) if caps else None
-    if cap is None and longest:
-        at_most = max(longest)
-        cut = [seen for seen in steps if seen.truncation and seen.length_max_tokens and (not padded_clip_ratio or seen.length_max_tokens == at_most)]
-        held = sum(value == at_most for value in longest)
-        if (cut and held) or held >= max(3, len(longest) // 10):
-            cap = at_most
-    fixed = []
-    for seen in steps:
-        truncation, trust = seen.truncation, seen.truncation_trust
-        limit = seen.cap_tokens or cap
-        if padded_clip_ratio and truncation is not None and seen.length_max_tokens is not None:
-            truncation = truncation if limit is not None and seen.length_max_tokens >= limit else 0.0
-            trust = "derived"
-        if truncation is None and limit is not None and seen.length_max_tokens is not None and seen.length_max_tokens < limit:
-            truncation, trust = 0.0, "derived"
-        if truncation is None and limit is not None and seen.length_mean_tokens is not None and seen.length_mean_tokens >= 0.98 * limit:
-            truncation, trust = 1.0, "derived"
-        fixed.append(replace(seen, truncation=truncation, truncation_trust=trust))
-    return fixed, cap
+    if longest:
+        top = max(longest)
+        held = sum(value == top for value in longest)
+        cut = any(seen.truncation and seen.length_max_tokens == top for seen in steps)
+        return top if held >= max(3, len(longest) // 10) or (cut and not padded_clip_ratio) else None
+    means = [seen.length_mean_tokens for seen in steps if seen.length_mean_tokens]
+    if len(means) < MIN_STEPS:
+        return None
+    top = max(means)
+    return top if sum(value >= AT_CAP * top for value in means) >= 0.3 * len(means) and top == round(top) else None
+
+
+def _with_truncation(seen: StepSeen, cap: float | None, padded_clip_ratio: bool) -> StepSeen:
+    cut, mean, longest = seen.truncation, seen.length_mean_tokens, seen.length_max_tokens
+    if padded_clip_ratio and cut is not None and longest is not None:
+        derived = cut if cap is not None and longest >= cap else 0.0
+    elif cut is not None or cap is None:
+        return seen
+    elif longest is not None and longest < cap:
+        derived = 0.0
+    elif mean is not None and mean >= AT_CAP * cap:
+        derived = 1.0
+    else:
+        return seen
+    return replace(seen, truncation=derived, truncation_trust="derived")
 
 
 def diagnose(steps: Sequence[StepSeen], *, padded_clip_ratio: bool = False, notes: Sequence[str] = ()) -> Diagnosis:
@@ -343,10 +359,6 @@ def _governor(steps: Sequence[StepSeen], cap: float | None, since: int | None) -
             before = None if since is None else since - seen.step
             return WouldAct(seen.step, answer.signal, answer.reason, answer.reference, before)
     return None
-
-
-MAX_REPLAYED = 5000
-"""Steps given to the law: 2 s of work."""
 
 
 def _sentence(finding: _Finding) -> str:
