@@ -10,6 +10,7 @@ import typer
 
 from opd_governor.services.cli.elsewhere import commands
 from opd_governor.services.cli.init import init
+from opd_governor.services.cli.others import others
 from opd_governor.services.cli.terminal import AsJson, JobFile, Sets, fail, load, quiet_environment, versions
 from opd_governor.services.job.settings import JobError
 
@@ -174,6 +175,7 @@ def replay(
 
 
 app.add_typer(commands)
+app.add_typer(others)
 
 
 def main() -> None:

@@ -1,0 +1,86 @@
+"""POLICY.yaml of `opd govern`: the governor's policy, the trainers' cap, and what to scrape."""
+
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, ValidationError
+
+from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.settings import Settings, Url
+from opd_governor.services.job.settings import Job, describe_errors
+from opd_governor.services.sidecar.seen import NUMBERS
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+"""What a run may be called: it is a folder's name too."""
+
+
+class ScrapeSettings(Settings):
+    """A trainer's own /metrics, read in place of posted steps."""
+
+    run: Annotated[str, Field(pattern=RUN_NAME)]
+    """The run these figures belong to."""
+    url: Url
+    """Address of the metrics in Prometheus text format."""
+    every_s: Annotated[float, Field(ge=0.1, le=3600)] = 5.0
+    """How often it is read, seconds. A reading whose step has not moved is no step."""
+    step: str
+    """Name of the gauge or counter that holds the trainer's step."""
+    names: dict[str, str]
+    """Field of a step -> name of a gauge. `length_tokens` names a histogram (of it the mean and p95 since the last reading are taken),
+    `finished` a counter with the label `finished_reason` or `finish_reason` (the share of `length` is the truncation)."""
+
+
+class PolicyFile(Settings):
+    """The whole file. `{}` is the default policy."""
+
+    governor: Policy = Policy()
+    """As in a job file: aims, bounds and what may be moved."""
+    cap_tokens: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """The trainers' own cap, tokens: what holds without pressure. None: the cap that each trainer posts."""
+    scrape: list[ScrapeSettings] = []
+    """Trainers that are read instead of posting."""
+    max_runs: Annotated[int, Field(ge=1, le=100_000)] = 10_000
+    """Runs kept at most; a post for one more is refused."""
+
+
+SCRAPED = frozenset({*NUMBERS, "length_tokens", "finished"})
+
+
+class PolicyFileError(ValueError):
+    """A policy file that cannot be used: one line for each mistake."""
+
+
+def load_policy_file(path: Path) -> PolicyFile:
+    """Raises PolicyFileError."""
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise PolicyFileError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise PolicyFileError(f"{path}: is no text") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise PolicyFileError(f"{path}: is not YAML ({' '.join(str(error).split())[:200]})") from None
+    try:
+        policy = PolicyFile.model_validate(document or {})
+    except ValidationError as error:
+        raise PolicyFileError("\n".join(f"{path}: {line}" for line in describe_errors(error, PolicyFile))) from None
+    for index, scrape in enumerate(policy.scrape):
+        if unknown := sorted(scrape.names.keys() - SCRAPED):
+            raise PolicyFileError(f"{path}: scrape.{index}.names.{unknown[0]}: no such field; known: {', '.join(sorted(SCRAPED))}")
+    return policy
+
+
+def job_of(name: str, cap_tokens: int, policy: Policy) -> Job:
+    """A run of another trainer as a job: what may be tuned in it is the cap and the governor, over the same routes as for our runs."""
+    elsewhere = {"model": "elsewhere"}
+    return Job.model_validate(
+        {
+            "name": name,
+            "student": elsewhere,
+            "teacher": elsewhere,
+            "data": {"prompts": {"path": "elsewhere"}},
+            "rollout": {"max_new_tokens": cap_tokens},
+            "governor": policy.model_dump(),
+        }
+    )
