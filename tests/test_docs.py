@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -148,6 +149,16 @@ def test_the_examples_of_contributing_add_their_parts(tmp_path: Path) -> None:
         program = f"from {module} import {kind}; assert {name!r} in {kind}"
         subprocess.run([sys.executable, "-c", program], env={**os.environ, "OPD_EXTENSIONS": str(file)}, check=True)
     assert blocks
+
+
+def test_the_plan_of_the_code_names_every_room_and_its_arrows() -> None:
+    page = (ROOT / "services/README.md").read_text()
+    contract, *_ = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    arrows = " > ".join(layer.replace("opd_governor.services.", "").replace("opd_governor.", "") for layer in contract["layers"])
+    assert f"\n{arrows}\n" in page
+    for folder in ("services", "actors"):
+        prefix = "" if folder == "services" else "actors/"
+        assert all(f"| `{prefix}{room.parent.name}/` |" in page for room in (ROOT / folder).glob("*/__init__.py"))
 
 
 def test_make_help_lists_every_target_that_a_person_calls() -> None:
