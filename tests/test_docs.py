@@ -1,7 +1,11 @@
 """What the pages name exists: commands and options, make targets, files, links and anchors; the README is short and its job is a job."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -124,6 +128,37 @@ def test_the_readme_has_a_job_of_ten_lines_that_validates() -> None:
     (block,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(block.splitlines()) <= 10
     assert Job.model_validate(yaml.safe_load(block)).preset == "governed"
+
+
+def test_every_kind_of_part_has_a_row_in_contributing() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    for file in (file for folder in ("actors", "services") for file in (ROOT / folder).rglob("*.py")):
+        for kind, what in re.findall(r'^([A-Z_]+): Kind\[.*\] = Kind\("(.*)"\)$', file.read_text(), re.MULTILINE):
+            rows = [line for line in page.splitlines() if f"`{kind}`" in line]
+            assert any(f"({file.relative_to(ROOT)})" in row for row in rows), f"{kind} ({what}) of {file.relative_to(ROOT)} has no row"
+
+
+def test_the_examples_of_contributing_add_their_parts(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)
+    for number, block in enumerate(blocks):
+        file = tmp_path / f"example_{number}.py"
+        (kind, name), *_ = re.findall(r'\b([A-Z_]+)\.add\("(\w+)"\)', block)
+        (module,) = re.findall(rf"from (\S+) import .*\b{kind}\b", block)
+        file.write_text(block)
+        # In a process of its own, so that other tests do not meet the example's parts.
+        program = f"from {module} import {kind}; assert {name!r} in {kind}"
+        subprocess.run([sys.executable, "-c", program], env={**os.environ, "OPD_EXTENSIONS": str(file)}, check=True)
+    assert blocks
+
+
+def test_the_plan_of_the_code_names_every_room_and_its_arrows() -> None:
+    page = (ROOT / "services/README.md").read_text()
+    contract, *_ = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    arrows = " > ".join(layer.replace("opd_governor.services.", "").replace("opd_governor.", "") for layer in contract["layers"])
+    assert f"\n{arrows}\n" in page
+    for folder in ("services", "actors"):
+        prefix = "" if folder == "services" else "actors/"
+        assert all(f"| `{prefix}{room.parent.name}/` |" in page for room in (ROOT / folder).glob("*/__init__.py"))
 
 
 def test_make_help_lists_every_target_that_a_person_calls() -> None:

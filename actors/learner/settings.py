@@ -18,9 +18,11 @@ class ObjectiveSettings(Settings):
     """
 
     loss: Annotated[str, LOSSES.key] = "reverse_kl"
+    """The divergence between student and teacher; formulas in actors/learner/README.md."""
     loss_options: dict[str, float] = Field(default={})
     """Parameters of a loss of your own, which reads them from here."""
     support: Annotated[str, SUPPORTS.key] = "sampled"
+    """The tokens over which the divergence is taken; see above."""
     top_k: Annotated[int, Field(ge=1, le=1024)] = 32
     """Ids in a student, teacher or union support; the sampled token and the stop class are always added."""
     tail_bucket: bool = False
@@ -34,10 +36,12 @@ class ObjectiveSettings(Settings):
     stop_event: Literal["class", "raw"] = "class"
     """class: all stop ids are one action; raw: each id for itself."""
     reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """token_mean: every token of a batch counts alike; sequence_mean: every sequence does; constant: the sum over a fixed divisor."""
     constant_normaliser_tokens: Annotated[float, Field(gt=0)] | None = None
     """reduction constant: the divisor per sequence, tokens. None: the job file's max_new_tokens; a cap changed later does not move it,
     so that losses before and after the change stay comparable."""
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """See clip_high."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     """PPO clip: the ratio to the policy at the batch's start is kept in [1 - clip_low, 1 + clip_high]."""
     importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
@@ -62,6 +66,7 @@ class ObjectiveSettings(Settings):
     stop_tilt_target_tokens: Annotated[int, Field(ge=1)] | None = None
     """None: the reference length (mean of golden or teacher answers)."""
     stop_tilt_width_tokens: Annotated[int, Field(ge=1)] = 32
+    """Tokens from the target length to the tilt's full strength."""
     horizon_tokens: Annotated[int, Field(ge=1)] | None = None
     """Loss on the first tokens of each response only, and on its stop event wherever that stands, sampled or golden. None: all."""
     position_gamma: Annotated[float, Field(ge=0, le=10)] = 0.0
@@ -100,14 +105,21 @@ class LearnerSettings(Settings):
     """Processes (on GPUs: one GPU each) that weights, gradients and moments are cut over (FSDP2). Any number resumes any other's
     checkpoint."""
     total_steps: Annotated[int, Field(ge=1)] = 100
+    """The run ends after this many steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """AdamW's, after warm-up. The governor's brake multiplies it."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After warm-up; cosine and linear fall to `min_lr_ratio` at total_steps."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the learning rate that is left at the end of a cosine or linear schedule."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's, on matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the first and the second moment."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """A longer gradient is scaled down to this norm."""
     micro_batch_tokens: Annotated[int, Field(ge=16)] = 8192
     """Padded tokens in one forward and backward; a batch is split, gradients accumulate. At 16 nearly every row goes alone: with the
     teacher's batch_tokens at 16 too, equal models agree to the last bit, and a step changes nothing."""
@@ -121,6 +133,7 @@ class LearnerSettings(Settings):
     """Compile the decoder layers of the student, and of frozen models beside it, with torch.compile: a step of a 2-billion-parameter
     student takes a quarter less time on an H200, the first one a quarter of a minute more. Needs a C compiler."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     freeze_embeddings: bool = False
     """Keep input (and tied output) embeddings fixed."""
     max_skipped_steps: Annotated[int, Field(ge=1)] = 10

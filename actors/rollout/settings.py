@@ -47,12 +47,17 @@ class RolloutSettings(Settings):
     temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     """vLLM refuses more than 2."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the most likely tokens that together have this probability; 1 keeps every token."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """0 keeps every token."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Drop tokens less likely than this share of the most likely one; 0 keeps every token."""
     repetition_penalty: Annotated[float, Field(gt=0, le=4)] = 1.0
+    """vLLM's; above 1 repeated tokens become less likely. The log-probs recorded are the processed ones."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """vLLM's; nats taken from each token that has occurred."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """vLLM's; nats taken from each token per occurrence."""
     no_repeat_ngram: Annotated[int, Field(ge=0, le=64)] = 0
     """No n-gram of this length occurs twice in a response; 0 turns it off."""
     stop_token_ids: tuple[int, ...] | None = None

@@ -25,6 +25,7 @@ class TeacherSettings(Settings):
     url: Url | None = None
     """Address of an OpenAI-compatible vLLM server (back end `http`). The environment's VLLM_API_KEY is sent where set."""
     num_actors: Annotated[int, Field(ge=1)] = 1
+    """Actors that each hold the model; with back end `http`, actors that send requests to the server."""
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")] = "float32"
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """GPUs that hold one copy of the model (back end `vllm`)."""
@@ -50,7 +51,9 @@ class TeacherSettings(Settings):
     hedge_after_s: Annotated[float, Field(gt=0)] | None = None
     """Send a slow request to a second actor after this long; None: never."""
     timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Longest time of one try, and longest wait for an actor to come back, seconds. A server's own retries fall within it."""
     trust_remote_code: bool = False
+    """Run Python code that the model's folder brings along. Off: such a model is refused."""
     beams: Annotated[int, Field(ge=1)] = 1
     """Golden pass: 1 samples, more searches with transformers' beam search."""
     length_penalty: float = 1.0

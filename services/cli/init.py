@@ -83,7 +83,7 @@ class Inputs:
 def init(
     student: Annotated[str | None, typer.Option(help="The model that learns: a Hugging Face id or a local folder.")] = None,
     teacher: Annotated[str | None, typer.Option(help="The model that teaches; with --teacher-url its name on the server.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="A prompt file (.jsonl, .parquet) or a dataset id.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompts: a file (.jsonl, .csv, .parquet, ...), a folder or a dataset id.")] = None,
     out: Annotated[Path, typer.Option("--out", help="The job file to write. An existing file is never overwritten.")] = Path("job.yaml"),
     column: Annotated[str | None, typer.Option(help="Column with the prompt. Default: found in the first row.")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Put text prompts through the student's chat template.")] = None,
@@ -104,7 +104,7 @@ def init(
         fail([f"--out {out}: exists already; choose another file"], 2)
     student = settle("--student", student, None, "Student, a Hugging Face id or local folder")
     teacher = settle("--teacher", teacher, None, "Teacher")
-    prompts = settle("--prompts", prompts, None, "Prompts, a .jsonl or .parquet file or a dataset id")
+    prompts = settle("--prompts", prompts, None, "Prompts, a file (.jsonl, .csv, .parquet, ...), a folder or a dataset id")
     quiet_environment()
     try:
         inputs = read_inputs(student, None if teacher_url else teacher, prompts)

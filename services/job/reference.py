@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.json_schema import GenerateJsonSchema
 
 from opd_governor.services.job.settings import PRESETS, Job
 from opd_governor.services.job.tunables import Tunables
@@ -34,9 +35,17 @@ effect at the next step.
 """
 
 
+class _WithFactories(GenerateJsonSchema):
+    """Pydantic's JSON schema, with the defaults that a factory makes."""
+
+    def get_default_value(self, schema: Any) -> Any:
+        factory = schema.get("default_factory")
+        return factory() if factory and not schema.get("default_factory_takes_data") else super().get_default_value(schema)
+
+
 def render() -> str:
     """The whole page."""
-    schema = Job.model_json_schema()
+    schema = Job.model_json_schema(schema_generator=_WithFactories)
     presets = ["", "| preset | fills |", "|---|---|"]
     for name, groups in PRESETS.items():
         filled = (f"`{group}.{key}: {_plain(value)}`" for group, values in groups.items() for key, value in values.items())
