@@ -142,16 +142,10 @@ def _separate(parts: _Parts, hardware: Hardware) -> Plan | str:
         teachers.append(_with_parallel(teacher, tp))
     counts = _grow(parts, hardware, ranks, engine_tp, teachers)
     if counts is None:
-        least = [
-            *([1] * ranks),
-            *([engine_tp] * job.rollout.num_actors),
-            *(t.tensor_parallel_size for t in teachers for _ in range(t.num_actors)),
-        ]
-        return (
-            f"{sum(least)} GPUs are needed (learner {ranks}, rollout {job.rollout.num_actors * engine_tp}"
-            + "".join(f", teacher {t.name} {t.num_actors * t.tensor_parallel_size}" for t in teachers)
-            + f"), there are {hardware.num_gpus}; add {max(1, sum(least) - hardware.num_gpus)}, or serve the teacher over http"
-        )
+        least = [*([1] * ranks), *([engine_tp] * job.rollout.num_actors), *(t.tensor_parallel_size for t in teachers for _ in range(t.num_actors))]
+        return f"{sum(least)} GPUs are needed (learner {ranks}, rollout {job.rollout.num_actors * engine_tp}" + "".join(
+            f", teacher {t.name} {t.num_actors * t.tensor_parallel_size}" for t in teachers
+        ) + f"), there are {hardware.num_gpus}; add {max(1, sum(least) - hardware.num_gpus)}, or serve the teacher over http"
     ranks, num_engines, nums = counts
     teachers = [t.model_copy(update={"num_actors": num}) for t, num in zip(teachers, nums, strict=True)]
     bundles = [Bundle(engine_tp, (("rollout", i),)) for i in range(num_engines)]
@@ -168,17 +162,13 @@ def _grow(
     """Learner ranks, engines, actors of each teacher. None where the least of each finds no room."""
     job, rates, load = parts.job, Rates.of(hardware.card), Load.of(parts.job)
     engines, nums = job.rollout.num_actors, [t.num_actors for t in teachers]
-    free = [
-        "num_ranks" not in job.learner.model_fields_set,
-        *("num_actors" not in role.model_fields_set for role in (job.rollout, *teachers)),
-    ]
+    free = ["num_ranks" not in job.learner.model_fields_set, *("num_actors" not in role.model_fields_set for role in (job.rollout, *teachers))]
 
     def units(ranks: int, engines: int, nums: list[int]) -> list[int]:
         return [1] * ranks + [engine_tp] * engines + [t.tensor_parallel_size for t, n in zip(teachers, nums, strict=True) for _ in range(n)]
 
     if not hardware.holds(units(ranks, engines, nums)):
         return None
-
     def times(ranks: int, engines: int, nums: list[int]) -> list[float]:
         """Learner, engines, each teacher."""
         scored = [
