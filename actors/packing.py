@@ -1,4 +1,4 @@
-"""Sequences of unlike lengths into padded batches that are little padding (pure). Learner and teacher both pass over such batches."""
+"""Groups sequences by length so that batches need little padding (pure). Learner and teacher both use such batches."""
 
 from collections.abc import Sequence
 

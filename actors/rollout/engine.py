@@ -1,7 +1,7 @@
 """One vLLM engine that samples the student: generate, receive weights, score a probe.
 
 Weight updates keep requests in flight: their later tokens come from the newer weights over the keys and values that the older ones
-left, as in PipelineRL (arXiv 2509.19128): computing these anew would be a pass over every prompt and response under way.
+left, as in PipelineRL (arXiv 2509.19128): computing these again would be a pass over every prompt and response under way.
 Each token's log-prob is that of the distribution it was drawn from. The version at a request's first token is on its trajectory.
 """
 
@@ -29,7 +29,7 @@ from opd_governor.actors.rollout.logits import LOGITS_PROCESSORS
 from opd_governor.actors.rollout.settings import RolloutSettings
 
 OWNER = "OPD_ENGINE_OWNER"
-"""Environment variable: process id of whoever started the engine (see worker.py)."""
+"""Environment variable: process id of the engine's parent (see worker.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Engine:
         self._request_ids = itertools.count()
         self.weight_version = -1
         self._num_updates = 0
-        """Unlike the version it never comes again: a learner that went back to a checkpoint takes its steps anew, to other weights."""
+        """Unlike the version, never reused: a learner that went back to a checkpoint takes its steps again, to other weights."""
         self.context_tokens: int = self._llm.model_config.max_model_len
 
     async def generate(self, prompt_token_ids: list[int], params: SamplingParams) -> Completion:
@@ -71,7 +71,7 @@ class Engine:
         return await (await self.submit(prompt_token_ids, params))
 
     async def submit(self, prompt_token_ids: list[int], params: SamplingParams) -> Coroutine[None, None, Completion]:
-        """Put a request into the engine's queue; what is returned waits for its response."""
+        """Put a request into the engine's queue; the coroutine returned waits for its response."""
         weight_version = self.weight_version
         answer = await self._add(prompt_token_ids, params)
 
@@ -81,7 +81,7 @@ class Engine:
         return completion()
 
     async def hold(self) -> None:
-        """Drop whatever is under way, cached prefixes too; what is submitted from here on waits for `release`."""
+        """Drop everything under way, cached prefixes too; requests submitted from here on wait for `release`."""
         await self._pause("abort")
 
     async def _pause(self, mode: PauseMode) -> None:

@@ -61,7 +61,7 @@ class RayTeacher:
         return await self.actor.ping.remote()
 
     async def restart(self) -> None:
-        """End a process that hangs; Ray starts it anew."""
+        """End a process that hangs; Ray starts it again."""
         await asyncio.to_thread(ray.kill, self.actor, no_restart=False)
 
 

@@ -17,7 +17,7 @@ class Batch:
     scored: list[ScoredRollout]
     """Those admitted and scored, in the order of their prompts."""
     nonfinite: list[Trajectory]
-    """Rollouts whose engine gave log-probs that are no numbers: not scored, not learned from, counted as unscored."""
+    """Rollouts with non-finite log-probs from their engine: not scored, not learned from, counted as unscored."""
     num_over_quota: int
     num_unscored: int
     limits: LengthLimits
@@ -50,8 +50,9 @@ class Sync:
     """Largest engine-learner difference on the probe."""
     tolerance_nats: float = 0.0
     weight_version: int = 0
+    """What the engines sample with afterwards."""
 
     @property
     def sound(self) -> bool:
-        """False for a gap that is not a number, too."""
+        """False for a NaN gap, too."""
         return self.gap_nats <= self.tolerance_nats

@@ -64,7 +64,7 @@ class RunMonitor:
             self._status["step"] = record["step"]
 
     def forget(self) -> None:
-        """The steps shown are about to be taken again, from a checkpoint on; what remains of them is added anew."""
+        """The steps shown are about to be taken again, from a checkpoint on; the steps that remain are added again."""
         with self._lock:
             self._steps.clear()
             self._samples.clear()
@@ -72,7 +72,7 @@ class RunMonitor:
             self._status["step"] = 0
 
     def add_event(self, record: Record) -> None:
-        """Something that is no step and no decision: an actor lost, a restart, a wait."""
+        """What is neither a step nor a decision: an actor lost, a restart, a wait."""
         with self._lock:
             self._events.append(record)
             self._status["events"] = list(self._events)

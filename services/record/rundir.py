@@ -35,7 +35,7 @@ class RunDirectory:
             raise JobError(f"--out {path}: not writable ({error.strerror}); choose another folder") from None
         self._waiting: dict[Path, list[str]] = {}
         self.trouble: str | None = None
-        """Why records wait in memory; None: they do not."""
+        """Why records wait in memory; None if they do not."""
         if not resume and (self.metrics.exists() or any(self.checkpoints.glob("step-*"))):
             raise JobError(f"--out {path}: holds a run already; add --resume to go on with it, or choose another folder")
 
@@ -78,7 +78,7 @@ class RunDirectory:
         (self.path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))
 
     def append(self, path: Path, record: Record) -> None:
-        """One line, at once on its way to the disk. Where that has no room the line waits (see `trouble`) and goes with the next one."""
+        """One line, written immediately (not fsynced). On a full disk the line waits (see `trouble`) and goes with the next one."""
         self._waiting.setdefault(path, []).append(to_json(record) + "\n")
         try:
             self._flush(path)

@@ -120,7 +120,7 @@ ADDITIONS = frozenset(
 
 
 OWN_GAUGES = frozenset({"opd_length_reference_tokens", "opd_run_paused", "opd_heartbeat_timestamp_seconds"})
-"""What a run that goes back to a checkpoint knows better itself: what it has measured anew, and what is so now."""
+"""Metrics that a run keeps when it goes back to a checkpoint: it has measured them again, or they describe the present."""
 
 
 class Telemetry:
@@ -218,7 +218,7 @@ class Telemetry:
     def restore(self, state: Iterable[Series]) -> None:
         """Go on from a checkpoint's values, also in a process that has gone beyond it; restarts of actors are never forgotten.
 
-        A histogram whose edges are no longer the same starts anew.
+        A histogram whose edges have changed starts from zero.
         """
         known = {(name, tuple(labels.values())): value for name, labels, value in state}
         for name, values in known.keys() | {(name, values) for name, values, _ in self._series()}:

@@ -8,7 +8,7 @@ named by path must lie at the same path for the cluster: true on one machine and
 anywhere. The run directory is such a path too. The package is kept by the cluster, so the machine that submitted may go.
 
 The announcement needs no port but the one of the Jobs API. It is void once its job has ended, however it ended, because Ray notes
-that; an orderly end takes it back as well. It holds the run's token: whoever may read the cluster's jobs may run code on the cluster
+that; an orderly end takes it back as well. It holds the run's token: anyone who may read the cluster's jobs may run code on the cluster
 as the run's own user, so the cluster's own authentication guards both. The token is in no log and in no runtime environment.
 """
 
@@ -20,7 +20,7 @@ import os
 import shlex
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,19 +86,27 @@ def connect(address: str | None) -> JobClient:
     """The Jobs API of the cluster at `address`: http://HEAD:8265, or what `ray.init` takes. Raises RemoteError."""
     if not address:
         raise RemoteError("--address: missing; give the cluster's address such as http://127.0.0.1:8265, or set RAY_ADDRESS")
-    # Ray lets these two win over the address it is given.
-    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-        os.environ.pop(variable, None)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
-        client: JobClient = JobSubmissionClient(address)
+        with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray lets these two win over the address it is given
+            client: JobClient = JobSubmissionClient(address)
     except AuthenticationError:
         raise RemoteError(f"--address {address}: the cluster wants its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise RemoteError(f"--address {address}: no Ray cluster answers ({_first_line(error)}); is the dashboard's port right?") from None
     return client
+
+
+@contextlib.contextmanager
+def _without(*variables: str) -> Iterator[None]:
+    """These environment variables are unset meanwhile."""
+    held = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
 
 
 def submissions(client: JobClient) -> list[Submission]:
@@ -220,7 +228,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.asynccontextmanager
 async def announced(run: str, url: str, token: str, out: Path) -> AsyncIterator[None]:
-    """The run's service stands in the metadata of the Ray job whose driver this process is; nothing happens where it is none.
+    """The run's service stands in the metadata of the Ray job whose driver this process is; no-op outside a submitted job.
 
     A wildcard host is told as the node's own address. Needs a connected Ray at both ends.
     """

@@ -22,13 +22,13 @@ class Saver(Protocol):
 
 
 class Checkpoints:
-    """One is written at a time. Whatever goes wrong is told to `warn` and costs that checkpoint: those before it are whole."""
+    """One is written at a time. An error costs that checkpoint and is told to `note`; those before it are whole."""
 
     def __init__(
-        self, root: Path, saver: Saver, *, keep: int, warn: Callable[[str], None], mirror: Callable[[Path], None] | None = None
+        self, root: Path, saver: Saver, *, keep: int, note: Callable[[str], None], mirror: Callable[[Path], None] | None = None
     ) -> None:
         """`keep` newest ones are kept, and the last one written in health. `mirror` copies each to a second place."""
-        self._root, self._saver, self._keep, self._warn, self._mirror = root, saver, keep, warn, mirror
+        self._root, self._saver, self._keep, self._note, self._mirror = root, saver, keep, note, mirror
         self._last_healthy: Path | None = None
         self._writing: asyncio.Task[None] | None = None
         self.taken_step: int | None = None
@@ -51,18 +51,18 @@ class Checkpoints:
             await self._writing
 
     async def close(self) -> None:
-        """Write no more: what is not there yet will not be."""
+        """Cancel the one being written."""
         if self._writing is not None:
             self._writing.cancel()
             await asyncio.gather(self._writing, return_exceptions=True)
 
     async def newest(self, *, healthy: bool = False) -> tuple[Path | None, Record]:
-        """The newest one that verifies (and, where asked, was written in health) and its state. Removes what is left of unfinished ones."""
+        """The newest one that verifies (and, if asked, was written in health), and its state. Removes unfinished ones."""
         await self.written()
         await asyncio.to_thread(remove_partials, self._root)
         folder, state, refused = await asyncio.to_thread(newest_checkpoint, self._root, healthy=healthy)
         for line in refused:
-            self._warn(line)
+            self._note(line)
         return folder, state
 
     async def resume(self) -> tuple[Path | None, Record]:
@@ -79,8 +79,8 @@ class Checkpoints:
             partial = await asyncio.to_thread(partial_folder, self._root, step)
             await self._saver.save(str(partial))
             written = await asyncio.to_thread(seal_checkpoint, self._root, step, state)
-        except (OSError, ActorLostError) as error:  # what was written before is whole, and the run is worth more
-            self._warn(f"checkpoint of step {step} not written: {error}; the run goes on, with the one before")
+        except (OSError, ActorLostError) as error:  # the checkpoints before are whole, and the run goes on
+            self._note(f"checkpoint of step {step} not written: {error}; the run goes on, with the one before")
             await asyncio.to_thread(remove_partials, self._root)
             self.taken_step = None
             return
@@ -91,5 +91,5 @@ class Checkpoints:
         try:
             if self._mirror is not None:
                 await asyncio.to_thread(self._mirror, written)
-        except Exception as error:  # the back ends have errors of their own, and the checkpoint itself is there
-            self._warn(f"checkpoint of step {step} not copied: {error}")
+        except Exception as error:  # the back ends raise errors of their own; the checkpoint itself is written
+            self._note(f"checkpoint of step {step} not copied: {error}")

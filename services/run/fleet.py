@@ -67,7 +67,7 @@ class Fleet:
         self._remember_processes()
 
     async def _reserve(self, gpu: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Room for learner and engines, once: what is started again later stands where the one before it stood."""
+        """Reserve room for learner and engines, once: a replacement takes the place of the actor before it."""
         job, cluster = self._job, self._job.cluster
         learner_gpus = gpu if cluster.gpus_per_learner is None else cluster.gpus_per_learner
         rollout_gpus = gpu if cluster.gpus_per_rollout is None else cluster.gpus_per_rollout
@@ -129,7 +129,7 @@ class Fleet:
     # ---- the end
 
     def _remember_processes(self) -> None:
-        """Engines start processes of their own: what descends from this one is ours to end."""
+        """Engines start processes of their own: every descendant of this process is ended with the run."""
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._descendants[process.pid] = process.create_time()

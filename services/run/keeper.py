@@ -24,7 +24,7 @@ MAX_TRIES = 3
 
 
 class GovernorKeeper:
-    """Keeps the governor's state after every answer, so that its death costs a moment and no memory.
+    """Keeps the governor's state after every answer, so that a new governor goes on where the last one stopped.
 
     >>> keeper = GovernorKeeper(start, policy, base, generation)   # start(policy, base, generation) -> a Governor actor
     >>> decision, record = await keeper.tick(step)
@@ -47,7 +47,7 @@ class GovernorKeeper:
         self._pace = Pace(floor_s)
         self._state: dict[str, Any] | None = None
         self._lost: Exception | None = None
-        """What ended the actor before this one, until this one has answered."""
+        """What ended the actor before this one; None once this one has answered."""
         self._actor = start(*self._terms)
 
     async def set_policy(self, policy: Policy, base: LengthLimits, generation: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ray
 
+from opd_governor.actors.deadlines import Say
 from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.services.inputs.golden import GoldenSet
 from opd_governor.services.job.settings import Job
@@ -40,8 +41,6 @@ from opd_governor.services.run.sources import Sources
 from opd_governor.services.run.teachers import start_teachers
 from opd_governor.services.run.terms import base_limits
 from opd_governor.services.run.weights import PROBE_TOKENS
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -158,7 +157,7 @@ class Run:
                 self.directory.checkpoints,
                 fleet.learner,
                 keep=job.checkpoint.keep,
-                warn=journal.note,
+                note=journal.note,
                 mirror=self.mirror.push if self.mirror else None,
             ),
             HeldOut(sources, sources.verify, fleet) if sources.verify else None,

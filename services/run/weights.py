@@ -45,7 +45,7 @@ class WeightSync:
         """How they travel: file (Ray's object store), nccl or ipc."""
 
     async def to_all(self, on_taken: OnTaken = lambda: None) -> Sync:
-        """Bring the weights into every live engine, requests kept in flight. Returns the worst of the engines' gaps."""
+        """Bring the weights into every live engine; requests stay in flight. Returns the worst of the engines' gaps."""
         async with self._turn:
             syncs = await self._bring(self._engines.on_each, on_taken=on_taken)
         if syncs:

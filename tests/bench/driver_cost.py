@@ -329,7 +329,7 @@ def measure(
         loop = Distillation(
             job, ConfigStore(job, directory.config), TrainingData(Prompts(), [], "", 256.0),
             Actors(fleet, pool, QuietGovernor(base_limits(job), telemetry)), journal,
-            Checkpoints(directory.checkpoints, fleet.learner, keep=job.checkpoint.keep, warn=journal.note), None, nothing,
+            Checkpoints(directory.checkpoints, fleet.learner, keep=job.checkpoint.keep, note=journal.note), None, nothing,
         )  # type: ignore[arg-type]  # fmt: skip
 
         async def run() -> None:

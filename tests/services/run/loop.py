@@ -208,7 +208,7 @@ class Loop:
             decode=lambda ids: "", on_step=lambda record: self.on_step(record), say=self.warnings.append,
         )  # fmt: skip
         checkpoints = Checkpoints(
-            self.directory.checkpoints, self.fleet, keep=1, warn=self.journal.note,
+            self.directory.checkpoints, self.fleet, keep=1, note=self.journal.note,
             mirror=Mirror(mirror_url, self.directory).push if mirror_url else None,
         )  # fmt: skip
         data = TrainingData(self.stream, [], golden_key, 4.0)  # type: ignore[arg-type]
