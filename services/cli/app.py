@@ -11,6 +11,8 @@ import typer
 from opd_governor.services.cli.elsewhere import commands
 from opd_governor.services.cli.init import init
 from opd_governor.services.cli.others import others
+from opd_governor.services.cli.plan import Gpus, described
+from opd_governor.services.cli.plan import commands as planning
 from opd_governor.services.cli.terminal import AsJson, JobFile, Sets, fail, load, quiet_environment, versions
 from opd_governor.services.job.settings import JobError
 
@@ -91,18 +93,28 @@ def check(
     job_file: JobFile,
     sets: Sets = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run directory the job would use. Default: runs/NAME.")] = None,
+    gpus: Gpus = None,
+    dry: Annotated[bool, typer.Option("--dry", help="With --gpus: configs alone; no model, prompt, cluster or GPU is looked at.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a job before its first step: models, tokenizers, stop ids, prompts, ports, folders.
+    """Check a job before its first step: models, tokenizers, stop ids, prompts, ports, folders; on GPUs, whether it fits and how.
 
-    Example: `opd check deploy/jobs/smollm2.yaml --json`
+    Example: `opd check deploy/jobs/smollm2.yaml --json` or `opd check deploy/jobs/qwen3-8-gpus.yaml --gpus 8x80 --dry`
     """
     job = load(job_file, sets)
     quiet_environment()
+    from opd_governor.services.inputs.fit import check_dry, check_engine_arguments, check_fit, local_hardware
     from opd_governor.services.inputs.preflight import check as preflight
     from opd_governor.services.inputs.preflight import exit_code, render
 
-    checks = preflight(job, out or Path("runs") / job.name)
+    if dry and gpus is None:
+        fail(["--dry: goes with --gpus, such as --gpus 8x80"], 2)
+    hardware = described(gpus) if gpus else local_hardware()
+    if dry and hardware:
+        checks = check_dry(job, hardware)
+    else:
+        checks = [*preflight(job, out or Path("runs") / job.name), *check_engine_arguments(job)]
+        checks += check_fit(job, hardware) if hardware else []
     typer.echo(json.dumps([c.to_json() for c in checks], indent=1) if as_json else render(checks))
     raise typer.Exit(exit_code(checks))
 
@@ -174,6 +186,7 @@ def replay(
         typer.echo(render(rows))
 
 
+app.add_typer(planning)
 app.add_typer(commands)
 app.add_typer(others)
 

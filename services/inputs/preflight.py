@@ -68,7 +68,7 @@ class Check:
 
 def check(job: Job, directory: Path) -> list[Check]:
     """Check a job against the world; starts nothing, writes nothing but converted models in the cache."""
-    checks = [*_check_folder(directory), *_check_service(job), *_check_objective(job), *_check_dtypes(job), *_check_repeatable(job)]
+    checks = [*_check_folder(directory), *_check_service(job), *check_job_alone(job), *_check_dtypes(job)]
     student, found = _resolve("student model", partial(_stand_in, job.student.model), job.student.trust_remote_code, "student.model")
     checks += found
     teachers: list[str | None] = []
@@ -104,6 +104,11 @@ def check(job: Job, directory: Path) -> list[Check]:
     checks += _check_data(job, tokenizer, windows)
     checks += _check_disk(job, student, directory)
     return checks
+
+
+def check_job_alone(job: Job) -> list[Check]:
+    """What needs no model, no data and no machine."""
+    return [*_check_objective(job), *_check_repeatable(job)]
 
 
 def failures(checks: Sequence[Check]) -> list[str]:

@@ -142,10 +142,16 @@ def _separate(parts: _Parts, hardware: Hardware) -> Plan | str:
         teachers.append(_with_parallel(teacher, tp))
     counts = _grow(parts, hardware, ranks, engine_tp, teachers)
     if counts is None:
-        least = [*([1] * ranks), *([engine_tp] * job.rollout.num_actors), *(t.tensor_parallel_size for t in teachers for _ in range(t.num_actors))]
-        return f"{sum(least)} GPUs are needed (learner {ranks}, rollout {job.rollout.num_actors * engine_tp}" + "".join(
-            f", teacher {t.name} {t.num_actors * t.tensor_parallel_size}" for t in teachers
-        ) + f"), there are {hardware.num_gpus}; add {max(1, sum(least) - hardware.num_gpus)}, or serve the teacher over http"
+        least = [
+            *([1] * ranks),
+            *([engine_tp] * job.rollout.num_actors),
+            *(t.tensor_parallel_size for t in teachers for _ in range(t.num_actors)),
+        ]
+        return (
+            f"{sum(least)} GPUs are needed (learner {ranks}, rollout {job.rollout.num_actors * engine_tp}"
+            + "".join(f", teacher {t.name} {t.num_actors * t.tensor_parallel_size}" for t in teachers)
+            + f"), there are {hardware.num_gpus}; add {max(1, sum(least) - hardware.num_gpus)}, or serve the teacher over http"
+        )
     ranks, num_engines, nums = counts
     teachers = [t.model_copy(update={"num_actors": num}) for t, num in zip(teachers, nums, strict=True)]
     bundles = [Bundle(engine_tp, (("rollout", i),)) for i in range(num_engines)]
@@ -162,13 +168,17 @@ def _grow(
     """Learner ranks, engines, actors of each teacher. None where the least of each finds no room."""
     job, rates, load = parts.job, Rates.of(hardware.card), Load.of(parts.job)
     engines, nums = job.rollout.num_actors, [t.num_actors for t in teachers]
-    free = ["num_ranks" not in job.learner.model_fields_set, *("num_actors" not in role.model_fields_set for role in (job.rollout, *teachers))]
+    free = [
+        "num_ranks" not in job.learner.model_fields_set,
+        *("num_actors" not in role.model_fields_set for role in (job.rollout, *teachers)),
+    ]
 
     def units(ranks: int, engines: int, nums: list[int]) -> list[int]:
         return [1] * ranks + [engine_tp] * engines + [t.tensor_parallel_size for t, n in zip(teachers, nums, strict=True) for _ in range(n)]
 
     if not hardware.holds(units(ranks, engines, nums)):
         return None
+
     def times(ranks: int, engines: int, nums: list[int]) -> list[float]:
         """Learner, engines, each teacher."""
         scored = [
@@ -179,7 +189,9 @@ def _grow(
 
     while True:
         now = times(ranks, engines, nums)
-        for role in sorted((i for i, is_free in enumerate(free) if is_free), key=lambda i: -now[i]):
+        by_time = sorted((i for i, is_free in enumerate(free) if is_free), key=lambda i: -now[i])
+        # Phases of neighbouring steps overlap, so that the slowest one is the step; in the strict loop they add up.
+        for role in by_time[: None if job.repeatable else 1]:
             grown = ranks + (role == 0), engines + (role == 1), [num + (role == i) for i, num in enumerate(nums, 2)]
             if hardware.holds(units(*grown)) and times(*grown)[role] < WORTH_IT * now[role]:
                 ranks, engines, nums = grown
@@ -204,8 +216,8 @@ def _colocated(parts: _Parts, hardware: Hardware) -> Plan | str:
         term = worst.largest()
         sums = ", ".join(f"{need.role} {need.gpu_bytes / GIB:.1f}" for need in needs)
         return (
-            f"{sum(need.gpu_bytes for need in needs) / GIB:.1f} GiB a GPU are needed ({sums}), {hardware.usable_bytes / GIB:.1f} are usable; "
-            f"the largest term is {worst.role}'s {term}, {worst.gpu[term] / GIB:.1f} GiB: {SHRINK[term]}"
+            f"{sum(need.gpu_bytes for need in needs) / GIB:.1f} GiB a GPU are needed ({sums}), "
+            f"{hardware.usable_bytes / GIB:.1f} are usable; the largest term is {worst.role}'s {term}, {worst.gpu[term] / GIB:.1f} GiB: {SHRINK[term]}"
         )
     each: list[list[Actor]] = [[("learner", i), ("rollout", i)] for i in range(num)]
     nums = [t.num_actors if "num_actors" in t.model_fields_set else num for t in teachers]

@@ -138,4 +138,4 @@ def teacher_need(teacher: TeacherSettings, shape: Shape, window: int) -> Need:
 
 def local_teachers(job: Job) -> list[tuple[TeacherSettings, Shape]]:
     """The teachers that run on the cluster itself."""
-    return [(t, shape_of(t.model, t.trust_remote_code)) for t in job.teacher if t.backend != "http"]
+    return [(t, shape_of(t.model, t.trust_remote_code)) for t in job.teacher if t.means.local]

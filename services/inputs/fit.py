@@ -1,0 +1,85 @@
+"""Whether a job fits GPUs, described (`--gpus 8x80`) or there: the plan, and what on GPUs is known not to work."""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from opd_governor.services.inputs.preflight import Check, check_job_alone
+from opd_governor.services.job.settings import Job, JobError
+from opd_governor.services.plan.hardware import Hardware
+from opd_governor.services.plan.layout import plan
+from opd_governor.services.plan.shapes import shape_of
+
+
+def local_hardware() -> Hardware | None:
+    """The GPUs of this machine; None without."""
+    if not torch.cuda.is_available():
+        return None
+    return Hardware((torch.cuda.device_count(),), torch.cuda.get_device_properties(0).total_memory / 2**30)
+
+
+def check_fit(job: Job, hardware: Hardware) -> list[Check]:
+    """The plan on this hardware, or why there is none. Reads configs alone."""
+    try:
+        student = shape_of(job.student.model, job.student.trust_remote_code)
+        found = plan(job, hardware)
+    except JobError as error:
+        return [Check("plan", "fail", str(error))]
+    checks = [Check("plan", "pass", line) for line in found.lines()]
+    checks += _check_experts(student.num_experts)
+    checks += _check_precision(job)
+    return checks
+
+
+def check_dry(job: Job, hardware: Hardware) -> list[Check]:
+    """What can be said without models, prompts or a cluster: the job's own consistency and the plan."""
+    return [*check_job_alone(job), *check_engine_arguments(job), *check_fit(job, hardware)]
+
+
+def check_engine_arguments(job: Job) -> Iterator[Check]:
+    """`rollout.engine` and `teacher.engine` against the fields of the installed vLLM."""
+    named: dict[str, Mapping[str, Any]] = {"rollout.engine": job.rollout.engine} | {
+        f"teacher {teacher.name}: engine": teacher.engine for teacher in job.teacher
+    }
+    if not any(named.values()):
+        return
+    if importlib.util.find_spec("vllm") is None:
+        yield Check("engine arguments", "warn", "vllm is not installed here: the names under engine are not checked")
+        return
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = set(AsyncEngineArgs.__dataclass_fields__)
+    for where, arguments in named.items():
+        if unknown := sorted(set(arguments) - known):
+            near = _nearest(unknown[0], known)
+            yield Check("engine arguments", "fail", f"{where}: vLLM has no argument {unknown[0]!r}", near, exit_code=2)
+        elif arguments:
+            yield Check("engine arguments", "pass", f"{where}: {', '.join(sorted(arguments))}")
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "see vLLM's engine arguments"
+
+
+def _check_experts(num_experts: int) -> Iterator[Check]:
+    if num_experts:
+        detail = (
+            f"student.model: a mixture of {num_experts} experts; vLLM's layer-wise reload leaves wrong expert weights in its engines, "
+            "which the probe after the first sync would refuse"
+        )
+        yield Check("student", "fail", detail, "distil into a dense student; a mixture as teacher is fine")
+
+
+def _check_precision(job: Job) -> Iterator[Check]:
+    slow = [name for name, role in (("learner", job.learner), ("rollout", job.rollout)) if role.dtype == "float32"]
+    slow += [f"teacher {t.name}" for t in job.teacher if t.means.local and t.dtype == "float32"]
+    if slow:
+        detail = f"float32 on GPUs: {', '.join(slow)}"
+        yield Check("dtype on GPUs", "warn", detail, "set dtype: bfloat16, half the memory and several times as fast")
+    if job.rollout.enforce_eager:
+        yield Check("CUDA graphs", "warn", "rollout.enforce_eager: true", "set it to false: decoding is 2 to 4 times as fast")
