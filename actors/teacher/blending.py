@@ -42,6 +42,7 @@ def blend_scores(scores: Sequence[TokenScores], weights: Sequence[float]) -> Tok
         return scores[0]
     if any(score.span_T is not None for score in scores):
         scores = on_common_spans(scores)
+    size_T = span_sizes(scores[0])
     log_weights = np.log(np.asarray(weights, np.float32) / sum(weights))
 
     def mix(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -53,7 +54,7 @@ def blend_scores(scores: Sequence[TokenScores], weights: Sequence[float]) -> Tok
     assert all(((ids == ids_TK) | (ids < 0)).all() for ids, _ in supports), "supports on different ids"
     return TokenScores(
         teacher="+".join(s.teacher for s in scores),
-        sampled_logp_T=mix([s.sampled_logp_T for s in scores]),
+        sampled_logp_T=mix([s.sampled_logp_T * size_T for s in scores]) / size_T,
         stop_logp_T=mix([s.stop_logp_T for s in scores]),
         support_ids_TK=ids_TK,
         support_logp_TK=mix([logp for _, logp in supports]) if supports else None,
@@ -92,6 +93,15 @@ def on_common_spans(scores: Sequence[TokenScores]) -> list[TokenScores]:
             )
         )
     return moved
+
+
+def span_sizes(scores: TokenScores) -> np.ndarray:
+    """[T] float32: the number of tokens in each token's span; 1 without spans and where nothing is compared."""
+    size_T = np.ones(len(scores.sampled_logp_T), np.float32)
+    if scores.span_T is not None and (scores.span_T >= 0).any():
+        compared_T = scores.span_T >= 0
+        size_T[compared_T] = np.bincount(scores.span_T[compared_T])[scores.span_T[compared_T]]
+    return size_T
 
 
 def _sampled_only(scores: TokenScores) -> np.ndarray:

@@ -147,7 +147,7 @@ class TeacherPool:
             for teacher in self.teachers_of(trajectory.prompt.domain):
                 asked.setdefault(teacher, {})[place] = request
         found = await _all([self._score(teacher, requests) for teacher, requests in asked.items()])
-        answers = dict(zip(asked, found, strict=True))
+        answers: dict[Teacher, Mapping[int, Answer]] = dict(zip(asked, found, strict=True))
         if self.support.top_k > 0:
             await self._put_on_common_ids(asked, answers)
         return [self._blend(place, trajectory, answers) for place, trajectory in enumerate(trajectories)]
