@@ -35,7 +35,10 @@ class Prompt:
     text: str = ""
     """The prompt as a person reads it: for samples and reports, never re-tokenised."""
     teacher_token_ids: tuple[int, ...] | None = None
-    """What the teacher sees instead of `token_ids` (concise teacher); None: the same prompt."""
+    """What the teacher sees instead of `token_ids` (concise teacher, privileged context), in the teacher's own tokens; None: the same
+    prompt."""
+    privileged_ids: tuple[int, ...] = ()
+    """What only the teacher sees, in the student's tokens: to find copies of it in answers."""
     golden_ids: tuple[int, ...] | None = None
     """A complete, terminating answer (its stop id included)."""
     teacher_finishes: bool | None = None
@@ -127,6 +130,8 @@ class TokenScores:
     """With spans: the student sampled the tokens that its own tokenizer makes of the text."""
     num_unaligned_bytes: int = 0
     """With spans: bytes that the teacher's tokens do not spell."""
+    copied_T: np.ndarray | None = field(default=None, repr=False)
+    """[T] bool: copied from what only the teacher sees; None: there is nothing of that kind."""
 
 
 @dataclass(frozen=True, slots=True)

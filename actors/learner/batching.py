@@ -119,11 +119,11 @@ def build_micro_batches(
     if limits.stop_tilt_nats > 0 and target_tokens is None:
         raise ValueError("objective.stop_tilt_target_tokens: not set and no reference length known; set it or stop_tilt_nats to 0")
 
-    masks = [token_mask(r.trajectory, settings, limits.loop_tail_weight, stop_ids) * comparable(r.scores) for r in rollouts]
+    masks = [token_mask(r.trajectory, settings, limits.loop_tail_weight, stop_ids) * comparable(r.scores, settings) for r in rollouts]
     weights = token_weights(masks, settings.reduction, normaliser_tokens)
     whole_weights = weights
     if settings.overlong_weight > 0:
-        whole_masks = [token_mask(r.trajectory, settings, 1.0, stop_ids) * comparable(r.scores) for r in rollouts]
+        whole_masks = [token_mask(r.trajectory, settings, 1.0, stop_ids) * comparable(r.scores, settings) for r in rollouts]
         whole_weights = token_weights(whole_masks, settings.reduction, normaliser_tokens)
     rows = [
         _rollout_row(rollout, weight_T, whole_T, settings, limits, target_tokens or 0.0)

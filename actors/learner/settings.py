@@ -78,6 +78,8 @@ class ObjectiveSettings(Settings):
     """Their weight under downweight."""
     truncated: Literal["keep", "mask"] = "keep"
     """mask drops truncated rollouts from the loss whole (weak alone, kept for comparison)."""
+    copied: Literal["keep", "mask"] = "keep"
+    """mask drops tokens copied from what only the teacher sees (teacher.context) from the loss; their share is a metric either way."""
     admission_quota: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Largest share of truncated rollouts admitted to a batch; 1: no quota."""
 

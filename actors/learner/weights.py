@@ -51,11 +51,13 @@ def position_weights(scores: TokenScores, trajectory: Trajectory, gamma: float) 
     return 1 + gamma * (1 - before_T / max(float(gap_T.sum()), 1e-12))
 
 
-def comparable(scores: TokenScores) -> np.ndarray:
-    """[T] 1 where the teacher has something to compare the token with, else 0."""
+def comparable(scores: TokenScores, settings: ObjectiveSettings) -> np.ndarray:
+    """[T] 1 where the teacher has something to say on the token that the student can learn, else 0."""
     counts_T = np.ones(len(scores.sampled_logp_T))
     if scores.span_T is not None:
         counts_T[scores.span_T < 0] = 0.0
+    if scores.copied_T is not None and settings.copied == "mask":
+        counts_T[scores.copied_T] = 0.0
     return counts_T
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import torch
 
+from opd_governor.actors.teacher.cross_tokenizer import CrossTokenizerScorer, Vocabularies
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, digest_weights
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import TokenScores
@@ -17,11 +18,13 @@ from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
 class TeacherActor:
     """One frozen teacher in a process of its own. `settings.model` is a folder or an id that transformers resolves."""
 
-    def __init__(self, settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int) -> None:
+    def __init__(self, settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int, tokens: Vocabularies | None = None) -> None:
+        """`tokens`: of a teacher with another tokenizer."""
         # More threads than cores for this actor can be 10-20 times slower; Ray sets the variable from the CPUs it grants.
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self.settings = settings
-        self.scorer = settings.means.load(settings, stop_ids, seed)
+        scorer = settings.means.load(settings, stop_ids if tokens is None else tokens.teacher_stop_ids, seed)
+        self.scorer = scorer if tokens is None else CrossTokenizerScorer(scorer, tokens)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
         return self.scorer.score(requests)
@@ -66,13 +69,17 @@ class RayTeacher:
 
 
 def start_teacher(
-    settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int, places: Sequence[dict[str, Any]] | None = None
+    settings: TeacherSettings,
+    stop_ids: tuple[int, ...],
+    seed: int,
+    places: Sequence[dict[str, Any]] | None = None,
+    tokens: Vocabularies | None = None,
 ) -> list[RayTeacher]:
     """Start `settings.num_actors` actors of one teacher on the connected cluster. They load in the background: ping them to wait.
 
     `places`: Ray options of each actor, what it reserves and where; None: nothing, anywhere. Ray restarts one that dies, without
-    limit: its weights are frozen and it holds nothing else.
+    limit: its weights are frozen and it holds nothing else. `tokens`: of a teacher with another tokenizer.
     """
     teacher_type = ray.remote(TeacherActor)
     places = places or [{"num_cpus": 0}] * settings.num_actors
-    return [RayTeacher(teacher_type.options(max_restarts=-1, **place).remote(settings, stop_ids, seed)) for place in places]
+    return [RayTeacher(teacher_type.options(max_restarts=-1, **place).remote(settings, stop_ids, seed, tokens)) for place in places]

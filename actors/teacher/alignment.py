@@ -18,6 +18,8 @@ import numpy as np
 
 from opd_governor.actors.teacher.byte_tokens import ByteTokenizer, utf8_runs
 
+NO_STOP_LOGP = -1000.0
+"""The teacher's stop inside a span: it has no position there. As good as log 0, and finite."""
 UNALIGNED = -1
 """The span of a token whose bytes cannot be compared."""
 

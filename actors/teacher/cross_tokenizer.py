@@ -13,14 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import AutoTokenizer
 
-from opd_governor.actors.teacher.alignment import UNALIGNED, Aligner, Alignment
+from opd_governor.actors.teacher.alignment import NO_STOP_LOGP, UNALIGNED, Aligner, Alignment
 from opd_governor.actors.teacher.byte_tokens import ByteTokenizer
 from opd_governor.actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest
 from opd_governor.actors.teacher.scoring import PAD_ID
 from opd_governor.actors.trajectory import TokenScores
-
-NO_STOP_LOGP = -1000.0
-"""The teacher's stop inside a span: it has no position there. As good as log 0, and finite."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,14 @@ A score that never arrives, or is not finite, comes back as None: the caller mas
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from opd_governor.actors.deadlines import FLOOR_S, CallerError, Say
-from opd_governor.actors.teacher.blending import blend_scores, odd_ones
+from opd_governor.actors.teacher.blending import blend_scores, odd_ones, union_of_supports
+from opd_governor.actors.teacher.copied import copied_tokens
 from opd_governor.actors.teacher.member import COOLDOWN_S, Member, OnRestart, TeacherHandle
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest
 from opd_governor.actors.teacher.settings import TeacherSettings
@@ -115,16 +117,11 @@ class TeacherPool:
             self.teachers_of(domain)
 
     def teachers_of(self, domain: str) -> tuple[Teacher, ...]:
-        """All teachers that score this domain. Raises CallerError where there is none, or where their supports cannot be blended."""
+        """All teachers that score this domain. Raises CallerError where there is none."""
         serving = tuple(teacher for teacher in self.teachers if teacher.serves(domain))
         if not serving:
             offered = {teacher.settings.name: teacher.settings.domains for teacher in self.teachers}
             raise CallerError(f"domain {domain!r} has no teacher (teacher.domains: {offered}); add it to one, or leave one's domains empty")
-        if len(serving) > 1 and self.support.top_k > 0:
-            names = [teacher.settings.name for teacher in serving]
-            raise CallerError(
-                f"domain {domain!r}: teachers {names} blend only on the same ids; set objective.support to sampled or student"
-            )
         return serving
 
     async def start(self) -> None:
@@ -150,8 +147,30 @@ class TeacherPool:
             for teacher in self.teachers_of(trajectory.prompt.domain):
                 asked.setdefault(teacher, {})[place] = request
         found = await _all([self._score(teacher, requests) for teacher, requests in asked.items()])
-        answers = dict(zip(asked, found, strict=True))
+        answers: dict[Teacher, Mapping[int, Answer]] = dict(zip(asked, found, strict=True))
+        if self.support.top_k > 0:
+            await self._put_on_common_ids(asked, answers)
         return [self._blend(place, trajectory, answers) for place, trajectory in enumerate(trajectories)]
+
+    async def _put_on_common_ids(
+        self, asked: Mapping[Teacher, Mapping[int, ScoreRequest]], answers: dict[Teacher, Mapping[int, Answer]]
+    ) -> None:
+        """Where several teachers gave their own likeliest ids, ask each of them again for those of all: a mixture needs every one's
+        probability of every id."""
+        places = Counter(place for requests in asked.values() for place in requests)
+        again: dict[Teacher, dict[int, ScoreRequest]] = {}
+        for place in (place for place, num_teachers in places.items() if num_teachers > 1):
+            first = [found[place].scores for found in answers.values() if place in found]
+            if len(first) < places[place]:
+                continue  # one has not answered: there will be no blend
+            ids_TK = union_of_supports(first)
+            for teacher, requests in asked.items():
+                if place in requests:
+                    again.setdefault(teacher, {})[place] = replace(requests[place], support_ids_TK=ids_TK, top_k=0)
+        found = await _all([self._score(teacher, requests) for teacher, requests in again.items()])
+        for (teacher, requests), second in zip(again.items(), found, strict=True):
+            kept = {place: answer for place, answer in answers[teacher].items() if place not in requests}
+            answers[teacher] = kept | dict(second)
 
     def _request(self, trajectory: Trajectory) -> ScoreRequest:
         if self.support.student and trajectory.support_ids_TK is None:
@@ -174,7 +193,13 @@ class TeacherPool:
             self._events.on_nonfinite(trajectory, scores)
         if odd or len(arrived) < len(teachers):
             return None
-        return blend_scores([answer.scores for answer in arrived], [teacher.settings.weight for teacher in teachers])
+        blend = blend_scores([answer.scores for answer in arrived], [teacher.settings.weight for teacher in teachers])
+        prompt = trajectory.prompt
+        if not prompt.privileged_ids:
+            return blend
+        run_tokens = max(teacher.settings.copied_run_tokens for teacher in teachers)
+        copied_T = copied_tokens(trajectory.token_ids, prompt.privileged_ids, prompt.token_ids, run_tokens)
+        return replace(blend, copied_T=copied_T)
 
     async def golden(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int

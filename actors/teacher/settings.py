@@ -42,6 +42,17 @@ class TeacherSettings(Settings):
     """Variables of the chat template in the teacher's prompt. None: those of data.prompts.template."""
     render: Literal["student", "own"] = "student"
     """own: the teacher's prompt is rendered with the teacher's own chat template; the student's tokens follow unchanged."""
+    context: str | None = None
+    """What the teacher alone sees of each prompt: text with columns of the row in braces, such as `"Solution:\\n{golden}"`. It stands
+    before the prompt with an empty line between (in chat form: in the last user message), or around it where it names {prompt}.
+    A row without one of the columns is a bad row. A column `teacher_prompt` takes the prompt's place for teachers."""
+    copied_run_tokens: Annotated[int, Field(ge=1)] = 8
+    """Runs of at least this many tokens of a response that stand in the privileged text, and not in the student's prompt, are counted
+    as copied (see objective.copied)."""
+    tokenizer: str | None = None
+    """Whose token ids the teacher is asked in. `same`: the student's; `own`: those of its own tokenizer, its scores brought to the
+    student's tokens by bytes; a folder or id: of that tokenizer (a server's teacher has none here). None: the student's where both
+    vocabularies are equal, else its own."""
     batch_tokens: Annotated[int, Field(ge=16)] = 8192
     """Padded tokens in one forward pass. At 16 nearly every request goes alone: slower, but bitwise the same whoever else waits."""
     chunk_tokens: Annotated[int, Field(ge=1)] = 1024

@@ -10,6 +10,7 @@ from typing import Any
 from opd_governor.actors.rollout.loops import find_loop
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.models import answer_stop
+from opd_governor.services.inputs.privileged import TEACHER_PROMPT, privileged
 from opd_governor.services.inputs.questions import Messages, Notes, Question, read_question
 from opd_governor.services.inputs.refusals import DataError, RowError, theirs
 from opd_governor.services.inputs.rows import Row
@@ -51,8 +52,10 @@ class Draft:
     """It asks for an assistant's turn, whose end is the template's."""
     teacher_text: str | None = None
     teacher_rendered: bool = False
+    privileged_text: str = ""
     token_ids: list[int] | None = None
     teacher_ids: list[int] | None = None
+    privileged_ids: list[int] | None = None
     golden_ids: list[int] | None = None
 
 
@@ -60,7 +63,7 @@ class Draft:
 class View:
     """What a teacher sees in place of the student's prompt."""
 
-    system_prompt: str | None
+    teacher: TeacherSettings
     form: ChatForm
     encoder: Encoder
 
@@ -69,7 +72,7 @@ class RowEncoder:
     """Encodes batches of rows; keeps notes of what it took otherwise than it stood."""
 
     def __init__(self, tokenizer: Any, terms: Terms, teacher_tokenizers: Mapping[str, Any] | None = None) -> None:
-        """`teacher_tokenizers`: by teacher's name, of those that render their own prompts. Raises JobError."""
+        """`teacher_tokenizers`: by teacher's name, of those that render their own prompts or read tokens of their own. Raises JobError."""
         self.notes = Notes()
         self._terms, self._source = terms, terms.source
         self._form = ChatForm(tokenizer, terms.source.template, "the student")
@@ -161,45 +164,67 @@ class RowEncoder:
         for draft in drafts:
             question = draft.question
             assert question is not None
-            view = self._view(question.domain)
+            view = self._view(question.domain, question.row)
             if view is None:
                 continue
-            if isinstance(question.content, str):
-                draft.teacher_text = f"{view.system_prompt}\n\n{question.content}" if view.system_prompt else question.content
+            try:
+                seen = privileged(question, view.teacher.context)
+            except RowError as error:
+                draft.error = error
                 continue
-            own = [{"role": "system", "content": view.system_prompt}] if view.system_prompt else []
-            others = [m for m in question.content if m["role"] != "system"] if own else question.content
+            draft.privileged_text = seen.text
+            system_prompt = view.teacher.system_prompt
+            if isinstance(seen.content, str):
+                draft.teacher_text = f"{system_prompt}\n\n{seen.content}" if system_prompt else seen.content
+                continue
+            own = [{"role": "system", "content": system_prompt}] if system_prompt else []
+            others = [m for m in seen.content if m["role"] != "system"] if own else seen.content
             contents[id(draft)] = [*own, *others]
             chats.setdefault(question.domain, []).append(draft)
         for domain, group in chats.items():
-            view = self._view(domain)
+            view = self._view(domain, None)
             assert view is not None
             self._put_text(group, view.form, contents, teacher=True)
 
-    def _view(self, domain: str) -> View | None:
+    def _view(self, domain: str, row: Mapping[str, Any] | None) -> View | None:
+        """What the teachers of a domain see in place of a row's prompt; None: what the student sees. `row` None: one that has a view."""
         if domain not in self._views:
             self._views[domain] = self._view_of(domain)
-        return self._views[domain]
+        view = self._views[domain]
+        plain = view is not None and self._sees_the_same(view.teacher) and row is not None and not row.get(TEACHER_PROMPT)
+        return None if plain else view
 
     def _view_of(self, domain: str) -> View | None:
-        """None where the teachers of the domain see what the student sees. Raises DataError where they do not see the same."""
+        """None where the domain has no teacher. Raises DataError where its teachers do not see the same."""
         serving = [teacher for teacher in self._terms.teachers if not teacher.domains or domain in teacher.domains]
-        views = {(t.system_prompt, repr(self._keys(t)), t.name if t.render == "own" else None): t for t in serving}
+        views = {(t.system_prompt, t.context, repr(self._keys(t)), t.name if self._is_apart(t) else None): t for t in serving}
         if len(views) > 1:
             names = ", ".join(teacher.name for teacher in serving)
-            raise DataError(f"teachers {names} serve domain {domain!r} with different system prompts or templates; give them the same")
+            raise DataError(
+                f"teachers {names} serve domain {domain!r} with different system prompts, contexts, templates or tokenizers; "
+                "give them the same"
+            )
         if not views:
             return None
         (teacher,) = views.values()
-        if teacher.system_prompt is None and teacher.render == "student" and self._keys(teacher) == self._source.template:
-            return None
-        if teacher.render == "own":
+        if self._is_apart(teacher):
             other = self._others[teacher.name]
             form = ChatForm(other, self._keys(teacher), f"teacher {teacher.name}")
-            if not form.exists:
+            if not form.exists and teacher.render == "own":
                 raise JobError(f"teacher {teacher.name}: render is own, but its tokenizer has no chat template; set render to student")
-            return View(teacher.system_prompt, form, Encoder(other, f"teacher {teacher.name}"))
-        return View(teacher.system_prompt, ChatForm(self._tokenizer, self._keys(teacher), "the student"), self._encoder)
+            if not form.exists:
+                form = ChatForm(self._tokenizer, self._keys(teacher), "the student")
+            return View(teacher, form, Encoder(other, f"teacher {teacher.name}"))
+        return View(teacher, ChatForm(self._tokenizer, self._keys(teacher), "the student"), self._encoder)
+
+    def _is_apart(self, teacher: TeacherSettings) -> bool:
+        """Whether its prompts are made by its own tokenizer."""
+        return teacher.render == "own" or teacher.name in self._others
+
+    def _sees_the_same(self, teacher: TeacherSettings) -> bool:
+        """As the student, of a row that has nothing for teachers alone."""
+        own_words = teacher.system_prompt is not None or teacher.context is not None
+        return not own_words and not self._is_apart(teacher) and self._keys(teacher) == self._source.template
 
     def _keys(self, teacher: TeacherSettings) -> dict[str, Any]:
         return self._source.template if teacher.template is None else teacher.template
@@ -219,7 +244,7 @@ class RowEncoder:
         by_encoder: dict[int, tuple[Encoder, list[Draft]]] = {}
         for draft in drafts:
             assert draft.question is not None
-            view = self._view(draft.question.domain)
+            view = self._view(draft.question.domain, None)
             assert view is not None
             by_encoder.setdefault(id(view.encoder), (view.encoder, []))[1].append(draft)
         for encoder, group in by_encoder.values():
@@ -228,6 +253,9 @@ class RowEncoder:
                     draft.error = ids
                 else:
                     draft.teacher_ids = self._with_bos(draft, ids, encoder, draft.teacher_rendered)
+        hinted = [draft for draft in drafts if draft.privileged_text]
+        for draft, ids in zip(hinted, self._encoder.ids([draft.privileged_text for draft in hinted]), strict=True):
+            draft.privileged_ids = None if isinstance(ids, RowError) else ids  # what the student cannot write it cannot copy
 
     def _golden_tokens(self, drafts: Sequence[Draft]) -> None:
         answers = self._encoder.ids([draft.question.golden or "" for draft in drafts if draft.question])

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from opd_governor.services.inputs.models import (
 )
 from opd_governor.services.inputs.prompts import PromptStream, describe_refusals, open_problems, open_prompts
 from opd_governor.services.inputs.refusals import DataError
+from opd_governor.services.inputs.tokens import OWN, SAME, comparison, own_tokenizer
 from opd_governor.services.inputs.verifiers import load_verifier
 from opd_governor.services.job.settings import Job, JobError
 
@@ -92,16 +93,22 @@ def check(job: Job, directory: Path) -> list[Check]:
     trusted = job.student.trust_remote_code
     stops = stop_event_ids(student, tokenizer, trusted)
     windows = [context_tokens(student, trusted)]
+    others: dict[str, Any] = {}
     for settings, model in zip(job.teacher, teachers, strict=True):
-        if model is None:
+        trusted = settings.trust_remote_code
+        if model is not None:
+            windows.append(context_tokens(model, trusted))
+        named = model if settings.tokenizer in (None, OWN, SAME) else settings.tokenizer
+        if named is None:
             continue
-        theirs, found = _load_tokenizer(f"teacher {settings.name}", model, settings.trust_remote_code)
+        theirs, found = _load_tokenizer(f"teacher {settings.name}", named, trusted)
         checks += found
         if theirs is not None:
-            trusted = settings.trust_remote_code
-            checks += _check_pair(settings.name, tokenizer, theirs, stops, stop_event_ids(model, theirs, trusted), job)
-            windows.append(context_tokens(model, trusted))
-    checks += _check_data(job, tokenizer, windows)
+            ends = stop_event_ids(model, theirs, trusted) if model is not None else {}
+            checks += _check_pair(settings, tokenizer, theirs, stops, ends, job)
+            if settings.render == "own" or own_tokenizer(settings, model or settings.model, tokenizer):
+                others[settings.name] = theirs
+    checks += _check_data(job, tokenizer, windows, others)
     checks += _check_disk(job, student, directory)
     return checks
 
@@ -294,14 +301,17 @@ def _check_pad(tokenizer: Any) -> Iterator[Check]:
         yield Check("pad token", "pass", detail)
 
 
-def _check_pair(name: str, student: Any, teacher: Any, ours: dict[int, str], theirs: dict[int, str], job: Job) -> Iterator[Check]:
-    if difference := tokenizer_difference(student, teacher):
-        yield Check(
-            f"tokenizer {name}",
-            "fail",
-            f"student.model and teacher {name} have different vocabularies: {difference}",
-            "distillation compares token ids: choose models of one family",
-        )
+def _check_pair(
+    settings: TeacherSettings, student: Any, teacher: Any, ours: dict[int, str], theirs: dict[int, str], job: Job
+) -> Iterator[Check]:
+    name, difference = settings.name, tokenizer_difference(student, teacher)
+    if difference and settings.tokenizer == SAME:
+        detail = f"student.model and teacher {name} have different vocabularies: {difference}"
+        yield Check(f"tokenizer {name}", "fail", detail, "set its tokenizer to own, or choose models of one family")
+        return
+    if difference or settings.tokenizer not in (None, SAME):
+        status, detail, remedy = comparison(name, difference, student, teacher, job)
+        yield Check(f"tokenizer {name}", status, detail, remedy)
         return
     yield Check(f"tokenizer {name}", "pass", f"the same {len(student.get_vocab())} tokens")
     if job.rollout.stop_token_ids is not None:
@@ -326,7 +336,7 @@ def _named(tokenizer: Any, token_id: int) -> str:
     return f"{token_id} {tokenizer.convert_ids_to_tokens(token_id)!r}"
 
 
-def _check_data(job: Job, tokenizer: Any, windows: Sequence[int]) -> Iterator[Check]:
+def _check_data(job: Job, tokenizer: Any, windows: Sequence[int], others: Mapping[str, Any]) -> Iterator[Check]:
     if job.data.prompts.chat and not tokenizer.chat_template:
         detail = "data.prompts.chat: the student's tokenizer has no chat template"
         yield Check("chat template", "fail", detail, "set it to false, or student.tokenizer to one that has a template")
@@ -335,7 +345,7 @@ def _check_data(job: Job, tokenizer: Any, windows: Sequence[int]) -> Iterator[Ch
     if job.rollout.max_model_len:
         window = min(window, job.rollout.max_model_len)
     try:
-        stream = open_prompts(job, tokenizer, window)
+        stream = open_prompts(job, tokenizer, window, others)
     except DataError as error:
         yield Check("prompts", "fail", f"data.prompts: {error}", exit_code=2)
         return

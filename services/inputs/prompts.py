@@ -169,6 +169,7 @@ class PromptStream:
             answer=row["answer"],
             text=row["text"],
             teacher_token_ids=None if row["teacher_ids"] is None else tuple(row["teacher_ids"]),
+            privileged_ids=tuple(row["privileged_ids"] or ()),
             golden_ids=self._golden.get(index, None if answer is None else tuple(answer)),
             teacher_finishes=self._finished.get(index),
         )

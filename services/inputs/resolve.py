@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opd_governor.actors.teacher.cross_tokenizer import Vocabularies
 from opd_governor.services.inputs.models import context_tokens, resolve_model, stop_event_ids, tokenizer_of
 from opd_governor.services.inputs.prune import resolve_student
+from opd_governor.services.inputs.tokens import own_tokenizer, vocabularies
 from opd_governor.services.job.settings import Job
 
 
@@ -22,6 +24,8 @@ class Models:
     """The stop event of student and teachers together."""
     context_tokens: int
     """The smallest window of student and local teachers."""
+    tokens: tuple[Vocabularies | None, ...]
+    """Of each teacher with a tokenizer of its own."""
 
 
 def resolve(job: Job) -> tuple[Models, Any]:
@@ -32,13 +36,27 @@ def resolve(job: Job) -> tuple[Models, Any]:
     local = [(student, trusted)]
     local += [(model, t.trust_remote_code) for model, t in zip(teachers, job.teacher, strict=True) if t.means.local]
     tokenizer = tokenizer_of(job.student.tokenizer or student, trusted)
-    return Models(student, teachers, stop_ids_of(job, local), window_of(job, local)), tokenizer
+    pairs = list(zip(job.teacher, teachers, strict=True))
+    same = [(model, t.trust_remote_code) for t, model in pairs if t.means.local and own_tokenizer(t, model, tokenizer) is None]
+    stop_ids = stop_ids_of(job, [local[0], *same])
+    named = job.student.tokenizer or student
+    tokens = tuple(vocabularies(job, t, model, (named, tokenizer), stop_ids) for t, model in pairs)
+    return Models(student, teachers, stop_ids, window_of(job, local), tokens), tokenizer
+
+
+def teacher_tokenizers(job: Job, models: Models) -> dict[str, Any]:
+    """By name, of the teachers that render their own prompts or read tokens of their own."""
+    return {
+        teacher.name: tokenizer_of(tokens.teacher if tokens else model, teacher.trust_remote_code)
+        for teacher, model, tokens in zip(job.teacher, models.teachers, models.tokens, strict=True)
+        if tokens or teacher.render == "own"
+    }
 
 
 def stop_ids_of(job: Job, local: Sequence[tuple[str, bool]]) -> tuple[int, ...]:
     """The ids that end a response, in order: those the job names, otherwise every one that a local model ends with.
 
-    `local`: (model, trust_remote_code) of each model whose files are here.
+    `local`: (model, trust_remote_code) of each model whose files are here and whose ids are the student's.
     """
     if job.rollout.stop_token_ids is not None:
         return job.rollout.stop_token_ids

@@ -46,6 +46,7 @@ SCHEMA = pyarrow.schema(
         "line": pyarrow.int64(),
         "token_ids": pyarrow.list_(pyarrow.int32()),
         "teacher_ids": pyarrow.list_(pyarrow.int32()),
+        "privileged_ids": pyarrow.list_(pyarrow.int32()),
         "golden_ids": pyarrow.list_(pyarrow.int32()),
         "domain": pyarrow.string(),
         "answer": pyarrow.string(),
@@ -132,7 +133,7 @@ def content_key(rows: Rows, tokenizers: Sequence[Any], terms: Terms) -> str:
     for tokenizer in tokenizers:
         digest.update(tokenizer_identity(tokenizer).encode())
     source = terms.source.model_dump(exclude={"path", "shuffle", "on_bad_row"})
-    teachers = [t.model_dump(include={"name", "domains", "system_prompt", "template", "render"}) for t in terms.teachers]
+    teachers = [t.model_dump(include={"name", "domains", "system_prompt", "context", "template", "render"}) for t in terms.teachers]
     rest = {name: value for name, value in asdict(terms).items() if name not in ("source", "teachers")}
     digest.update(json.dumps([source, teachers, rest], sort_keys=True, default=str).encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):  # how rows are read and encoded
@@ -173,7 +174,7 @@ def _record(drafts: Sequence[Draft], found: Found, numbers: Mapping[str, int]) -
             found.num_bad += 1
             if len(found.bad) < BAD_ROWS_KEPT:
                 found.bad.append(f"{draft.row.place}: {draft.error}")
-            draft.token_ids = draft.teacher_ids = draft.golden_ids = draft.question = None
+            draft.token_ids = draft.teacher_ids = draft.privileged_ids = draft.golden_ids = draft.question = None
         else:
             assert draft.question is not None
             found.domains.setdefault(draft.question.domain, draft.row.place)
@@ -183,6 +184,7 @@ def _record(drafts: Sequence[Draft], found: Found, numbers: Mapping[str, int]) -
         "line": [draft.row.line for draft in drafts],
         "token_ids": [draft.token_ids for draft in drafts],
         "teacher_ids": [draft.teacher_ids for draft in drafts],
+        "privileged_ids": [draft.privileged_ids for draft in drafts],
         "golden_ids": [draft.golden_ids for draft in drafts],
         "domain": [q and q.domain for q in questions],
         "answer": [q and q.answer for q in questions],

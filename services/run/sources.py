@@ -10,7 +10,7 @@ from typing import Any
 
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.prompts import PromptStream, open_problems, open_prompts
-from opd_governor.services.inputs.resolve import Models, resolve
+from opd_governor.services.inputs.resolve import Models, resolve, teacher_tokenizers
 from opd_governor.services.inputs.verifiers import Verifier, load_verifier
 from opd_governor.services.job.settings import Job
 
@@ -31,7 +31,7 @@ class Sources:
     def read(cls, job: Job) -> "Sources":
         """Raises JobError (DataError) for whatever is wrong with them."""
         models, tokenizer = resolve(job)
-        stream = open_prompts(job, tokenizer, models.context_tokens)
+        stream = open_prompts(job, tokenizer, models.context_tokens, teacher_tokenizers(job, models))
         if not job.data.eval.path:
             return cls(models, tokenizer, stream, (), None)
         problems = open_problems(job, tokenizer, models.context_tokens).prompts

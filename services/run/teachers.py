@@ -14,7 +14,8 @@ from opd_governor.services.run.cluster import role_resources
 from opd_governor.services.run.placement import place
 from opd_governor.services.run.sources import Sources
 
-PER_TEACHER = frozenset({"name", "domains", "weight", "system_prompt", "template", "render", "beams", "length_penalty", "no_repeat_ngram"})
+ASKED = {"name", "domains", "weight", "system_prompt", "context", "copied_run_tokens", "template", "render"}
+PER_TEACHER = frozenset({*ASKED, "beams", "length_penalty", "no_repeat_ngram"})
 """Settings that shape a request or its use, not the actor that serves it: teachers may differ in them and share actors."""
 
 
@@ -22,11 +23,12 @@ async def start_teachers(job: Job, sources: Sources, journal: Journal) -> Teache
     """Start the actors, which load in the background (`pool.start` waits for them). Needs a connected Ray. Raises JobError."""
     handles: dict[str, Any] = {}
     teachers = []
-    for settings, model in zip(job.teacher, sources.models.teachers, strict=True):
+    models = sources.models
+    for settings, model, tokens in zip(job.teacher, models.teachers, models.tokens, strict=True):
         settings = settings.model_copy(update={"model": model})
         same = _served_as(settings)
         if same not in handles:
-            handles[same] = start_teacher(settings, sources.models.stop_ids, job.seed, await _places(job, settings))
+            handles[same] = start_teacher(settings, models.stop_ids, job.seed, await _places(job, settings), tokens)
         teachers.append((settings, handles[same]))
     needs = job.objective.needs
     return TeacherPool(

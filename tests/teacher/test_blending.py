@@ -1,12 +1,18 @@
 """Several teachers of one domain: their mixture, or no score at all."""
 
+from dataclasses import replace
+
 import numpy as np
-import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from opd_governor.actors.teacher.blending import blend_scores
 from opd_governor.actors.teacher.pool import Support
-from opd_governor.actors.trajectory import TokenScores
+from opd_governor.actors.teacher.scorers import TorchScorer
+from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import Prompt, TokenScores
 from tests.teacher.fake_teacher import FakeTeacher, build, settings, trajectory
+from tests.tiny import build_tiny
 
 
 async def test_several_teachers_of_a_domain_are_blended_as_a_mixture():
@@ -27,10 +33,57 @@ async def test_half_a_blend_is_unscored():
     assert await pool.score([trajectory()]) == [None]
 
 
-async def test_teachers_own_supports_cannot_be_blended():
-    teachers = [(settings(name="a"), [FakeTeacher()]), (settings(name="b"), [FakeTeacher()])]
-    with pytest.raises(ValueError, match=r"\['a', 'b'\] blend only on the same ids"):
-        build(teachers, support=Support(top_k=8), domains={""})
+async def test_teachers_own_supports_are_blended_on_the_ids_of_all(tmp_path):
+    """The mixture's log-prob at every id that one of them gave, against both models' own float64 distributions."""
+    folders = [build_tiny(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    weights, stops, response, prompt = (3.0, 1.0), (1,), (5, 9, 30, 1), (7, 8)
+
+    class Local:
+        def __init__(self, folder):
+            self.scorer = TorchScorer(TeacherSettings(model=str(folder)), stops)
+
+        async def score(self, requests):
+            return "process", self.scorer.score(requests)
+
+        async def ping(self):
+            return "process"
+
+    teachers = [
+        (TeacherSettings(name=folder.name, model=str(folder), weight=weight), [Local(folder)])
+        for folder, weight in zip(folders, weights, strict=True)
+    ]
+    pool = build(teachers, support=Support(top_k=4), domains={""})
+    (scores,) = await pool.score([replace(trajectory(), prompt=Prompt(0, prompt), token_ids=response, logprobs_T=np.zeros(4, np.float32))])
+
+    whole = []
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        with torch.inference_mode():
+            whole.append(model(torch.tensor([prompt + response])).logits[0, 1:5].log_softmax(-1).numpy())
+    mixture = np.log(0.75 * np.exp(whole[0]) + 0.25 * np.exp(whole[1]))
+    top = [set(np.argsort(-logp_TV[row])[:4].tolist()) for logp_TV in whole for row in range(4)]
+    for row in range(4):
+        named = [i for i in scores.support_ids_TK[row].tolist() if i >= 0]
+        assert set(named) == top[row] | top[4 + row]
+        assert len(named) == len(set(named))
+        given = scores.support_logp_TK[row][scores.support_ids_TK[row] >= 0]
+        np.testing.assert_allclose(given, mixture[row, named], atol=1e-4)
+    np.testing.assert_allclose(scores.sampled_logp_T, mixture[np.arange(4), response], atol=1e-4)
+
+
+def test_teachers_with_other_tokenizers_are_mixed_on_the_spans_that_all_have():
+    def scores(span, logps, sampled_only):
+        stop = np.full(5, -4, np.float32)
+        return TokenScores("t", np.array(logps, np.float32), stop, span_T=np.array(span, np.int32), sampled_only_T=np.array(sampled_only))
+
+    one = scores([0, 0, 1, 2, 3], [-1, -1, -2, -3, -1], [True, True, False, False, False])
+    two = scores([0, 1, 1, -1, 2], [-2, -0.5, -0.5, 0, -3], [False, True, True, True, False])
+    mixed = blend_scores([one, two], [1, 1])
+    assert mixed.span_T.tolist() == [0, 0, 0, -1, 2]
+    assert mixed.sampled_only_T.tolist() == [True, True, True, True, False]
+    # Of the first three tokens: the sum under each teacher, then the mixture.
+    np.testing.assert_allclose(mixed.sampled_logp_T[:3].sum(), np.logaddexp(-4, -3) - np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(mixed.sampled_logp_T[4], np.logaddexp(-1, -3) - np.log(2), rtol=1e-6)
 
 
 def test_an_id_one_vocabulary_lacks_has_no_probability_there():

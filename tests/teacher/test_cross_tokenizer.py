@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from opd_governor.actors.teacher.alignment import NO_STOP_LOGP
 from opd_governor.actors.teacher.byte_tokens import ByteTokenizer
-from opd_governor.actors.teacher.cross_tokenizer import NO_STOP_LOGP, CrossTokenizerScorer, Vocabularies
+from opd_governor.actors.teacher.cross_tokenizer import CrossTokenizerScorer, Vocabularies
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer
 from opd_governor.actors.teacher.settings import TeacherSettings
 from tests.teacher import zoo

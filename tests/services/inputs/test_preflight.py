@@ -76,7 +76,7 @@ def test_failures_are_one_line_each_that_names_the_field_and_the_remedy(job, mod
 
     assert "student.model: model" in failed(student="./absent")
     assert "teacher teacher: model: model" in failed(teacher={"model": str(models)})
-    assert "id 85 is nothing for the student and 'é'" in failed(teacher={"model": str(models / "wide")})
+    assert "id 85 is nothing for the student and 'é'" in failed(teacher={"model": str(models / "wide"), "tokenizer": "same"})
     chat = {"prompts": {"path": "unused.jsonl", "chat": True}}
     assert "data.prompts.chat: the student's tokenizer has no chat template" in failed(data=chat)
     assert "service.prometheus_url http://127.0.0.1:9" in failed(service={"prometheus_url": "http://127.0.0.1:9"})
@@ -181,3 +181,18 @@ def test_a_strict_job_is_told_what_stands_against_an_exact_resume(job, tmp_path)
     assert told.status == "warn"
     assert "teacher far is a server" in told.detail
     assert "Prometheus server" in told.detail
+
+
+def test_a_teacher_with_another_vocabulary_is_compared_by_bytes_and_check_says_so(job, models, tmp_path):
+    wide = {"model": str(models / "wide"), "name": "wide"}
+    one = found(check(job(teacher=wide), tmp_path), "tokenizer wide")
+    assert one.status == "pass"
+    assert "id 85 is nothing for the student and 'é'" in one.detail
+    assert "compared by bytes, 100% of the student's tokens are single tokens there too" in one.detail
+    own = found(check(job(teacher={"tokenizer": "own"}), tmp_path), "tokenizer teacher")
+    assert own.detail.startswith("teacher teacher reads tokens of its own: compared by bytes")
+    dense = found(check(job(teacher=wide, objective={"support": "teacher"}), tmp_path), "tokenizer wide")
+    assert (dense.status, dense.remedy.partition(":")[0]) == ("warn", "set objective.tail_bucket")
+    full = check(job(teacher=wide, objective={"support": "full"}), tmp_path)
+    assert "needs one vocabulary" in found(full, "tokenizer wide").line()
+    assert exit_code(full) == 3
