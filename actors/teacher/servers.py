@@ -57,10 +57,9 @@ def find_server(client: Client, stop_ids: tuple[int, ...], deadline: float) -> S
         return SglangServer(stop_ids)
     if 0 < (size := _whole_vocabulary(client, stop_ids, deadline)) <= MAX_FULL_VOCABULARY:
         return WholeVocabulary(stop_ids, size)
-    probe = ScoreRequest(prompt_token_ids=stop_ids[:1], token_ids=stop_ids[:1])
     for server in (ById(stop_ids), NextToken(stop_ids)):
         try:
-            server.score(client, probe, deadline)
+            server.try_out(client, deadline)
         except RefusedError:
             continue
         return server
@@ -138,6 +137,10 @@ class ById(_Vllm):
     way = "any ids in one pass (--enable-scale-out)"
     given_ids = True
 
+    def try_out(self, client: Client, deadline: float) -> None:
+        """Raises RefusedError where the server does not offer this way."""
+        self.score(client, ScoreRequest(self.stop_ids[:1], self.stop_ids[:1]), deadline)
+
     def score(self, client: Client, request: ScoreRequest, deadline: float) -> TokenScores:
         asked = ids_asked(request, self.stop_ids, None)
         sampling = {
@@ -171,6 +174,10 @@ class NextToken(_Vllm):
 
     way = "the most likely ids in one pass, unlisted stop ids by one more token after each prefix"
     given_ids = False
+
+    def try_out(self, client: Client, deadline: float) -> None:
+        """Raises RefusedError where the server does not offer this way."""
+        self._next(client, [list(self.stop_ids[:1])], deadline)
 
     def score(self, client: Client, request: ScoreRequest, deadline: float) -> TokenScores:
         prompt = [*request.prompt_token_ids, *request.token_ids]
