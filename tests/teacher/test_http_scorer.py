@@ -1,8 +1,10 @@
 """HttpScorer against a server on loopback that has the interface of vLLM's and a script of faults."""
 
+import contextlib
 import json
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
@@ -70,12 +72,20 @@ class Handler(BaseHTTPRequestHandler):
         row = {f"token_id:{v}": LOGP_VV[prefix[-1]][v].item() for v in body["logprob_token_ids"]}
         return {"index": index, "logprobs": {"top_logprobs": [row]}}
 
+    def do_GET(self):
+        if self.path == "/v1/models":
+            self.send(200, json.dumps({"data": [{"id": "big", "max_model_len": 99}]}))
+        else:
+            self.send(404, "{}")
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.bodies.append(body)
             self.server.times.append(time.monotonic())
-            if self.path != "/v1/completions":
+            if self.path == "/tokenize":
+                fault = "tokenize"
+            elif self.path != "/v1/completions":
                 fault = "404"
             elif "logprob_token_ids" in body:
                 fault = "ok"
@@ -83,6 +93,9 @@ class Handler(BaseHTTPRequestHandler):
                 fault = self.server.spoiled.get(tuple(body["prompt"])) or (self.server.faults.pop(0) if self.server.faults else "ok")
         if fault in ("400", "401", "404", "500", "503"):
             self.send(int(fault), "no")
+            return
+        if fault == "tokenize":
+            self.send(200, json.dumps({"tokens": [5, 6], "count": 2, "max_model_len": 99}))
             return
         if "logprob_token_ids" in body:
             self.send(200, json.dumps({"choices": [self.next_token(index, prefix, body) for index, prefix in enumerate(body["prompt"])]}))
@@ -121,19 +134,26 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, json.dumps({"choices": choices}), cut=40 if fault == "truncated" else 0)
 
 
+@contextlib.contextmanager
+def serving(server: FakeServer) -> Iterator[FakeServer]:
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @pytest.fixture(scope="module", params=[-1, 20], ids=["whole vocabulary", "most likely 20"])
 def running(request):
     """A server and a scorer that has asked it what it allows."""
-    server = FakeServer(request.param)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    scorer = HttpScorer(TeacherSettings(model="big", name="far", backend="http", url=server.url, timeout_s=8), STOP_IDS)
-    scorer.score([ScoreRequest((5,), (6,))])
-    yield server, scorer
-    scorer.close()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(FakeServer(request.param)) as server:
+        scorer = HttpScorer(TeacherSettings(model="big", name="far", backend="http", url=server.url, timeout_s=8), STOP_IDS)
+        scorer.score([ScoreRequest((5,), (6,))])
+        yield server, scorer
+        scorer.close()
 
 
 @pytest.fixture
@@ -282,7 +302,7 @@ def test_a_server_that_gives_no_stop_ids_log_prob_is_refused(server, monkeypatch
         pytest.skip("this server gives everything")
     monkeypatch.setattr(Handler, "next_token", lambda self, index, prefix, body: {"index": index, "logprobs": {"top_logprobs": [{}]}})
     scorer = HttpScorer(TeacherSettings(model="big", backend="http", url=server.url), STOP_IDS)
-    with pytest.raises(ValueError, match="gives no log-prob of the stop ids .*use vLLM 0.32 or newer, SGLang"):
+    with pytest.raises(ValueError, match=r"gives no log-prob of the stop ids .*use vLLM 0.32 or newer, SGLang"):
         scorer.score([request()])
     scorer.close()
 

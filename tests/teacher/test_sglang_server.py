@@ -68,6 +68,6 @@ def test_faults_are_cured_and_a_response_beyond_the_window_is_its_own_error(url)
 
 def test_ids_of_the_students_choice_are_refused_in_one_line(url):
     scorer = HttpScorer(settings(url), STOP_IDS)
-    with pytest.raises(ValueError, match="its server scores only its own most likely ids; set objective.support"):
+    with pytest.raises(ValueError, match=r"its server scores only its own most likely ids; set objective.support"):
         scorer.score([ScoreRequest((5,), (6, 7), support_ids_TK=np.zeros((2, 1), np.int32))])
     scorer.close()
