@@ -310,10 +310,12 @@ def read_rows(choice: Mapping[str, Any], request: ScoreRequest) -> list[Row]:
 def listed_scores(teacher: str, request: ScoreRequest, rows: Sequence[Row], stops: Sequence[Row]) -> TokenScores:
     """Scores from the most likely ids of each position with the token itself, and the log-prob of every stop id."""
     top_ids_TK, top_logp_TK = top_of(rows, request)
+    with np.errstate(invalid="ignore"):  # a NaN stays one: the pool refuses the sample
+        stop_logp_T = np.array([np.logaddexp.reduce(list(row.values())) for row in stops], np.float32)
     return TokenScores(
         teacher=teacher,
         sampled_logp_T=np.array([row[token] for row, token in zip(rows, request.token_ids, strict=True)], np.float32),
-        stop_logp_T=np.array([np.logaddexp.reduce(list(row.values())) for row in stops], np.float32),
+        stop_logp_T=stop_logp_T,
         support_ids_TK=top_ids_TK if request.top_k else None,
         support_logp_TK=top_logp_TK if request.top_k else None,
     )
