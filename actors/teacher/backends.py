@@ -39,8 +39,6 @@ class Backend:
     """It can give hidden states, which support `full` needs."""
     given_ids: bool = True
     """It scores any ids it is given, which supports `student` and `union` need. False: it depends on the server."""
-    exact_stop: bool = True
-    """It always knows the whole mass of the stop ids. False: it depends on the server."""
     beams: bool = False
     """Golden answers by beam search and without repeated n-grams."""
     repeatable: bool = True
@@ -74,4 +72,4 @@ def _http(settings: "TeacherSettings", stop_ids: StopIds, seed: int) -> "Scorer"
 
 TEACHER_BACKENDS.add("torch")(Backend(_torch, hidden=True, beams=True))
 TEACHER_BACKENDS.add("vllm")(Backend(_vllm, cpu_vocabulary=MAX_FULL_VOCABULARY, package="vllm"))
-TEACHER_BACKENDS.add("http")(Backend(_http, local=False, given_ids=False, exact_stop=False, repeatable=False))
+TEACHER_BACKENDS.add("http")(Backend(_http, local=False, given_ids=False, repeatable=False))

@@ -255,6 +255,31 @@ def score_logp(teacher: str, request: ScoreRequest, logp_TV: np.ndarray, stop_id
     return split_scores(teacher, [request], scored.sampled_logp_N.numpy(), scored.stop_logp_N.numpy(), *support)[0]
 
 
+def ids_asked(request: ScoreRequest, stop_ids: tuple[int, ...], vocabulary: int | None) -> np.ndarray:
+    """[T, 1 + E + K] int32: the sampled id, the stop ids, the given ids. Those outside a known vocabulary are -1 and score -inf."""
+    sampled_T1 = np.array(request.token_ids, np.int32)[:, None]
+    stop_TE = np.broadcast_to(np.array(stop_ids, np.int32), (len(sampled_T1), len(stop_ids)))
+    given = [] if request.support_ids_TK is None else [request.support_ids_TK.astype(np.int32)]
+    asked = np.concatenate([sampled_T1, stop_TE, *given], axis=1)
+    return asked if vocabulary is None else np.where(asked < vocabulary, asked, np.int32(PAD_ID))
+
+
+def scores_of_asked(
+    teacher: str, request: ScoreRequest, num_stop_ids: int, asked: np.ndarray, logps: np.ndarray, top: tuple[np.ndarray, np.ndarray] | None
+) -> TokenScores:
+    """Scores from the log-probs [T, 1 + E + K] of `ids_asked` and, where top_k asks for them, the most likely ids and log-probs."""
+    given_from = 1 + num_stop_ids
+    none_T0 = np.empty((len(asked), 0), np.int32), np.empty((len(asked), 0), np.float32)
+    ids_TK, logp_TK = merge_support(asked[:, given_from:], logps[:, given_from:], *(top or none_T0))
+    return TokenScores(
+        teacher=teacher,
+        sampled_logp_T=logps[:, 0].copy(),
+        stop_logp_T=np.logaddexp.reduce(logps[:, 1:given_from], axis=1),
+        support_ids_TK=ids_TK if ids_TK.shape[1] else None,
+        support_logp_TK=logp_TK if ids_TK.shape[1] else None,
+    )
+
+
 def merge_support(
     given_ids_TK: np.ndarray, given_logp_TK: np.ndarray, top_ids_TK: np.ndarray, top_logp_TK: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -21,9 +21,11 @@ class TeacherSettings(Settings):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share in the blend where several teachers serve one domain."""
     backend: Annotated[str, TEACHER_BACKENDS.key] = "torch"
-    """torch: a transformers model; vllm: an engine of its own; http: an OpenAI-compatible server that is already running."""
+    """torch: a transformers model; vllm: an engine of its own; http: a vLLM or SGLang server that is already running."""
     url: Url | None = None
-    """Address of an OpenAI-compatible vLLM server (back end `http`). The environment's VLLM_API_KEY is sent where set."""
+    """Address of a vLLM or SGLang server (back end `http`). VLLM_API_KEY, SGLANG_API_KEY or OPENAI_API_KEY of the environment is sent."""
+    server: Literal["auto", "vllm", "sglang"] = "auto"
+    """Which of the two it is (back end `http`); auto asks it."""
     num_actors: Annotated[int, Field(ge=1)] = 1
     """Actors that each hold the model; with back end `http`, actors that send requests to the server."""
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16)$")] = "float32"

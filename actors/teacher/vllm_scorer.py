@@ -14,7 +14,15 @@ from opd_governor.actors.deadlines import CallerError
 from opd_governor.actors.packing import like_lengths
 from opd_governor.actors.teacher.arguments import engine_arguments
 from opd_governor.actors.teacher.backends import MAX_FULL_VOCABULARY
-from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, check_window, merge_support, require_stop_ids, score_logp
+from opd_governor.actors.teacher.scorers import (
+    GenerateOptions,
+    ScoreRequest,
+    check_window,
+    ids_asked,
+    require_stop_ids,
+    score_logp,
+    scores_of_asked,
+)
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import TokenScores
 
@@ -108,34 +116,17 @@ class VllmScorer:
         )
 
 
-def ids_asked(request: ScoreRequest, stop_ids: tuple[int, ...], vocabulary: int) -> np.ndarray:
-    """[T, 1 + E + K] int32: the sampled id, the stop ids, the given ids; those outside the vocabulary are -1 and score -inf."""
-    sampled_T1 = np.array(request.token_ids, np.int32)[:, None]
-    stop_TE = np.broadcast_to(np.array(stop_ids, np.int32), (len(sampled_T1), len(stop_ids)))
-    given = [] if request.support_ids_TK is None else [request.support_ids_TK.astype(np.int32)]
-    asked = np.concatenate([sampled_T1, stop_TE, *given], axis=1)
-    return np.where(asked < vocabulary, asked, np.int32(-1))
-
-
 def scores_by_id(teacher: str, request: ScoreRequest, stop_ids: tuple[int, ...], vocabulary: int, output: Any) -> TokenScores:
     """Scores from a vLLM RequestOutput whose `prompt_token_id_logprobs` answer `ids_asked`."""
     asked = ids_asked(request, stop_ids, vocabulary)
     logps = np.asarray(output.prompt_token_id_logprobs, np.float32)
     assert logps.shape == asked.shape, (logps.shape, asked.shape)
-    given_from = 1 + len(stop_ids)
-    top_ids_TK = np.empty((len(asked), 0), np.int32)
-    top_logp_TK = np.empty((len(asked), 0), np.float32)
+    top = None
     if request.top_k:
         # The prompt's own token stands first, the most likely ones follow in order.
-        top_ids_TK, top_logp_TK = (entries[:, 1 : request.top_k + 1] for entries in _flat_rows(output.prompt_logprobs, request))
-    ids_TK, logp_TK = merge_support(asked[:, given_from:], logps[:, given_from:], top_ids_TK, top_logp_TK)
-    return TokenScores(
-        teacher=teacher,
-        sampled_logp_T=logps[:, 0].copy(),
-        stop_logp_T=np.logaddexp.reduce(logps[:, 1:given_from], axis=1),
-        support_ids_TK=ids_TK if ids_TK.shape[1] else None,
-        support_logp_TK=logp_TK if ids_TK.shape[1] else None,
-    )
+        ids_TN, logp_TN = _flat_rows(output.prompt_logprobs, request)
+        top = ids_TN[:, 1 : request.top_k + 1], logp_TN[:, 1 : request.top_k + 1]
+    return scores_of_asked(teacher, request, len(stop_ids), asked, logps, top)
 
 
 def _flat_rows(flat: Any, request: ScoreRequest) -> tuple[np.ndarray, np.ndarray]:

@@ -52,11 +52,16 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):  # the client has gone
             super().handle()
 
+    def do_GET(self) -> None:
+        response = self.server.upstream.get(self.path)
+        self._send(response.status_code, response.content, {})
+
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
         body = json.loads(data)
-        prompt = tuple(body["prompt"])
-        fault = self.server.fault(prompt) if "prompt_logprobs" in body else ""
+        scores = "prompt_logprobs" in body or bool(body.get("return_logprob"))
+        prompt = tuple(body["input_ids"] if "input_ids" in body else body["prompt"]) if scores else ()
+        fault = self.server.fault(prompt) if scores else ""
         if fault == "timeout":
             self.server.ending.wait(HANG_S)
         if fault in ("timeout", "dropped"):
@@ -71,13 +76,16 @@ class _Handler(BaseHTTPRequestHandler):
             content = self.server.other
         elif fault in ("token count", "non-finite"):
             answer = json.loads(content)
-            rows = answer["choices"][0]["prompt_logprobs"]
+            choice = answer["choices"][0] if "choices" in answer else answer["meta_info"]
+            rows = choice["prompt_logprobs" if "choices" in answer else "input_token_logprobs"]
             if fault == "token count":
                 rows.pop()
-            else:
+            elif "choices" in answer:
                 rows[-1][str(prompt[-1])]["logprob"] = float("nan")
+            else:
+                rows[-1][0] = float("nan")
             content = json.dumps(answer).encode()
-        elif not fault:
+        elif scores and not fault:
             self.server.other = content
         self._send(response.status_code, content, {}, cut=len(content) // 2 if fault == "truncated" else 0)
 

@@ -1,16 +1,20 @@
 """HttpScorer against a server on loopback that has the interface of vLLM's and a script of faults."""
 
+import contextlib
 import json
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
+import httpx
 import numpy as np
 import pytest
 import torch
 
-from opd_governor.actors.teacher.http_scorer import HttpScorer, TeacherUnavailableError, bound_stop
+from opd_governor.actors.teacher.http_client import TeacherUnavailableError
+from opd_governor.actors.teacher.http_scorer import HttpScorer
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest
 from opd_governor.actors.teacher.scoring import score_positions
 from opd_governor.actors.teacher.settings import TeacherSettings
@@ -38,6 +42,11 @@ class FakeServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    @property
+    def scored(self) -> list[dict]:
+        """The requests for a response's scores; those for stop ids after single prefixes are apart."""
+        return [body for body in self.bodies if "logprob_token_ids" not in body]
+
 
 class Handler(BaseHTTPRequestHandler):
     server: FakeServer
@@ -57,12 +66,40 @@ class Handler(BaseHTTPRequestHandler):
         if cut:
             self.close_connection = True
 
+    def next_token(self, index: int, prefix: list[int], body: dict) -> dict:
+        assert body["logprobs"] is not None
+        assert body["max_tokens"] == 1
+        row = {f"token_id:{v}": LOGP_VV[prefix[-1]][v].item() for v in body["logprob_token_ids"]}
+        return {"index": index, "logprobs": {"top_logprobs": [row]}}
+
+    def do_GET(self):
+        if self.path == "/v1/models":
+            self.send(200, json.dumps({"data": [{"id": "big", "max_model_len": 99}]}))
+        else:
+            self.send(404, "{}")
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.bodies.append(body)
             self.server.times.append(time.monotonic())
-            fault = self.server.spoiled.get(tuple(body["prompt"])) or (self.server.faults.pop(0) if self.server.faults else "ok")
+            if self.path == "/tokenize":
+                fault = "tokenize"
+            elif self.path != "/v1/completions":
+                fault = "404"
+            elif "logprob_token_ids" in body:
+                fault = "ok"
+            else:
+                fault = self.server.spoiled.get(tuple(body["prompt"])) or (self.server.faults.pop(0) if self.server.faults else "ok")
+        if fault in ("400", "401", "404", "500", "503"):
+            self.send(int(fault), "no")
+            return
+        if fault == "tokenize":
+            self.send(200, json.dumps({"tokens": [5, 6], "count": 2, "max_model_len": 99}))
+            return
+        if "logprob_token_ids" in body:
+            self.send(200, json.dumps({"choices": [self.next_token(index, prefix, body) for index, prefix in enumerate(body["prompt"])]}))
+            return
         prompt, wanted = body["prompt"], body.get("prompt_logprobs")
         if wanted is not None and (wanted == -1 or wanted > self.server.max_logprobs) and self.server.max_logprobs != -1:
             limit = self.server.max_logprobs
@@ -70,9 +107,6 @@ class Handler(BaseHTTPRequestHandler):
             return
         if fault == "429":
             self.send(429, "slow down", {"Retry-After": "1"})
-            return
-        if fault in ("500", "503", "401"):
-            self.send(int(fault), "no")
             return
         if fault == "timeout":
             time.sleep(0.6)
@@ -100,19 +134,26 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, json.dumps({"choices": choices}), cut=40 if fault == "truncated" else 0)
 
 
+@contextlib.contextmanager
+def serving(server: FakeServer) -> Iterator[FakeServer]:
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @pytest.fixture(scope="module", params=[-1, 20], ids=["whole vocabulary", "most likely 20"])
 def running(request):
     """A server and a scorer that has asked it what it allows."""
-    server = FakeServer(request.param)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    scorer = HttpScorer(TeacherSettings(model="big", name="far", backend="http", url=server.url, timeout_s=8), STOP_IDS)
-    scorer.score([ScoreRequest((5,), (6,))])
-    yield server, scorer
-    scorer.close()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(FakeServer(request.param)) as server:
+        scorer = HttpScorer(TeacherSettings(model="big", name="far", backend="http", url=server.url, timeout_s=8), STOP_IDS)
+        scorer.score([ScoreRequest((5,), (6,))])
+        yield server, scorer
+        scorer.close()
 
 
 @pytest.fixture
@@ -147,31 +188,21 @@ def test_scores_are_the_models_own(server, scorer):
     sent = [request(seed, length, top_k=top_k) for seed, length, top_k in [(0, 6, 0), (1, 1, 4), (2, 40, 8)]]
     for scored, one in zip(scorer.score(sent), sent, strict=True):
         check(scored, one)
-    assert [body["max_tokens"] for body in server.bodies] == [1, 1, 1]
+    assert [body["max_tokens"] for body in server.scored] == [1, 1, 1]
     assert {body["model"] for body in server.bodies} == {"big"}
 
 
-def test_the_stop_class_is_exact_or_bounded_from_above(server, scorer):
+def test_the_stop_class_is_exact(server, scorer):
     sent = request(3, 60)
     (scored,) = scorer.score([sent])
     before = torch.tensor([sent.prompt_token_ids[-1], *sent.token_ids[:-1]])
-    exact = LOGP_VV[before][:, STOP_IDS].logsumexp(-1).numpy()
-    if server.max_logprobs == -1:
-        np.testing.assert_allclose(scored.stop_logp_T, exact, atol=1e-5)
-    else:
-        assert (scored.stop_logp_T >= exact - 1e-5).all()
-        listed = np.array(
-            [set(STOP_IDS) <= {*LOGP_VV[b].topk(20).indices.tolist(), y} for b, y in zip(before, sent.token_ids, strict=True)]
-        )
-        assert 0 < listed.sum() < 60
-        np.testing.assert_allclose(scored.stop_logp_T[listed], exact[listed], atol=1e-5)
-
-
-def test_an_unlisted_stop_id_gets_no_more_than_the_mass_left():
-    half = float(np.log(0.5))
-    assert bound_stop({5: half, 6: half}, 5, (1,)) == pytest.approx(np.log(1e-12))
-    assert bound_stop({5: half, 6: float(np.log(0.1))}, 5, (1, 2)) == pytest.approx(np.log(0.2))
-    assert bound_stop({5: half, 1: float(np.log(0.25))}, 5, (1,)) == pytest.approx(np.log(0.25))
+    np.testing.assert_allclose(scored.stop_logp_T, LOGP_VV[before][:, STOP_IDS].logsumexp(-1).numpy(), atol=1e-5)
+    if server.max_logprobs != -1:
+        listed = [set(STOP_IDS) <= {*LOGP_VV[b].topk(20).indices.tolist(), y} for b, y in zip(before, sent.token_ids, strict=True)]
+        assert 0 < sum(listed) < 60
+        asked = [tuple(prefix) for body in server.bodies if body not in server.scored for prefix in body["prompt"]]
+        prompt = (*sent.prompt_token_ids, *sent.token_ids)
+        assert asked == [prompt[: 3 + t] for t, known in enumerate(listed) if not known], "only what the list lacks is asked for"
 
 
 def test_given_ids_need_the_whole_vocabulary(server, scorer):
@@ -179,7 +210,7 @@ def test_given_ids_need_the_whole_vocabulary(server, scorer):
     if server.max_logprobs == -1:
         check(scorer.score([sent])[0], sent)
     else:
-        with pytest.raises(ValueError, match="teacher far: an HTTP server scores only its own most likely ids"):
+        with pytest.raises(ValueError, match="teacher far: its server scores only its own most likely ids"):
             scorer.score([sent])
 
 
@@ -191,14 +222,14 @@ def test_failures_and_wrong_answers_are_asked_again(server, scorer, fault):
     server.faults = [fault]
     sent = request(5)
     check(scorer.score([sent])[0], sent)
-    assert len(server.bodies) == 2
+    assert len(server.scored) == 2
 
 
 def test_the_order_of_ids_in_an_answer_does_not_matter(server, scorer):
     server.faults = ["reordered"]
     sent = request(5, top_k=5)
     check(scorer.score([sent])[0], sent)
-    assert len(server.bodies) == 1
+    assert len(server.scored) == 1
 
 
 def test_retry_after_is_obeyed(server, scorer):
@@ -236,8 +267,9 @@ def test_a_sample_without_a_right_answer_is_none_and_the_others_are_kept(server,
 
 def test_a_server_that_is_gone_is_an_error_for_the_pools_breaker(server, scorer):
     server.faults = ["500"] * 6
-    with pytest.raises(TeacherUnavailableError, match="no usable answer to 2 requests"):
+    with pytest.raises(TeacherUnavailableError, match="no usable answer to 2 requests: 500 no") as caught:
         scorer.score([request(5), request(6)])
+    assert caught.value.__cause__ is not None
     assert len(server.bodies) == 6
 
 
@@ -245,6 +277,34 @@ def test_a_refused_request_is_the_users_mistake(server, scorer):
     server.faults = ["401"]
     with pytest.raises(ValueError, match=r"teacher far: http.* refused a request: 401 no"):
         scorer.score([request(5)])
+
+
+def test_a_sample_that_the_server_refuses_is_that_samples_error(server, scorer):
+    """As vLLM refuses a response that is longer than its window. Alone in a call it is no outage either."""
+    refused, sent = request(5), request(6)
+    server.spoiled[refused.prompt_token_ids + refused.token_ids] = "400"
+    none, scored = scorer.score([refused, sent])
+    assert none is None
+    check(scored, sent)
+    assert scorer.score([refused]) == [None]
+    assert sum(body["prompt"] == [*refused.prompt_token_ids, *refused.token_ids] for body in server.scored) == 2, "asked once each"
+
+
+def test_nothing_listening_says_so_and_why():
+    settings = TeacherSettings(model="big", name="far", backend="http", url="http://127.0.0.1:9", timeout_s=2)
+    with pytest.raises(TeacherUnavailableError, match=r"http://127.0.0.1:9: no answer: .*refused") as caught:
+        HttpScorer(settings, STOP_IDS).score([request()])
+    assert isinstance(caught.value.__cause__, httpx.ConnectError)
+
+
+def test_a_server_that_gives_no_stop_ids_log_prob_is_refused(server, monkeypatch):
+    if server.max_logprobs == -1:
+        pytest.skip("this server gives everything")
+    monkeypatch.setattr(Handler, "next_token", lambda self, index, prefix, body: {"index": index, "logprobs": {"top_logprobs": [{}]}})
+    scorer = HttpScorer(TeacherSettings(model="big", backend="http", url=server.url), STOP_IDS)
+    with pytest.raises(ValueError, match=r"gives no log-prob of the stop ids .*use vLLM 0.32 or newer, SGLang"):
+        scorer.score([request()])
+    scorer.close()
 
 
 def test_a_teacher_without_url_is_refused():
