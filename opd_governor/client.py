@@ -26,7 +26,7 @@ AT_REST: dict[str, Any] = {
     "stop_tilt_nats": 0.0,
     "loop_tail_weight": 1.0,
     "admission_quota": 1.0,
-    "unfinished_quota": 1.0,
+    "unfinished_quota": None,
 }
 """Limits before the service was ever reached: they leave the trainer alone. A cap of None is the trainer's own."""
 

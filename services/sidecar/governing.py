@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from opd_governor.actors.governor.law import decide, start
@@ -156,12 +156,32 @@ class OutsideGovernor:
         )
         return self.last
 
+    def record(self) -> dict[str, Any]:
+        """The newest decision, one line of decisions.jsonl: what our own runs write, without the law's memory before and after."""
+        decision = self.decision
+        assert decision is not None
+        return {
+            "step": decision.step,
+            "time_s": decision.signals.time_s,
+            "mode": decision.mode,
+            "action": decision.action,
+            "signal": decision.signal,
+            "reason": decision.reason,
+            "healthy": decision.healthy,
+            "pressure": decision.after.pressure,
+            "limits": asdict(decision.limits),
+            "proposed": asdict(decision.proposed),
+            "readings": {name: asdict(reading) for name, reading in decision.readings.items()},
+            "signals": {name: value for name, value in decision.signals.to_json().items() if value is not None},
+            "reference": self.reference.words,
+        }
+
     def state(self) -> dict[str, Any]:
         """All that `restore` needs, as JSON values."""
         return {
             "law": self._started().to_json(),
             "cap_tokens": self.cap_tokens,
-            "reference": asdict(self.reference),
+            "reference": {each.name: getattr(self.reference, each.name) for each in fields(self.reference)},
             "ignored_steps": self._ignored_steps,
         }
 

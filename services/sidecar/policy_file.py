@@ -40,6 +40,8 @@ class PolicyFile(Settings):
     """The trainers' own cap, tokens: what holds without pressure. None: the cap that each trainer posts."""
     scrape: list[ScrapeSettings] = []
     """Trainers that are read instead of posting."""
+    step_answers: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """With --proxy: answers that make a step as long as no weight update has passed."""
     max_runs: Annotated[int, Field(ge=1, le=100_000)] = 10_000
     """Runs kept at most; a post for one more is refused."""
 
