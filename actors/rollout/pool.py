@@ -80,13 +80,13 @@ class RolloutPool:
         create: Callable[[int], Any],
         equip: Callable[[Any], Awaitable[None]],
         *,
-        repeatable: bool = False,
+        strict: bool = False,
         floor_s: float = FLOOR_S,
         on_restart: Callable[[str], None] = lambda reason: None,
         say: Say = lambda line: None,
     ) -> None:
         self._create, self._equip, self._on_restart, self._say = create, equip, on_restart, say
-        self._floor_s, self._repeatable = floor_s, repeatable
+        self._floor_s, self._strict = floor_s, strict
         self._num_engines = num_engines
         self._slots: list[Slot] = []
         self._error: Exception | None = None
@@ -176,8 +176,8 @@ class RolloutPool:
                     if not slot.live:
                         slot = await self.any_live()
                     num_waiting = len(waiting)
-                    # A repeatable engine's answers depend on everything it is asked at once: asked again for all, it answers the same.
-                    asked = share if self._repeatable else list(waiting.values())
+                    # A strict engine's answers depend on everything it is asked at once: asked again for all, it answers the same.
+                    asked = share if self._strict else list(waiting.values())
                     await self._stream(slot, asked, waiting, (limits, step, settings, greedy), queue)
                     stalled = stalled + 1 if len(waiting) == num_waiting else 0
                 if waiting:
@@ -249,12 +249,12 @@ class RolloutPool:
     def _share(self, requests: Sequence[Request], cap_tokens: int) -> list[tuple[Slot, list[Request]]]:
         """Requests to the least loaded live engines; samples of one prompt stay together for the prefix cache.
 
-        Repeatable: shared out as if all engines lived and had nothing to do.
+        Strict: shared out as if all engines lived and had nothing to do.
         """
         groups: dict[tuple[int, int], list[Request]] = {}
         for prompt, sample in requests:
             groups.setdefault((prompt.epoch, prompt.index), []).append((prompt, sample))
-        loads = [(0 if self._repeatable else slot.load_tokens, slot.index) for slot in self._slots if slot.live or self._repeatable]
+        loads = [(0 if self._strict else slot.load_tokens, slot.index) for slot in self._slots if slot.live or self._strict]
         heapq.heapify(loads)
         shares: dict[int, list[Request]] = {}
         for group in groups.values():

@@ -96,18 +96,18 @@ class TeacherPool:
         events: Events = Events(),
         cooldown_s: float = COOLDOWN_S,
         floor_s: float = FLOOR_S,
-        alone: bool = False,
+        strict: bool = False,
     ) -> None:
         """`domains`: those of the prompts to come; CallerError if one has no teacher.
 
-        `alone`: every response goes through its teacher by itself, so scores are the same whatever else waits, retried or not.
+        `strict`: every response goes through its teacher by itself, so scores are the same whatever else waits, retried or not.
         """
-        self._alone, self._events = alone, events
+        self._strict, self._events = strict, events
         members: dict[int, Member] = {}
         for settings, handles in teachers:
             for handle in handles:
                 if id(handle) not in members:
-                    members[id(handle)] = Member(handle, settings, events.on_restart, cooldown_s, floor_s, events.say, alone=alone)
+                    members[id(handle)] = Member(handle, settings, events.on_restart, cooldown_s, floor_s, events.say, strict=strict)
         self.members = tuple(members.values())
         self.teachers = tuple(Teacher(settings, tuple(members[id(handle)] for handle in handles)) for settings, handles in teachers)
         self.support = support
@@ -229,7 +229,7 @@ class TeacherPool:
     async def _score(self, teacher: Teacher, requests: Mapping[int, ScoreRequest]) -> dict[int, Answer]:
         """One teacher's answers by place; a place without one was given up."""
         lengths = {place: request.num_tokens for place, request in requests.items()}
-        shares = share_out(teacher.members, lengths, 0 if self._alone else teacher.settings.batch_tokens)
+        shares = share_out(teacher.members, lengths, 0 if self._strict else teacher.settings.batch_tokens)
         parts = [{place: requests[place] for place in places} for _, places in shares]
         # All issued before the first wait, so that the next call sees the load.
         asked = zip(shares, parts, strict=True)

@@ -46,7 +46,7 @@ class Fleet:
             job.rollout.num_actors,
             self._create_engine,
             self._equip,
-            repeatable=job.repeatable,
+            strict=job.strict,
             floor_s=job.cluster.deadline_floor_s,
             on_restart=lambda reason: on_restart("rollout", reason),
             say=say,
@@ -93,7 +93,7 @@ class Fleet:
                 weight_transfer=self._weights.transfer,
                 seed=job.seed,
                 top_k=job.objective.needs.student_top_k,
-                repeatable=job.repeatable,
+                strict=job.strict,
             )
         )
 

@@ -40,7 +40,7 @@ async def start_teachers(job: Job, sources: Sources, journal: Journal) -> Teache
             say=journal.note,
         ),
         floor_s=job.cluster.deadline_floor_s,
-        alone=job.repeatable,
+        strict=job.strict,
     )
 
 

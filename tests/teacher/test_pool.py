@@ -295,7 +295,7 @@ async def test_golden_prompts_that_no_actor_answers_are_none():
 
 async def test_alone_no_request_shares_a_call_with_another():
     teacher = FakeTeacher(pace_s=0.005)
-    pool = TeacherPool([(TeacherSettings(model="m"), [teacher])], alone=True)
+    pool = TeacherPool([(TeacherSettings(model="m"), [teacher])], strict=True)
     scores = await pool.score([trajectory(index=index) for index in range(5)])
     assert teacher.calls == [1] * 5
     assert all(score is not None for score in scores)
