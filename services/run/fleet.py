@@ -14,8 +14,9 @@ import ray
 
 from opd_governor.actors.deadlines import Say
 from opd_governor.actors.rollout.actor import RayEngine, RolloutActor
-from opd_governor.actors.rollout.pool import Request, RolloutPool
+from opd_governor.actors.rollout.pool import RolloutPool
 from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.rollout.slots import Request
 from opd_governor.actors.trajectory import LengthLimits, Trajectory
 from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job, Placement

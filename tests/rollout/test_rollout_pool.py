@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from opd_governor.actors.deadlines import ActorLostError, CallerError
-from opd_governor.actors.rollout.pool import MAX_FAILURES, MAX_ISSUES, Request, RolloutPool
+from opd_governor.actors.rollout.pool import MAX_FAILURES, MAX_ISSUES, RolloutPool
 from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.rollout.slots import Request
 from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 
 LIMITS = LengthLimits(cap_tokens=8)
@@ -228,7 +229,7 @@ async def test_work_that_nobody_waits_for_any_more_is_cancelled_in_the_engine() 
     with pytest.raises(asyncio.CancelledError):
         await task
     assert run.engines[0].cancelled
-    assert run.pool._slots[0].load_tokens == 0
+    assert run.pool.load_tokens() == [0]
     assert run.restarts == []
 
 
