@@ -5,7 +5,8 @@ from typing import Any
 import ray
 
 from opd_governor.actors.teacher.actor import start_teacher
-from opd_governor.actors.teacher.pool import Events, Support, TeacherPool
+from opd_governor.actors.teacher.attempts import Events
+from opd_governor.actors.teacher.pool import Support, TeacherPool
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.models import weights_identity
 from opd_governor.services.job.settings import Job

@@ -8,8 +8,9 @@ import pytest
 
 from opd_governor.actors.deadlines import CallerError, HungError
 from opd_governor.actors.teacher import member
+from opd_governor.actors.teacher.attempts import Events
 from opd_governor.actors.teacher.member import CALL_BATCHES
-from opd_governor.actors.teacher.pool import Events, Support, TeacherPool
+from opd_governor.actors.teacher.pool import Support, TeacherPool
 from opd_governor.actors.teacher.scorers import ScoreRequest
 from opd_governor.actors.teacher.settings import TeacherSettings
 from tests.teacher.fake_teacher import FakeTeacher, Log, build, settings, trajectory
