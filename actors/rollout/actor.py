@@ -36,7 +36,7 @@ def hand_on_s(num_actors: int) -> float:
 class RolloutActor:
     """Samples the student with one vLLM engine. An async actor: many calls are in flight at once.
 
-    `top_k` > 0 records the student's top-k ids at each position, for a dense loss on the student's support. `repeatable` starts
+    `top_k` > 0 records the student's top-k ids at each position, for a dense loss on the student's support. `strict` starts
     the requests of a call together, one call at a time: the engine's arithmetic depends, in the last bits, on which requests
     share a pass, and so the same call gives the same bits in any process.
     """
@@ -51,9 +51,9 @@ class RolloutActor:
         weight_transfer: str,
         seed: int,
         top_k: int = 0,
-        repeatable: bool = False,
+        strict: bool = False,
     ) -> None:
-        self._repeatable, self._turn = repeatable, asyncio.Lock()
+        self._strict, self._turn = strict, asyncio.Lock()
         self._deliveries = Deliveries()
         self._model, self._settings, self._seed = model, settings, seed
         self._stop_ids, self._reference_tokens, self._top_k = stop_ids, reference_tokens, top_k
@@ -85,9 +85,9 @@ class RolloutActor:
         `settings` are the sampling settings in force: they may change while the run goes on.
         """
         pending: set[asyncio.Task[Trajectory]] = set()
-        async with self._turn if self._repeatable else contextlib.nullcontext():
+        async with self._turn if self._strict else contextlib.nullcontext():
             try:
-                async with self._held() if self._repeatable else contextlib.nullcontext():
+                async with self._held() if self._strict else contextlib.nullcontext():
                     for prompt, sample in requests:
                         pending.add(asyncio.create_task(await self._submit(prompt, sample, limits, step, settings, greedy)))
                 while pending:

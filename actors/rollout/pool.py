@@ -9,7 +9,6 @@ A request carries its own seed, so a second issue asks for the same sample. Half
 """
 
 import asyncio
-import heapq
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -18,10 +17,9 @@ from typing import Any, Protocol, TypeVar
 from opd_governor.actors.deadlines import FIRST_S, FLOOR_S, ActorLostError, CallerError, Pace, Reason, Say, first_line, reason_of, within
 from opd_governor.actors.rollout.refusals import Refusals, unanswered
 from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.rollout.slots import Request, Slot, share_out
 from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 
-Request = tuple[Prompt, int]
-"""A prompt and which of its samples."""
 T = TypeVar("T")
 
 MAX_ISSUES = 3
@@ -44,25 +42,6 @@ class EngineHandle(Protocol):
         ...
 
 
-class Slot:
-    """The place of one engine, and the engine that fills it now."""
-
-    def __init__(self, index: int, handle: Any, floor_s: float) -> None:
-        self.index, self.handle = index, handle
-        self.live = False
-        self.load_tokens = 0
-        """Tokens allowed to the requests in flight."""
-        self.failures = 0
-        """Since its last finished rollout."""
-        self.replacing: asyncio.Task[None] | None = None
-        self.pace = Pace(floor_s)
-        self.calls: dict[str, Pace] = {}
-
-    @property
-    def name(self) -> str:
-        return f"rollout actor {self.index}"
-
-
 class RolloutPool:
     """The engines of a run; lives in one event loop.
 
@@ -80,13 +59,13 @@ class RolloutPool:
         create: Callable[[int], Any],
         equip: Callable[[Any], Awaitable[None]],
         *,
-        repeatable: bool = False,
+        strict: bool = False,
         floor_s: float = FLOOR_S,
         on_restart: Callable[[str], None] = lambda reason: None,
         say: Say = lambda line: None,
     ) -> None:
         self._create, self._equip, self._on_restart, self._say = create, equip, on_restart, say
-        self._floor_s, self._repeatable = floor_s, repeatable
+        self._floor_s, self._strict = floor_s, strict
         self._num_engines = num_engines
         self._slots: list[Slot] = []
         self._error: Exception | None = None
@@ -112,6 +91,10 @@ class RolloutPool:
     def every_handle(self) -> list[Any]:
         """Also of those that are coming up."""
         return [slot.handle for slot in self._slots]
+
+    def load_tokens(self) -> list[int]:
+        """Tokens allowed to the requests in flight, by engine."""
+        return [slot.load_tokens for slot in self._slots]
 
     async def close(self) -> None:
         """Start no more replacements."""
@@ -176,8 +159,8 @@ class RolloutPool:
                     if not slot.live:
                         slot = await self.any_live()
                     num_waiting = len(waiting)
-                    # A repeatable engine's answers depend on everything it is asked at once: asked again for all, it answers the same.
-                    asked = share if self._repeatable else list(waiting.values())
+                    # A strict engine's answers depend on everything it is asked at once: asked again for all, it answers the same.
+                    asked = share if self._strict else list(waiting.values())
                     await self._stream(slot, asked, waiting, (limits, step, settings, greedy), queue)
                     stalled = stalled + 1 if len(waiting) == num_waiting else 0
                 if waiting:
@@ -187,7 +170,10 @@ class RolloutPool:
             except Exception as error:  # handed to the consumer, which raises it
                 queue.put_nowait(error)
 
-        tasks = [asyncio.create_task(serve(slot, share)) for slot, share in self._share(requests, limits.cap_tokens)]
+        tasks = [
+            asyncio.create_task(serve(slot, share))
+            for slot, share in share_out(self._slots, requests, limits.cap_tokens, strict=self._strict)
+        ]
         try:
             running = len(tasks)
             while running:
@@ -245,23 +231,6 @@ class RolloutPool:
             self._fail(slot, handle, error, f"{waited_for()}, which are issued again")
         finally:
             slot.load_tokens -= budget_tokens
-
-    def _share(self, requests: Sequence[Request], cap_tokens: int) -> list[tuple[Slot, list[Request]]]:
-        """Requests to the least loaded live engines; samples of one prompt stay together for the prefix cache.
-
-        Repeatable: shared out as if all engines lived and had nothing to do.
-        """
-        groups: dict[tuple[int, int], list[Request]] = {}
-        for prompt, sample in requests:
-            groups.setdefault((prompt.epoch, prompt.index), []).append((prompt, sample))
-        loads = [(0 if self._repeatable else slot.load_tokens, slot.index) for slot in self._slots if slot.live or self._repeatable]
-        heapq.heapify(loads)
-        shares: dict[int, list[Request]] = {}
-        for group in groups.values():
-            load, index = loads[0]
-            heapq.heapreplace(loads, (load + len(group) * cap_tokens, index))
-            shares.setdefault(index, []).extend(group)
-        return [(self._slots[index], share) for index, share in shares.items()]
 
     def _fail(self, slot: Slot, handle: Any, error: Exception, during: str) -> None:
         """Take the engine out and replace it, once, however many of its calls failed."""

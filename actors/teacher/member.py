@@ -62,11 +62,11 @@ class Member:
         floor_s: float = FLOOR_S,
         say: Say = lambda line: None,
         *,
-        alone: bool = False,
+        strict: bool = False,
     ) -> None:
-        """`alone`: one share a call, so that a score does not depend on what else waits (it differs in the last bits)."""
+        """`strict`: one share a call, so that a score does not depend on what else waits (it differs in the last bits)."""
         self.handle = handle
-        self._alone = alone
+        self._strict = strict
         self.settings = settings
         self.load_tokens = 0
         """Tokens queued and in flight."""
@@ -157,7 +157,7 @@ class Member:
     def _take_batch(self) -> list[Asked]:
         """The oldest shares, CALL_BATCHES' worth of tokens; shares that nobody waits for any more are dropped."""
         waiting = [share for share in self._queue if not share.scores.done()]
-        num_taken, room_tokens = 0, 0 if self._alone else CALL_BATCHES * self.settings.batch_tokens
+        num_taken, room_tokens = 0, 0 if self._strict else CALL_BATCHES * self.settings.batch_tokens
         for share in waiting:
             room_tokens -= share.num_tokens
             if num_taken and room_tokens < 0:

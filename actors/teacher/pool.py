@@ -8,29 +8,22 @@ A score that never arrives, or is not finite, comes back as None: the caller mas
 """
 
 import asyncio
-import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from opd_governor.actors.deadlines import FLOOR_S, CallerError, Say
-from opd_governor.actors.teacher.blending import blend_scores, odd_ones, union_of_supports
+from opd_governor.actors.deadlines import FLOOR_S, CallerError
+from opd_governor.actors.teacher.attempts import Answer, Attempts, Events, Teacher
+from opd_governor.actors.teacher.blending import blend_scores, union_of_supports
 from opd_governor.actors.teacher.copied import copied_tokens
-from opd_governor.actors.teacher.member import COOLDOWN_S, Member, OnRestart, TeacherHandle
+from opd_governor.actors.teacher.member import COOLDOWN_S, Member, TeacherHandle
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest
 from opd_governor.actors.teacher.settings import TeacherSettings
-from opd_governor.actors.teacher.shares import least_loaded, share_out
+from opd_governor.actors.teacher.shares import share_out
 from opd_governor.actors.trajectory import Prompt, Rest, TokenScores, Trajectory
 
 T = TypeVar("T")
-Result = Literal["ok", "nonfinite", "error", "timeout", "unscored"]
-"""error and timeout end one attempt, which is retried; unscored: the request was given up."""
-OnRequest = Callable[[str, Result, float, int], None]
-"""Called with (teacher, result, seconds, number of requests)."""
-Issued = tuple[Member, asyncio.Future[list[TokenScores | None]]]
-"""Who was asked for a share of the requests, and the answers to come."""
-
 GOLDEN_GROUP = 16
 """Prompts in one generate call. Groups are cut by position, so an answer does not depend on which actor writes it."""
 
@@ -47,36 +40,6 @@ class Support:
     """The log-prob of all that is not listed."""
     hidden: bool = False
     """The teacher's hidden states instead: the learner has its head, and with it the whole vocabulary."""
-
-
-@dataclass(frozen=True, eq=False)
-class Teacher:
-    """A teacher's settings and the actors that serve it."""
-
-    settings: TeacherSettings
-    members: tuple[Member, ...]
-
-    def serves(self, domain: str) -> bool:
-        return not self.settings.domains or domain in self.settings.domains
-
-
-@dataclass(frozen=True, slots=True)
-class Events:
-    """Where a pool tells what happens."""
-
-    on_request: OnRequest = lambda teacher, result, seconds, num: None
-    on_restart: OnRestart = lambda teacher, reason: None
-    on_nonfinite: Callable[[Trajectory, TokenScores], None] = lambda trajectory, scores: None
-    """A sample whose scores are not finite, with one teacher's scores."""
-    say: Say = lambda line: None
-    """A line for a person."""
-
-
-class Answer(NamedTuple):
-    """One teacher's scores of one response."""
-
-    scores: TokenScores
-    finite: bool
 
 
 class TeacherPool:
@@ -98,18 +61,18 @@ class TeacherPool:
         events: Events = Events(),
         cooldown_s: float = COOLDOWN_S,
         floor_s: float = FLOOR_S,
-        alone: bool = False,
+        strict: bool = False,
     ) -> None:
         """`domains`: those of the prompts to come; CallerError if one has no teacher.
 
-        `alone`: every response goes through its teacher by itself, so scores are the same whatever else waits, retried or not.
+        `strict`: every response goes through its teacher by itself, so scores are the same whatever else waits, retried or not.
         """
-        self._alone, self._events = alone, events
+        self._strict, self._events, self._attempts = strict, events, Attempts(events)
         members: dict[int, Member] = {}
         for settings, handles in teachers:
             for handle in handles:
                 if id(handle) not in members:
-                    members[id(handle)] = Member(handle, settings, events.on_restart, cooldown_s, floor_s, events.say, alone=alone)
+                    members[id(handle)] = Member(handle, settings, events.on_restart, cooldown_s, floor_s, events.say, strict=strict)
         self.members = tuple(members.values())
         self.teachers = tuple(Teacher(settings, tuple(members[id(handle)] for handle in handles)) for settings, handles in teachers)
         self.support = support
@@ -239,7 +202,7 @@ class TeacherPool:
     ) -> Sequence[tuple[int, ...] | None]:
         tried: set[Member] = set()
         for _ in range(teacher.settings.max_attempts):
-            member = await self._pick(teacher, tried)
+            member = await self._attempts.pick(teacher, tried)
             if member is None:
                 break
             tried.add(member)
@@ -254,100 +217,18 @@ class TeacherPool:
     async def _score(self, teacher: Teacher, requests: Mapping[int, ScoreRequest]) -> dict[int, Answer]:
         """One teacher's answers by place; a place without one was given up."""
         lengths = {place: request.num_tokens for place, request in requests.items()}
-        shares = share_out(teacher.members, lengths, 0 if self._alone else teacher.settings.batch_tokens)
+        shares = share_out(teacher.members, lengths, 0 if self._strict else teacher.settings.batch_tokens)
         parts = [{place: requests[place] for place in places} for _, places in shares]
         # All issued before the first wait, so that the next call sees the load.
         asked = zip(shares, parts, strict=True)
         issued = [None if member is None else (member, member.submit(list(part.values()))) for (member, _), part in asked]
         try:
-            answers = await _all([self._score_part(teacher, first, part) for first, part in zip(issued, parts, strict=True)])
+            answers = await _all([self._attempts.score(teacher, first, part) for first, part in zip(issued, parts, strict=True)])
         finally:
             for first in issued:
                 if first is not None:
                     first[1].cancel()
         return {place: answer for part in answers for place, answer in part.items()}
-
-    async def _score_part(self, teacher: Teacher, issued: Issued | None, part: Mapping[int, ScoreRequest]) -> dict[int, Answer]:
-        """Up to max_attempts tries of the requests of one call, each on another member if there is one."""
-        name, started, requests = teacher.settings.name, time.monotonic(), list(part.values())
-        tried: set[Member] = set()
-        found: dict[int, Answer] = {}
-        for _ in range(teacher.settings.max_attempts):
-            issued = issued or await self._issue(teacher, tried, requests)
-            if issued is None:
-                break
-            try:
-                answers = await self._attempt(teacher, issued, tried, requests)
-                found = {place: answer for place, answer in zip(part, answers, strict=True) if answer is not None}
-                break
-            except CallerError:
-                raise
-            except Exception:  # already reported; retried on another actor
-                issued = None
-        if num_unscored := len(part) - len(found):
-            self._events.on_request(name, "unscored", time.monotonic() - started, num_unscored)
-        return found
-
-    async def _attempt(self, teacher: Teacher, issued: Issued, tried: set[Member], requests: Sequence[ScoreRequest]) -> list[Answer | None]:
-        """First success of one member and, when it is slow, a second one. Raises the last failure where both fail."""
-        member, reply = issued
-        tried.add(member)
-        if teacher.settings.hedge_after_s is None:
-            return await self._report(teacher, reply, len(requests))
-        pending = {asyncio.create_task(self._report(teacher, reply, len(requests)))}
-        try:
-            done, pending = await asyncio.wait(pending, timeout=teacher.settings.hedge_after_s, return_when=asyncio.FIRST_COMPLETED)
-            other = least_loaded(teacher.members, tried)
-            if not done and other is not None:
-                tried.add(other)
-                pending.add(asyncio.create_task(self._report(teacher, other.submit(requests), len(requests))))
-            while True:
-                winner = next((task for task in done if task.exception() is None), None)
-                if winner is not None:
-                    return winner.result()
-                if not pending:
-                    return done.pop().result()
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in pending:
-                task.cancel()
-
-    async def _report(self, teacher: Teacher, reply: asyncio.Future[list[TokenScores | None]], num: int) -> list[Answer | None]:
-        """The answers of one attempt, counted. Raises what the attempt raised, counted too."""
-        name, started = teacher.settings.name, time.monotonic()
-        try:
-            scores = await reply
-        except Exception as error:
-            self._events.on_request(name, "timeout" if isinstance(error, TimeoutError) else "error", time.monotonic() - started, num)
-            raise
-        odd = odd_ones(scores)
-        results: tuple[tuple[Result, int], ...] = ("nonfinite", len(odd)), ("ok", num - len(odd) - sum(score is None for score in scores))
-        for result, number in results:
-            if number:
-                self._events.on_request(name, result, time.monotonic() - started, number)
-
-        def named(score: TokenScores) -> TokenScores:
-            """Actors that serve several teachers name but one of them."""
-            return score if score.teacher == name else replace(score, teacher=name)
-
-        return [None if score is None else Answer(named(score), place not in odd) for place, score in enumerate(scores)]
-
-    async def _issue(self, teacher: Teacher, tried: set[Member], requests: Sequence[ScoreRequest]) -> Issued | None:
-        member = await self._pick(teacher, tried)
-        return None if member is None else (member, member.submit(requests))
-
-    async def _pick(self, teacher: Teacher, tried: set[Member]) -> Member | None:
-        """The least loaded live member, one not tried yet where there is one; waits up to timeout_s for one to come back."""
-        member = least_loaded(teacher.members, tried) or least_loaded(teacher.members)
-        if member is not None:
-            return member
-        waits = {asyncio.create_task(member.live.wait()) for member in teacher.members}
-        try:
-            await asyncio.wait(waits, timeout=teacher.settings.timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        return least_loaded(teacher.members, tried) or least_loaded(teacher.members)
 
 
 def teacher_view(prompt: Prompt) -> tuple[int, ...]:

@@ -281,7 +281,7 @@ def _check_dtypes(job: Job) -> Iterator[Check]:
 
 def _check_repeatable(job: Job) -> Iterator[Check]:
     """A strict job resumes bit for bit; what stands against that is said once, here."""
-    if not job.repeatable:
+    if not job.strict:
         return
     against = [f"teacher {teacher.name} is a server, whose batches are its own" for teacher in job.teacher if not teacher.means.repeatable]
     if job.service.prometheus_url and job.governor.mode != "off":

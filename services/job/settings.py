@@ -108,7 +108,8 @@ class EvalSettings(Settings):
     """A verifier by name (exact, regex: the answer is a pattern, number, math), or `file.py:function` / `module:function` called with
     (response, answer)."""
     sampled: bool = True
-    """Answer each problem twice: greedily, and sampled at the rollout's temperature."""
+    """Answer each problem twice: greedily, and sampled as rollouts are. Both on the settings in force, so a changed temperature or cap
+    counts; the governor's own cap does not."""
 
     def source(self, prompts: PromptSource) -> PromptSource:
         """Where the problems lie and how they are read, given the same of the training prompts. `path` must be set."""
@@ -240,8 +241,8 @@ class Job(Settings):
     service: ServiceSettings = ServiceSettings()
 
     @property
-    def repeatable(self) -> bool:
-        """The strict loop: the same job gives the same weights bit for bit, resumed or not (deploy/README.md says on which terms)."""
+    def strict(self) -> bool:
+        """No rollout is sampled ahead: the same job gives the same weights bit for bit, resumed or not (deploy/README.md says on which terms)."""
         return self.rollout.max_staleness == 0
 
     @model_validator(mode="before")

@@ -172,7 +172,7 @@ class Distillation:
         self._border = Border(partial(self._sync_after, learned), self._decide, partial(self._conclude, learned))
         command = await self._border.learner_free()
         checkpoint = batch.step % self._terms.job.checkpoint.every_steps == 0 or self._gate.checkpoint_wanted
-        if command.verb or checkpoint or self._is_eval_step() or not self._terms.job.rollout.max_staleness:
+        if command.verb or checkpoint or self._is_eval_step() or self._terms.job.strict:
             await self._end_border()
         if command.verb == "rollback":
             await self._roll_back(command.reason)
@@ -241,7 +241,7 @@ class Distillation:
     async def _conclude(self, learned: Learned, sync: Sync, command: Command, govern_s: float) -> None:
         """The rest of a border: evaluate where it is time, launch what may be sampled now, write the record."""
         evaluations = await self._evaluate_now() if self._is_eval_step() else {}
-        if self._terms.job.rollout.max_staleness and not command.verb:
+        if not self._terms.job.strict and not command.verb:
             self._launch()
         batch, ended = learned.batch, time.monotonic()
         # The step before may have ended within this one: time that both share counts once.

@@ -14,8 +14,9 @@ import ray
 
 from opd_governor.actors.deadlines import Say
 from opd_governor.actors.rollout.actor import RayEngine, RolloutActor
-from opd_governor.actors.rollout.pool import Request, RolloutPool
+from opd_governor.actors.rollout.pool import RolloutPool
 from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.rollout.slots import Request
 from opd_governor.actors.trajectory import LengthLimits, Trajectory
 from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job, Placement
@@ -46,7 +47,7 @@ class Fleet:
             job.rollout.num_actors,
             self._create_engine,
             self._equip,
-            repeatable=job.repeatable,
+            strict=job.strict,
             floor_s=job.cluster.deadline_floor_s,
             on_restart=lambda reason: on_restart("rollout", reason),
             say=say,
@@ -93,7 +94,7 @@ class Fleet:
                 weight_transfer=self._weights.transfer,
                 seed=job.seed,
                 top_k=job.objective.needs.student_top_k,
-                repeatable=job.repeatable,
+                strict=job.strict,
             )
         )
 

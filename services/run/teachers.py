@@ -5,7 +5,8 @@ from typing import Any
 import ray
 
 from opd_governor.actors.teacher.actor import start_teacher
-from opd_governor.actors.teacher.pool import Events, Support, TeacherPool
+from opd_governor.actors.teacher.attempts import Events
+from opd_governor.actors.teacher.pool import Support, TeacherPool
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.models import weights_identity
 from opd_governor.services.job.settings import Job
@@ -42,7 +43,7 @@ async def start_teachers(job: Job, sources: Sources, journal: Journal) -> Teache
             say=journal.note,
         ),
         floor_s=job.cluster.deadline_floor_s,
-        alone=job.repeatable,
+        strict=job.strict,
     )
 
 

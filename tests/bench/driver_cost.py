@@ -42,7 +42,8 @@ from opd_governor.actors.learner.group import LearnerGroup
 from opd_governor.actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
 from opd_governor.actors.rollout.actor import Deliveries, RayEngine, hand_on_s
 from opd_governor.actors.teacher.actor import RayTeacher
-from opd_governor.actors.teacher.pool import Events, TeacherPool
+from opd_governor.actors.teacher.attempts import Events
+from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from opd_governor.actors.wire import pack, rows_of, tabulate, unpack

@@ -93,7 +93,7 @@ class Live:
         return found
 
     async def pid_of_engine(self, index: int) -> int:
-        return int(await self.fleet.engines._slots[index].handle.actor.pid.remote())
+        return int(await self.fleet.engines.every_handle[index].actor.pid.remote())
 
     async def pids_of_learner(self) -> list[int]:
         return [await rank.ping.remote() for rank in self.fleet.learner.ranks]

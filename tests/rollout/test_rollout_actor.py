@@ -169,7 +169,7 @@ class DyingEngine(PickyEngine):
 
 async def test_an_engine_goes_on_after_a_submit_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opd_governor.actors.rollout.sampling.greedy_params", lambda *terms, **named: None)
-    terms: dict[str, Any] = {"stop_ids": (1,), "reference_tokens": None, "weight_transfer": "file", "seed": 0, "repeatable": True}
+    terms: dict[str, Any] = {"stop_ids": (1,), "reference_tokens": None, "weight_transfer": "file", "seed": 0, "strict": True}
     actor, engine = RolloutActor("none", RolloutSettings(), **terms), DyingEngine()
     actor._engine = engine  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="engine dead"):

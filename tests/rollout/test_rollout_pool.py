@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from opd_governor.actors.deadlines import ActorLostError, CallerError
-from opd_governor.actors.rollout.pool import MAX_FAILURES, MAX_ISSUES, Request, RolloutPool
+from opd_governor.actors.rollout.pool import MAX_FAILURES, MAX_ISSUES, RolloutPool
 from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.actors.rollout.slots import Request
 from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 
 LIMITS = LengthLimits(cap_tokens=8)
@@ -228,13 +229,13 @@ async def test_work_that_nobody_waits_for_any_more_is_cancelled_in_the_engine() 
     with pytest.raises(asyncio.CancelledError):
         await task
     assert run.engines[0].cancelled
-    assert run.pool._slots[0].load_tokens == 0
+    assert run.pool.load_tokens() == [0]
     assert run.restarts == []
 
 
 @pytest.mark.parametrize("answered", [0, 3, 7])
 async def test_a_repeatable_batch_lost_with_its_engine_is_asked_again_whole_and_still_answered_once(answered: int) -> None:
-    pool = Pool(FakeEngine(dies_after=answered), repeatable=True)
+    pool = Pool(FakeEngine(dies_after=answered), strict=True)
     await pool.pool.start()
     found = await pool.run()
     assert pool.engines[1].asked == REQUESTS
@@ -242,7 +243,7 @@ async def test_a_repeatable_batch_lost_with_its_engine_is_asked_again_whole_and_
 
 
 async def test_repeatable_shares_do_not_depend_on_who_lives_or_is_busy() -> None:
-    pool = Pool(num=2, repeatable=True)
+    pool = Pool(num=2, strict=True)
     await pool.pool.start()
     await pool.run()
     shares = [list(engine.asked) for engine in pool.engines]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from opd_governor.actors.teacher.pool import Events, TeacherPool
+from opd_governor.actors.teacher.attempts import Events
+from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.actors.teacher.scorers import GenerateOptions
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import Prompt, TokenScores, Trajectory

@@ -8,8 +8,9 @@ import pytest
 
 from opd_governor.actors.deadlines import CallerError, HungError
 from opd_governor.actors.teacher import member
+from opd_governor.actors.teacher.attempts import Events
 from opd_governor.actors.teacher.member import CALL_BATCHES
-from opd_governor.actors.teacher.pool import Events, Support, TeacherPool
+from opd_governor.actors.teacher.pool import Support, TeacherPool
 from opd_governor.actors.teacher.scorers import ScoreRequest
 from opd_governor.actors.teacher.settings import TeacherSettings
 from tests.teacher.fake_teacher import FakeTeacher, Log, build, settings, trajectory
@@ -295,7 +296,7 @@ async def test_golden_prompts_that_no_actor_answers_are_none():
 
 async def test_alone_no_request_shares_a_call_with_another():
     teacher = FakeTeacher(pace_s=0.005)
-    pool = TeacherPool([(TeacherSettings(model="m"), [teacher])], alone=True)
+    pool = TeacherPool([(TeacherSettings(model="m"), [teacher])], strict=True)
     scores = await pool.score([trajectory(index=index) for index in range(5)])
     assert teacher.calls == [1] * 5
     assert all(score is not None for score in scores)

@@ -12,7 +12,8 @@ import pytest
 import ray
 
 from opd_governor.actors.teacher.actor import RayTeacher, start_teacher
-from opd_governor.actors.teacher.pool import Events, Support, TeacherPool
+from opd_governor.actors.teacher.attempts import Events
+from opd_governor.actors.teacher.pool import Support, TeacherPool
 from opd_governor.actors.teacher.scorers import ScoreRequest, TorchScorer, digest_weights
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import Prompt, Trajectory
