@@ -38,7 +38,7 @@ class Forecast:
         slow = self.slowest
         busy = {phase.name: phase.seconds / self.step_s for phase in self.phases if phase.name != "sync"}
         told = [f"{name} is busy {share:.0%} of a step" for name, share in busy.items()]
-        if self.plan.job.repeatable:
+        if self.plan.job.strict:
             return [*told, "rollout.max_staleness 0: phases follow one another, everybody waits for everybody"]
         others = ", ".join(name for name in busy if name != slow.name)
         return [*told, f"{others} wait for {slow.name}"]
@@ -88,7 +88,7 @@ def forecast(plan: Plan, rates: Rates | None = None, load: Load | None = None) -
         Phase("sync", sync_s(job, student, rates), engines * tp, weights_gib * (engines if plan.transfer == "nccl" else 0)),
     )
     apart = [phase.seconds for phase in phases[:3]]
-    shared = plan.layout == "colocated" or job.repeatable
+    shared = plan.layout == "colocated" or job.strict
     step = (sum(apart) if shared else max(apart)) + phases[3].seconds
     return Forecast(plan, phases, step, load.rollouts * load.answer_tokens / step)
 

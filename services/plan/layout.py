@@ -191,7 +191,7 @@ def _grow(
         now = times(ranks, engines, nums)
         by_time = sorted((i for i, is_free in enumerate(free) if is_free), key=lambda i: -now[i])
         # Phases of neighbouring steps overlap, so that the slowest one is the step; in the strict loop they add up.
-        for role in by_time[: None if job.repeatable else 1]:
+        for role in by_time[: None if job.strict else 1]:
             grown = ranks + (role == 0), engines + (role == 1), [num + (role == i) for i, num in enumerate(nums, 2)]
             if hardware.holds(units(*grown)) and times(*grown)[role] < WORTH_IT * now[role]:
                 ranks, engines, nums = grown
