@@ -15,7 +15,8 @@ from opd_governor.actors.governor.actuators import ACTUATORS
 from opd_governor.actors.governor.evidence import Observation
 from opd_governor.actors.governor.law import decide, start
 from opd_governor.actors.governor.policy import Policy
-from opd_governor.actors.governor.reference import TAIL_MARGIN, TAIL_SHARE, Answer, LengthModel, fit_lengths
+from opd_governor.actors.governor.reference import TAIL_MARGIN, TAIL_SHARE, LengthModel, fit_lengths
+from opd_governor.actors.governor.reference import Answer as TeacherAnswer
 from opd_governor.actors.governor.signals import KL_FLOOR_NATS, Signals
 from opd_governor.actors.governor.state import Decision, State
 from opd_governor.actors.trajectory import LengthLimits
@@ -87,7 +88,7 @@ class Reference:
     def model(self) -> LengthModel | None:
         """Lengths as one distribution: an outside run does not tell which prompt an answer belongs to."""
         whole = self.posted or (self.baseline if len(self.baseline_means) >= BASELINE_STEPS else ())
-        return fit_lengths([Answer(index, 1, "", int(length), True) for index, length in enumerate(whole)]) if whole else None
+        return fit_lengths([TeacherAnswer(index, 1, "", int(length), True) for index, length in enumerate(whole)]) if whole else None
 
     @property
     def words(self) -> str:
