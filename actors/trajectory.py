@@ -3,6 +3,7 @@
 Shapes: T = tokens of one response (its stop token included), K = support size of a dense loss.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -70,6 +71,14 @@ class LengthLimits:
     """Largest share of truncated rollouts admitted to a batch."""
     unfinished_quota: float | None = None
     """Largest share of prompts in a step that the teacher itself does not finish; None: prompts are not chosen by it."""
+    extra: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Values of actuators that extensions add, by name."""
+
+    def get(self, name: str) -> float | None:
+        """The value of an actuator by its name; None: nothing to move in this job."""
+        if name in self.__slots__:
+            return float(value) if isinstance(value := getattr(self, name), int | float) else None
+        return self.extra.get(name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,64 +1,71 @@
-"""Pressure -> limits: the actuators in stages, each between the job's own setting and the policy's bound. Pure."""
+"""Pressure -> limits: the actuators, each between the job's own setting and the policy's bound. Pure."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
+from opd_governor.actors.governor.actuators import ACTUATORS, movable, value_of
 from opd_governor.actors.governor.policy import Policy
-from opd_governor.actors.governor.state import State
+from opd_governor.actors.governor.state import State, together
 from opd_governor.actors.trajectory import LengthLimits
 
-LIMIT_NAMES = {
-    "cap_tokens": "cap",
-    "golden_weight": "golden weight",
-    "lr_scale": "learning rate x",
-    "reference_kl_weight": "reference KL",
-    "stop_tilt_nats": "stop tilt",
-    "loop_tail_weight": "loop tail weight",
-    "admission_quota": "admission quota",
-    "unfinished_quota": "unfinished quota",
-}
-"""Field of LengthLimits -> what a person calls it, in reasons and plots."""
+CAP_GROWTH = 1.05
+"""Largest factor by which the cap grows in one healthy step."""
+CAP_MARGIN = 1.1
+"""Times the reference's p99: the lowest cap. A lower one would cut what the teacher itself says."""
+ENGAGE_STEPS = 10.0
+"""From observe to enforce the limits follow in over this many steps."""
+FIELDS = frozenset(field.name for field in fields(LengthLimits))
 
 
 def propose(state: State, policy: Policy, base: LengthLimits) -> LengthLimits:
     """The limits that this state's pressure asks for. A bound on the loose side of the job's own setting moves nothing."""
-
-    def toward(name: str, resting: float, bound: float) -> float:
-        return resting + _reach(name, state, policy) * (bound - resting)
-
-    asked = LengthLimits(
-        cap_tokens=state.cap_tokens or base.cap_tokens,
-        golden_weight=toward("golden_weight", base.golden_weight, max(base.golden_weight, policy.max_golden_weight)),
-        lr_scale=toward("lr_scale", base.lr_scale, min(base.lr_scale, policy.min_lr_scale)),
-        reference_kl_weight=toward(
-            "reference_kl_weight", base.reference_kl_weight, max(base.reference_kl_weight, policy.max_reference_kl_weight)
-        ),
-        stop_tilt_nats=toward("stop_tilt_nats", base.stop_tilt_nats, max(base.stop_tilt_nats, policy.max_stop_tilt_nats)),
-        loop_tail_weight=toward("loop_tail_weight", base.loop_tail_weight, min(base.loop_tail_weight, policy.min_loop_tail_weight)),
-        admission_quota=toward("admission_quota", base.admission_quota, min(base.admission_quota, policy.min_admission_quota)),
-        unfinished_quota=None
-        if base.unfinished_quota is None
-        else toward("unfinished_quota", base.unfinished_quota, min(base.unfinished_quota, policy.min_unfinished_quota)),
-    )
-    if state.side == "long":
-        return asked
-    # Answers are too short: nothing may shorten them further, and a tilt toward stopping is taken back.
-    return replace(
-        asked,
-        stop_tilt_nats=toward("stop_tilt_nats", base.stop_tilt_nats, 0.0),
-        loop_tail_weight=base.loop_tail_weight,
-        admission_quota=base.admission_quota,
-        unfinished_quota=base.unfinished_quota,
-    )
+    asked = {name: _asked(name, state, policy, base) for name in movable() if name != "cap_tokens"}
+    return _with_values(replace(base, cap_tokens=state.cap_tokens or base.cap_tokens), asked)
 
 
-def settle(moved: State, before: State, policy: Policy, base: LengthLimits, growth_steps: float = 0.0, fresh: bool = False) -> State:
+def _asked(name: str, state: State, policy: Policy, base: LengthLimits) -> float | None:
+    resting = value_of(base, name)
+    if resting is None:
+        return None
+    if ACTUATORS[name].shortens and ACTUATORS[name].tighter == "up":
+        resting *= 1.0 - state.pressure_short  # a tilt toward stopping that the job itself set is taken back too
+    bound = tightest(name, resting, policy.bound(name))
+    return resting + reach(name, state, policy) * (bound - resting)
+
+
+def reach(name: str, state: State, policy: Policy) -> float:
+    """How far an actuator is moved: 0 at rest, 1 at its bound."""
+    if not policy.may_move(name):
+        return 0.0
+    actuator = ACTUATORS[name]
+    if state.course == "push" and actuator.in_recovery is not None:
+        return actuator.in_recovery
+    start, full = actuator.stage
+    pressure = together(*(state.pressure_of(disease) for disease in actuator.moved_by))
+    reached = min(1.0, max(0.0, (pressure - start) / (full - start)))
+    return reached * (1.0 - state.pressure_short) if actuator.shortens else reached
+
+
+def tightest(name: str, *values: float) -> float:
+    """Of values of one actuator."""
+    return max(values) if ACTUATORS[name].tighter == "up" else min(values)
+
+
+def settle(
+    moved: State, before: State, policy: Policy, base: LengthLimits, *, growth_steps: float = 0.0, fresh: bool = False, steps: float = 0.0
+) -> State:
     """`moved` with its cap and the limits in force. Their generation rises by one when any value differs from `before`.
 
-    `growth_steps`: healthy steps in which the cap may rise; `fresh`: whether the data say anything new.
+    `growth_steps`: healthy steps in which the cap may rise; `fresh`: whether the data say anything new: without, nothing loosens.
     """
     moved = _with_cap(moved, before, policy, base, growth_steps, fresh)
-    wanted = propose(moved, policy, base) if policy.mode == "enforce" else base
+    if policy.mode == "enforce":
+        moved = replace(moved, engaged=min(1.0, before.engaged + steps / ENGAGE_STEPS))
+        wanted = _blend(base, propose(moved, policy, base), moved.engaged)
+        if not fresh and before.limits is not None and before.engaged > 0:
+            wanted = _no_looser(wanted, before.limits)
+    else:
+        moved, wanted = replace(moved, engaged=0.0), base
     generation = before.limits.generation if before.limits else 0
     wanted = replace(wanted, generation=generation)
     if before.limits is not None and wanted != before.limits:
@@ -73,27 +80,40 @@ def _with_cap(moved: State, before: State, policy: Policy, base: LengthLimits, g
     if held is None or held_base is None:
         held, held_base = min(base.cap_tokens, policy.initial_cap_tokens or base.cap_tokens), base.cap_tokens
     if fresh and held >= held_base:
-        # A person raised the job's own cap while the governor held nothing back.
-        held = max(held, base.cap_tokens)
+        held = max(held, base.cap_tokens)  # a person raised the job's own cap while the governor held nothing back
     held_base = base.cap_tokens if fresh else min(held_base, base.cap_tokens)
     if growth_steps > 0:
-        factor = policy.cap_growth_per_step ** min(growth_steps, 100.0)
-        held = max(held + 1, math.floor(min(held * factor, base.cap_tokens)))
-    lowest = min(policy.min_cap_tokens, base.cap_tokens)
-    target = base.cap_tokens
+        held = max(held + 1, math.floor(min(held * CAP_GROWTH ** min(growth_steps, 100.0), base.cap_tokens)))
+    lowest, target = min(policy.min_cap_tokens, base.cap_tokens), base.cap_tokens
     if moved.reference_p99_tokens is not None:
-        floor = min(policy.cap_floor_ratio * moved.reference_p99_tokens, base.cap_tokens)
-        floor = max(lowest, math.ceil(floor))
-        if moved.side == "long":
-            target = round(base.cap_tokens + _reach("cap_tokens", moved, policy) * (floor - base.cap_tokens))
-        # A reference that grew lifts the cap too, on fresh data only.
-        lowest = floor if fresh else lowest
+        floor = max(lowest, math.ceil(min(CAP_MARGIN * moved.reference_p99_tokens, base.cap_tokens)))
+        target = round(base.cap_tokens + reach("cap_tokens", moved, policy) * (floor - base.cap_tokens))
     return replace(moved, cap_tokens=max(lowest, min(held, target)), base_cap_tokens=held_base)
 
 
-def _reach(name: str, state: State, policy: Policy) -> float:
-    """How far an actuator is moved: 0 at rest, 1 at its bound."""
-    if name not in policy.actuators:
-        return 0.0
-    start, full = getattr(policy.stages, name)
-    return min(1.0, max(0.0, (state.pressure - start) / (full - start)))
+def _with_values(limits: LengthLimits, values: dict[str, float | None]) -> LengthLimits:
+    own = {name: value for name, value in values.items() if name in FIELDS}
+    extra = {name: value for name, value in values.items() if name not in FIELDS and value is not None}
+    return replace(limits, **own, extra=extra)  # type: ignore[arg-type]
+
+
+def _blend(base: LengthLimits, asked: LengthLimits, share: float) -> LengthLimits:
+    if share >= 1.0:
+        return asked
+    values = {}
+    for name in movable():
+        resting, wanted = value_of(base, name), value_of(asked, name)
+        values[name] = None if resting is None or wanted is None else resting + share * (wanted - resting)
+    cap = values.pop("cap_tokens")
+    assert cap is not None
+    return replace(_with_values(asked, values), cap_tokens=round(cap))
+
+
+def _no_looser(wanted: LengthLimits, held: LengthLimits) -> LengthLimits:
+    values = {}
+    for name in movable():
+        new, old = value_of(wanted, name), value_of(held, name)
+        values[name] = new if new is None or old is None else tightest(name, new, old)
+    cap = values.pop("cap_tokens")
+    assert cap is not None
+    return replace(_with_values(wanted, values), cap_tokens=int(cap))

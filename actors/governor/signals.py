@@ -1,94 +1,189 @@
-"""From two readings of a run's metrics to the governor's signals. Pure: no network, no clock.
+"""From two readings of a run's metrics to the governor's signals, each declared once. Pure: no network, no clock.
 
-The same code serves both sources, a Prometheus server and the run's own /metrics: each yields a Snapshot.
+A signal of your own, in a file that the job's `extensions` names:
+
+    @SIGNALS.add("entropy")
+    ...  # or: SIGNALS.add("entropy")(Signal(title=..., unit=..., help=..., disease="drift", test=..., read=...))
+
+Everything else follows from the declaration: the law tests it, decisions and records carry it, its evidence is a metric
+(opd_governor_evidence_nats{signal="entropy"}), a line of the dashboards and of the live page, a row of `opd replay --explain`.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-Labels = tuple[tuple[str, str], ...]
-
-TARGET_LABELS = frozenset({"run", "job", "instance"})
-"""What a scrape adds, and the run itself: the same series carries them over a server and not over /metrics."""
+from opd_governor.actors.extensions import Kind
+from opd_governor.actors.governor.evidence import MeanTest, Observation, ShareTest, Test
+from opd_governor.actors.governor.snapshot import Growth, Snapshot, added, ratio
 
 LARGEST = 1e15
 """No length, count or rate of a run comes near this: beyond it a number is a fault of the source."""
+KL_FLOOR_NATS = 0.05
+"""KL below this is next to nothing, and ratios of it are noise."""
+STOP_MASS_FLOOR = 1e-6
 
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All series of one run at one moment.
-
-    >>> Snapshot.of([("opd_rollouts_total", {"run": "a", "finish_reason": "stop"}, 31.0)]).total("opd_rollouts_total")
-    31.0
-    """
-
-    series: Mapping[tuple[str, Labels], float] = field(default_factory=dict)
-    taken_s: float | None = None
-    """When a server scraped it, seconds since the epoch; None: read from the run itself, just now."""
-
-    @classmethod
-    def of(cls, samples: Iterable[tuple[str, Mapping[str, str], float]], taken_s: float | None = None) -> "Snapshot":
-        """From (name, labels, value). Bucket edges are written as floats whatever form they came in."""
-        series: dict[tuple[str, Labels], float] = {}
-        for name, labels, value in samples:
-            kept = {key: str(float(text)) if key == "le" else text for key, text in labels.items() if key not in TARGET_LABELS}
-            series[name, tuple(sorted(kept.items()))] = value
-        return cls(series, taken_s)
-
-    def to_json(self) -> list[Any]:
-        """[name, labels, value] of each series."""
-        return [[name, dict(labels), value] for (name, labels), value in self.series.items()]
-
-    @classmethod
-    def from_json(cls, series: Iterable[Any]) -> "Snapshot":
-        return cls.of((name, labels, value) for name, labels, value in series)
-
-    @cached_property
-    def _families(self) -> dict[str, list[tuple[dict[str, str], float]]]:
-        families: dict[str, list[tuple[dict[str, str], float]]] = {}
-        for (name, labels), value in sorted(self.series.items(), key=lambda item: item[0]):
-            families.setdefault(name, []).append((dict(labels), value))
-        return families
-
-    def total(self, name: str, **labels: str) -> float | None:
-        """Sum over the series of that name with these labels; None when the name is absent or the sum is not finite.
-
-        A label value that has not occurred yet counts 0 as long as the name is there.
-        """
-        if name not in self._families:
-            return None
-        return _finite(sum(value for found, value in self._families[name] if labels.items() <= found.items()))
-
-    def gauge(self, name: str, **labels: str) -> float | None:
-        """The value with these labels; None without one or when it is not finite."""
-        matching = [value for found, value in self._families.get(name, []) if labels.items() <= found.items()]
-        return _finite(matching[0]) if matching else None
-
-    def buckets(self, name: str, **labels: str) -> dict[float, float]:
-        """Cumulative counts by upper edge, in rising order."""
-        edges: dict[float, float] = {}
-        for found, value in self._families.get(f"{name}_bucket", []):
-            if labels.items() <= found.items():
-                edge = float(found["le"])
-                edges[edge] = edges.get(edge, 0.0) + value
-        return dict(sorted(edges.items()))
+Disease = Literal["long", "short", "drift"]
+"""What a signal is evidence of: answers too long, answers too short, a student that leaves its teacher."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """Lengths of golden or teacher answers, tokens."""
+class Signal:
+    """One declaration."""
 
-    mean_tokens: float | None = None
-    p99_tokens: float | None = None
+    title: str
+    """A few words, as in a sentence: "rollouts beyond the teacher's longest"."""
+    unit: str
+    """Of value and bound: `share`, `nats`."""
+    help: str
+    """One sentence for dashboards and documentation."""
+    disease: Disease
+    test: Test
+    read: Callable[[Growth], Observation | None]
+    """From two snapshots; None: nothing to say."""
+    alone: float = 1.0
+    """Most pressure that this signal may bring by itself."""
+    required: bool = False
+    """Without it, once it was measured, nobody can say that a run is healthy."""
+
+
+SIGNALS: Kind[Signal] = Kind("signal")
+
+
+def _lengths(growth: Growth) -> Observation | None:
+    num = growth.of("opd_length_scored_total")
+    over, under = growth.of("opd_length_over_nats_total"), growth.of("opd_length_under_nats_total")
+    squares, spread = growth.of("opd_length_squares_total"), growth.current.gauge("opd_length_reference_spread_nats")
+    if not num or num < 0 or over is None or under is None:
+        return None
+    mean = (over - under) / num
+    variance = None if squares is None else max(0.0, squares / num - mean * mean)
+    return Observation(mean, num, spread=spread or 0.0, variance=variance if num > 1 else None)
+
+
+def _tail(growth: Growth) -> Observation | None:
+    num = growth.of("opd_length_scored_total")
+    share = ratio(growth.of("opd_length_tail_total"), num)
+    expected = ratio(growth.of("opd_length_tail_expected_total"), num)
+    return None if share is None or num is None or expected is None else Observation(share, num, expected)
+
+
+def _ends(growth: Growth) -> tuple[float | None, float | None]:
+    """Rollouts that ended, and those of them that were cut."""
+    by = {reason: growth.of("opd_rollouts_total", finish_reason=reason) for reason in ("stop", "length", "repetition")}
+    return added(*by.values()), added(by["length"], by["repetition"])
+
+
+def _truncation(growth: Growth) -> Observation | None:
+    """Where there is a reference the tail says the same and more: it knows what the teacher itself would have had cut."""
+    if growth.of("opd_length_scored_total"):
+        return None
+    num, cut = _ends(growth)
+    own = growth.of("opd_governor_cut_rollouts_total") or 0.0
+    share = None if cut is None else ratio(max(0.0, cut - own), num)
+    return None if share is None or num is None else Observation(share, num)
+
+
+def _loops(growth: Growth) -> Observation | None:
+    num, _ = _ends(growth)
+    share = ratio(growth.of("opd_rollout_loops_total"), num)
+    expected = growth.current.gauge("opd_length_reference_loops_ratio") or 0.0
+    return None if share is None or num is None else Observation(share, num, expected)
+
+
+def _kl(growth: Growth) -> Observation | None:
+    kl_nats = growth.ratio("opd_kl_nats_total", "opd_kl_tokens_total")
+    return None if kl_nats is None else Observation(math.log(max(KL_FLOOR_NATS, kl_nats)), 1.0, variance=None)
+
+
+def _stop_mass(growth: Growth) -> Observation | None:
+    student = growth.ratio("opd_stop_mass_student_total", "opd_stop_mass_tokens_total")
+    teacher = growth.ratio("opd_stop_mass_teacher_total", "opd_stop_mass_tokens_total")
+    if student is None or teacher is None or teacher <= STOP_MASS_FLOOR:
+        return None
+    return Observation(math.log(max(STOP_MASS_FLOOR, student) / teacher), 1.0)
+
+
+SIGNALS.add("length")(
+    Signal(
+        title="lengths over their prompts' references",
+        unit="nats",
+        help="Mean log of length over the teacher's on the same prompt; a cut rollout counts as its expected length.",
+        disease="long",
+        test=MeanTest(sign=1.0, slack_spreads=0.12, max_baseline=math.log(2)),
+        read=_lengths,
+        required=True,
+    )
+)
+SIGNALS.add("tail")(
+    Signal(
+        title="rollouts beyond the teacher's longest",
+        unit="share",
+        help="Share longer than the teacher's longest answers to the same prompt, or cut where the cap hides them.",
+        disease="long",
+        test=ShareTest(slack=0.02),
+        read=_tail,
+        required=True,
+    )
+)
+SIGNALS.add("truncation")(
+    Signal(
+        title="cut rollouts",
+        unit="share",
+        help="Share cut by the job's cap, the window or the loop stop; only where no reference length is known.",
+        disease="long",
+        test=ShareTest(slack=0.05, max_baseline=0.3),
+        read=_truncation,
+    )
+)
+SIGNALS.add("loops")(
+    Signal(
+        title="looping rollouts",
+        unit="share",
+        help="Share that ends in a loop.",
+        disease="long",
+        test=ShareTest(slack=0.005, max_baseline=0.1),
+        read=_loops,
+    )
+)
+SIGNALS.add("stop_mass")(
+    Signal(
+        title="the student's stop probability over the teacher's",
+        unit="nats",
+        help="Log ratio of the two probabilities of a stop on the same states: it sinks before lengths grow.",
+        disease="long",
+        test=MeanTest(sign=-1.0, slack=math.log(2), max_baseline=math.log(8), floor=0.15, alternatives=(0.5, 1.5)),
+        read=_stop_mass,
+        alone=0.5,
+    )
+)
+SIGNALS.add("short")(
+    Signal(
+        title="lengths under their prompts' references",
+        unit="nats",
+        help="Mean log of length over the teacher's on the same prompt: far below, the student answers next to nothing.",
+        disease="short",
+        test=MeanTest(sign=-1.0, slack=0.4, slack_spreads=0.12, max_baseline=math.log(2)),
+        read=_lengths,
+    )
+)
+SIGNALS.add("kl")(
+    Signal(
+        title="KL over its running level",
+        unit="nats",
+        help="Log of mean KL against its running level. It also rises when prompts change: alone it moves the brake only, half way.",
+        disease="drift",
+        test=MeanTest(sign=1.0, slack=math.log(2.5), half_life_steps=25.0, floor=0.15, alternatives=(0.3, 1.0)),
+        read=_kl,
+        alone=0.5,
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """What the law decides on. None: not measured. Rates and means are over the rollouts since the reading before."""
+    """What the law decides on, and what people look at beside it. None: not measured. Over the rollouts since the reading before."""
 
     time_s: float | None = None
     """When it was read, seconds since the epoch."""
@@ -101,17 +196,19 @@ class Signals:
     """Learner steps between the two readings."""
     num_rollouts: float | None = None
     """Rollouts that came to an end other than an error."""
-    tail_share: float | None = None
-    """Share longer than a multiple of the reference p99, rollouts cut by a lowered cap included."""
+    observations: Mapping[str, Observation] = field(default_factory=dict)
+    """Name of the signal -> what it read."""
     length_mean_tokens: float | None = None
     length_p95_tokens: float | None = None
     length_max_tokens: float | None = None
     reference_mean_tokens: float | None = None
     reference_p99_tokens: float | None = None
     truncation_rate: float | None = None
-    """Cut by the job's own cap or by the in-engine loop stop, before any filter."""
+    """Cut by the job's own cap, the window or the in-engine loop stop, before any filter."""
     governor_cut_rate: float | None = None
     """Cut by a cap that the governor had lowered."""
+    expected_cut_rate: float | None = None
+    """Share that the reference itself would have beyond the tail's threshold, or beyond the cap where that is lower."""
     loop_rate: float | None = None
     kl_nats: float | None = None
     stop_mass_student: float | None = None
@@ -127,146 +224,62 @@ class Signals:
     staleness_steps: float | None = None
 
     def cleaned(self) -> "Signals":
-        """What is not finite, absurdly large, or negative where it cannot be, becomes None."""
+        """What is not finite, absurdly large, or negative where it cannot be, becomes None; such an observation is dropped."""
+        values = {name: self._clean(name, getattr(self, name)) for name in self.__slots__ if name != "observations"}
+        seen = {name: each for name, each in self.observations.items() if _is_sound(each)}
+        return Signals(**values, observations=seen)
 
-        def clean(name: str, value: Any) -> Any:
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                return value
-            signed = name in ("kl_nats", "teacher_stop_logprob_nats")
-            return value if math.isfinite(value) and abs(value) <= LARGEST and (signed or value >= 0) else None
-
-        return Signals(**{name: clean(name, value) for name, value in asdict(self).items()})
+    def _clean(self, name: str, value: Any) -> Any:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return value
+        signed = name in ("kl_nats", "teacher_stop_logprob_nats")
+        return value if math.isfinite(value) and abs(value) <= LARGEST and (signed or value >= 0) else None
 
     def to_json(self) -> dict[str, Any]:
+        """JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Signals":
-        return cls(**values)
+        seen = {name: Observation(**each) for name, each in values.get("observations", {}).items()}
+        return cls(**{**values, "observations": seen})
 
 
-def read_reference(snapshot: Snapshot, held: Reference) -> Reference:
-    """The published reference; what is missing or not positive keeps the value held before."""
-    mean = snapshot.gauge("opd_length_reference_tokens", stat="mean")
-    p99 = snapshot.gauge("opd_length_reference_tokens", stat="p99")
-    return Reference(mean or held.mean_tokens, p99 or held.p99_tokens)
-
-
-def compute(previous: Snapshot, current: Snapshot, reference: Reference, tail_multiple: float) -> Signals:
-    """Signals of the rollouts between two snapshots of one run.
-
-    A counter that went back (the run restarted) is read from zero. Between two bucket edges lengths are taken as evenly
-    spread, as Prometheus' histogram_quantile does, so a threshold that falls inside a bucket counts that part of it above.
-    """
-    if _restarted(previous, current):
-        previous = Snapshot()
-
-    def growth(name: str, **labels: str) -> float | None:
-        now = current.total(name, **labels)
-        return None if now is None else _finite(now - (previous.total(name, **labels) or 0.0))
-
-    ends = {reason: growth("opd_rollouts_total", finish_reason=reason) for reason in ("stop", "length", "repetition")}
-    num_rollouts = _sum(*ends.values())
-    cut = growth("opd_governor_cut_rollouts_total")
-    cut_share = _ratio(cut or 0.0, num_rollouts)
-    ended_early = _ratio(_sum(ends["length"], ends["repetition"]), num_rollouts)
-    mean = _ratio(growth("opd_rollout_tokens_total"), num_rollouts)
-    lengths = _bucket_growth(previous, current, "opd_rollout_length_tokens")
-    stops = _bucket_growth(previous, current, "opd_stop_teacher_logprob", form="class")
-    tail = None
-    if reference.p99_tokens is not None and (over := _share_over(lengths, tail_multiple * reference.p99_tokens)) is not None:
-        # A lowered cap stays above the threshold, so what it cut was on its way into the tail.
-        tail = max(over, cut_share or 0.0)
+def compute(previous: Snapshot, current: Snapshot) -> Signals:
+    """The signals between two snapshots of one run."""
+    growth = Growth(previous, current)
+    num_rollouts, cut_any = _ends(growth)
+    cut_share = ratio(growth.of("opd_governor_cut_rollouts_total") or 0.0, num_rollouts)
+    ended_early = ratio(cut_any, num_rollouts)
+    mean = ratio(growth.of("opd_rollout_tokens_total"), num_rollouts)
     kept_share = None if ended_early is None else 1.0 - ended_early
-    mass_tokens = growth("opd_stop_mass_tokens_total")
     has_rollouts = num_rollouts is not None and num_rollouts > 0
+    seen = {name: signal.read(growth) for name, signal in SIGNALS.items()} if has_rollouts else {}
+    lengths, longest = "opd_rollout_length_tokens", current.gauge("opd_rollout_length_max_tokens")
     return Signals(
-        steps_spanned=growth("opd_learner_steps_total"),
+        steps_spanned=growth.of("opd_learner_steps_total"),
         num_rollouts=num_rollouts,
-        tail_share=tail,
+        observations={name: each for name, each in seen.items() if each is not None},
         length_mean_tokens=mean,
-        length_p95_tokens=_quantile(lengths, 0.95),
-        length_max_tokens=_longest(lengths, current.gauge("opd_rollout_length_max_tokens")) if has_rollouts else None,
-        reference_mean_tokens=reference.mean_tokens,
-        reference_p99_tokens=reference.p99_tokens,
+        length_p95_tokens=growth.quantile(lengths, 0.95),
+        length_max_tokens=growth.longest(lengths, longest) if has_rollouts else None,
+        reference_mean_tokens=current.gauge("opd_length_reference_tokens", stat="mean"),
+        reference_p99_tokens=current.gauge("opd_length_reference_tokens", stat="p99"),
         truncation_rate=None if ended_early is None or cut_share is None else max(0.0, ended_early - cut_share),
         governor_cut_rate=cut_share,
-        loop_rate=_ratio(growth("opd_rollout_loops_total"), num_rollouts),
-        kl_nats=_ratio(growth("opd_kl_nats_total"), growth("opd_kl_tokens_total")),
-        stop_mass_student=_ratio(growth("opd_stop_mass_student_total"), mass_tokens),
-        stop_mass_teacher=_ratio(growth("opd_stop_mass_teacher_total"), mass_tokens),
-        stop_density_per_token=_ratio(kept_share, mean),
-        teacher_stop_logprob_nats=_quantile(stops, 0.5),
+        expected_cut_rate=growth.ratio("opd_length_tail_expected_total", "opd_length_scored_total"),
+        loop_rate=ratio(growth.of("opd_rollout_loops_total"), num_rollouts),
+        kl_nats=growth.ratio("opd_kl_nats_total", "opd_kl_tokens_total"),
+        stop_mass_student=growth.ratio("opd_stop_mass_student_total", "opd_stop_mass_tokens_total"),
+        stop_mass_teacher=growth.ratio("opd_stop_mass_teacher_total", "opd_stop_mass_tokens_total"),
+        stop_density_per_token=ratio(kept_share, mean),
+        teacher_stop_logprob_nats=growth.quantile("opd_stop_teacher_logprob", 0.5, form="class"),
         eval_accuracy=current.gauge("opd_eval_accuracy_ratio", decoding="greedy"),
         eval_truncation=current.gauge("opd_eval_truncation_ratio", decoding="greedy"),
-        staleness_steps=_ratio(growth("opd_sample_staleness_steps_sum"), growth("opd_sample_staleness_steps_count")),
+        staleness_steps=growth.ratio("opd_sample_staleness_steps_sum", "opd_sample_staleness_steps_count"),
     )
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _sum(*values: float | None) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) if len(present) == len(values) else None
-
-
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return part / whole if part is not None and whole is not None and whole > 0 else None
-
-
-def _restarted(previous: Snapshot, current: Snapshot) -> bool:
-    for name in ("opd_rollouts_total", "opd_rollout_length_tokens_count"):
-        before, now = previous.total(name), current.total(name)
-        if before is not None and now is not None and now < before:
-            return True
-    return False
-
-
-def _bucket_growth(previous: Snapshot, current: Snapshot, name: str, **labels: str) -> list[tuple[float, float, float]]:
-    """(lower edge, upper edge, new observations) per bucket; empty when a count is not finite or nothing is new."""
-    before = previous.buckets(name, **labels)
-    grown, lower, below = [], -math.inf, 0.0
-    for edge, value in current.buckets(name, **labels).items():
-        new = value - before.get(edge, 0.0)
-        if not math.isfinite(new):
-            return []
-        grown.append((lower, edge, max(0.0, new - below)))
-        lower, below = edge, new
-    return grown if sum(count for _, _, count in grown) > 0 else []
-
-
-def _share_over(buckets: list[tuple[float, float, float]], threshold: float) -> float | None:
-    if not buckets:
-        return None
-    over = 0.0
-    for lower, upper, count in buckets:
-        if lower >= threshold or (threshold < upper and math.isinf(upper)):
-            # The open bucket has no upper edge to spread over: all of it counts, the cautious side.
-            over += count
-        elif threshold < upper:
-            over += count * (upper - threshold) / (upper - max(lower, 0.0))
-    return over / sum(count for _, _, count in buckets)
-
-
-def _quantile(buckets: list[tuple[float, float, float]], share: float) -> float | None:
-    """As Prometheus' histogram_quantile: linear inside a bucket; in an open bucket its finite edge."""
-    if not buckets:
-        return None
-    rank = share * sum(count for _, _, count in buckets)
-    for lower, upper, count in buckets:
-        if count > 0 and rank <= count:
-            start = max(lower, 0.0) if upper > 0 and math.isinf(lower) else lower
-            if math.isinf(upper) or math.isinf(start):
-                return _finite(start if math.isinf(upper) else upper)
-            return start + (upper - start) * rank / count
-        rank -= count
-    return _finite(buckets[-1][0])
-
-
-def _longest(buckets: list[tuple[float, float, float]], last_step: float | None) -> float | None:
-    """The gauge covers the last step only; the highest bucket hit is a lower bound over all steps spanned."""
-    hit = [lower for lower, _, count in buckets if count > 0 and lower > 0]
-    known = [value for value in (hit[-1] if hit else None, last_step) if value is not None]
-    return max(known) if known else None
+def _is_sound(seen: Observation) -> bool:
+    numbers = (seen.value, seen.num, seen.expected, seen.spread, seen.variance or 0.0)
+    return all(math.isfinite(number) and abs(number) <= LARGEST for number in numbers) and seen.num > 0 and min(numbers[3:]) >= 0

@@ -6,7 +6,7 @@ from typing import Protocol
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from opd_governor.actors.governor.signals import Snapshot
+from opd_governor.actors.governor.snapshot import Snapshot
 
 
 class SourceDownError(Exception):

@@ -1,15 +1,26 @@
 """What the law remembers and what it says: State, Reading, Decision. Pure, and JSON bit for bit."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from opd_governor.actors.governor.signals import Reference, Signals
+from opd_governor.actors.governor.evidence import Track
+from opd_governor.actors.governor.signals import Disease, Signals
 from opd_governor.actors.trajectory import LengthLimits
 
 Action = Literal["hold", "tighten", "release", "fallback", "rollback", "stop"]
 Command = Literal["rollback", "stop"]
-Side = Literal["long", "short"]
+Course = Literal["prevent", "push", "brake"]
+"""prevent: before an onset, limits follow pressure. Once inflation is there, push: full golden rate, tilt, short cap and no brake, so that
+the student learns its way out; or brake: what pressure asks for, after a rollback or where pushing did not help."""
+
+
+def together(*shares: float) -> float:
+    """What several say together: more than each alone, never more than 1."""
+    rest = 1.0
+    for share in shares:
+        rest *= 1.0 - share
+    return 1.0 - rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,37 +31,34 @@ class State:
     True
     """
 
-    pressure: float = 0.0
-    side: Side = "long"
-    """Which failure the pressure answers: inflation, or answers that are too short."""
-    error: float = 0.0
-    """Worst error of the last decision on fresh data, 0 when healthy."""
+    tracks: Mapping[str, Track] = field(default_factory=dict)
+    """Signal -> its test's memory."""
+    pressure_long: float = 0.0
+    """Of evidence that answers are too long; the next two: too short, and that the student leaves its teacher."""
+    pressure_short: float = 0.0
+    pressure_drift: float = 0.0
     healthy_steps: float = 0.0
-    released_from: float | None = None
-    """Pressure at which the release under way began; None: none under way."""
-    resting_pressure: float = 0.0
-    """Below this, pressure is released ten times more slowly: it relapsed there."""
+    """Since any signal was over its threshold."""
+    patience_steps: float = 0.0
+    """Healthy steps before pressure is released; it doubles with each relapse. 0: not set yet."""
+    releasing: bool = False
+    course: Course = "prevent"
+    course_steps: float = 0.0
+    course_severity: float = 0.0
+    """Severity when the course began: a course that does not lower it is changed."""
+    severity: float = 0.0
+    """Share of rollouts cut or looping beyond what the reference expects, over about 32 rollouts."""
+    short_steps: float = 0.0
+    """Steps at full pressure for answers that are too short."""
     cap_tokens: int | None = None
     """The cap asked for: falls at once, rises in healthy stretches. None: not started."""
     base_cap_tokens: int | None = None
     """The job's own cap that `cap_tokens` was last set against."""
-    tail_share: float = 0.0
-    """This and the next three are averaged over about `window_rollouts`."""
-    truncation_rate: float = 0.0
-    loop_rate: float = 0.0
-    cut_rate: float = 0.0
-    """Share cut by any cap, the governor's own included: confirms inflation."""
-    kl_nats: float | None = None
-    """Averaged over about `kl_window_rollouts`; its running level is what it is compared with."""
-    kl_level_nats: float | None = None
-    density_level: float | None = None
     reference_mean_tokens: float | None = None
     reference_p99_tokens: float | None = None
     """The last reference seen: it steers while none is published."""
-    seen: tuple[str, ...] = ()
-    """Signals measured before; one of them missing is no sign of health."""
-    saturated_steps: float = 0.0
-    """Steps of high pressure with inflation confirmed."""
+    engaged: float = 1.0
+    """Share of the proposed change that is in force: 1 but for the steps after observe became enforce."""
     cooldown_steps: float = 0.0
     """Steps left until another rollback may be decided."""
     rollbacks: int = 0
@@ -58,25 +66,35 @@ class State:
     """In force."""
 
     @property
-    def reference(self) -> Reference:
-        return Reference(self.reference_mean_tokens, self.reference_p99_tokens)
+    def pressure(self) -> float:
+        """Of all evidence together, in [0, 1]."""
+        return together(self.pressure_long, self.pressure_short, self.pressure_drift)
+
+    def pressure_of(self, disease: Disease) -> float:
+        return float(getattr(self, f"pressure_{disease}"))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"seen": list(self.seen)}
+        return asdict(self) | {"tracks": {name: track.to_json() for name, track in self.tracks.items()}}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "State":
         limits = LengthLimits(**values["limits"]) if values["limits"] else None
-        return cls(**{**values, "seen": tuple(values["seen"]), "limits": limits})
+        tracks = {name: Track.from_json(each) for name, each in values["tracks"].items()}
+        return cls(**{**values, "tracks": tracks, "limits": limits})
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One signal against its target. error = gain x excess, in [-1, 1]; None: not measured, or the signal is off."""
+    """One signal against its bound, and the evidence so far against its threshold. None: not measured."""
 
     value: float | None
-    target: float
-    error: float | None
+    bound: float | None
+    """The worst that a healthy run may have."""
+    evidence: float
+    """Nats."""
+    threshold: float
+    pressure: float
+    """That this evidence asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +106,13 @@ class Decision:
     action: Action
     """In mode observe: what would have been done."""
     signal: str
-    """The worst signal, empty when none is over its target."""
+    """The one with the most evidence over its threshold, empty when none is."""
     reason: str
-    """One plain sentence."""
+    """A plain sentence."""
+    news: str
+    """A change known beforehand, which made the tests restart their baselines; empty without one."""
     healthy: bool
-    """Fresh, complete data without an error: a checkpoint written now may be rolled back to."""
+    """Fresh, complete data without evidence: a checkpoint written now may be rolled back to."""
     readings: Mapping[str, Reading]
     signals: Signals
     before: State
@@ -122,6 +142,7 @@ class Decision:
             "action": self.action,
             "signal": self.signal,
             "reason": self.reason,
+            "news": self.news,
             "healthy": self.healthy,
             "pressure": self.after.pressure,
             "limits": asdict(self.limits),

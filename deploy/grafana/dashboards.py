@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.grafana.panels import NATS, TOKENS, Panel, dashboard, foreign, mean, of, quantile, rate, ratio, recorded, shares
+from opd_governor.actors.governor.actuators import metric_of, movable
 
 BOARDS = Path(__file__).parent / "boards"
 REFERENCE_MEAN = f"max by (run) ({of('opd_length_reference_tokens', stat='mean')})"
@@ -138,16 +139,18 @@ LENGTHS = (
     Panel("Held-out length", "", TOKENS, ((of("opd_eval_length_tokens"), "{{decoding}} {{run}}"),), width=12),
 )  # fmt: skip
 
-KNOBS = (
-    ("Cap", "opd_governor_cap_tokens", TOKENS, "Lowered late: it raises truncation by definition."),
-    ("Learning-rate brake", "opd_governor_lr_scale", "suffix: x", "With the golden weight the first to move."),
-    ("Golden weight", "opd_governor_golden_weight", "none", "Golden answers end: they teach stopping."),
-    ("Reference KL weight", "opd_governor_reference_kl_weight", "none", "Pulls toward the student as it came."),
-    ("Stop tilt", "opd_governor_stop_tilt", NATS, "Tilts the teacher toward stopping beyond the target length."),
-    ("Loop tail weight", "opd_governor_loop_tail_weight", "none", "Weight of tokens after the onset of a loop; 0 masks them."),
-    ("Unfinished quota", "opd_governor_unfinished_quota", "percentunit", "Share of prompts that the teacher itself does not finish."),
-    ("Admission quota", "opd_governor_admission_quota", "percentunit", "Bounds what truncated rollouts may make of a batch."),
-)
+UNITS = {"tokens": TOKENS, "nats": NATS, "share": "percentunit", "factor": "suffix: x", "": "none"}
+"""Unit of an actuator -> Grafana's."""
+
+
+def knobs() -> tuple[Panel, ...]:
+    """A panel for each actuator that has a value."""
+    return tuple(
+        Panel(each.title.capitalize(), each.help, UNITS.get(each.unit, f"suffix: {each.unit}"), ((of(metric_of(name)), "{{run}}"),))
+        for name, each in movable().items()
+    )
+
+
 GOVERNOR = (
     Panel(
         "Pressure",
@@ -155,6 +158,39 @@ GOVERNOR = (
         "percentunit",
         ((of("opd_governor_pressure"), "{{run}}"),),
         width=12, height=9, thresholds=limits(0.3, 0.8), top=1,
+    ),
+    Panel(
+        "Evidence against health",
+        "By signal. A healthy run's comes back to 0; pressure starts at log(false_alarm_steps x signals), 10.5 by default.",
+        NATS,
+        ((of("opd_governor_evidence_nats"), "{{signal}} {{run}}"),),
+        width=12, height=9,
+    ),
+    Panel(
+        "Lengths over their prompts' references",
+        "Mean log of length over the teacher's on the same prompt: 0 is a student as long as its teacher, .7 one twice as long.",
+        NATS,
+        (
+            (
+                ratio(f"({rate('opd_length_over_nats_total')} - {rate('opd_length_under_nats_total')})", rate("opd_length_scored_total")),
+                "{{run}}",
+            ),
+            (of("opd_length_reference_spread_nats"), "the teacher's own spread {{run}}"),
+            (f"sqrt({ratio(rate('opd_length_squares_total'), rate('opd_length_scored_total'))})", "root mean square {{run}}"),
+        ),
+        width=12, height=9,
+    ),
+    Panel(
+        "Beyond the teacher's longest",
+        "Share of rollouts there, or cut before; beside it the teacher's own, under the same caps.",
+        "percentunit",
+        (
+            (ratio(rate("opd_length_tail_total"), rate("opd_length_scored_total")), "rollouts {{run}}"),
+            (ratio(rate("opd_length_tail_expected_total"), rate("opd_length_scored_total")), "the teacher {{run}}"),
+            (of("opd_length_reference_censored_ratio"), "teacher's answers cut {{run}}"),
+            (of("opd_length_reference_loops_ratio"), "teacher's answers that loop {{run}}"),
+        ),
+        width=12, height=9,
     ),
     Panel(
         "Decisions so far by action",
@@ -170,7 +206,6 @@ GOVERNOR = (
         ((f"sum by (run, signal) ({of('opd_governor_decisions_total')})", "{{signal}} {{run}}"),),
         width=6, height=9,
     ),
-    *(Panel(title, why, unit, ((of(name), "{{run}}"),)) for title, name, unit, why in KNOBS),
     Panel(
         "Age of the governor's data",
         "OpdGovernorBlind fires above a minute.",
@@ -337,7 +372,7 @@ def dashboards() -> dict[str, dict[str, Any]]:
     """File name -> dashboard."""
     return {
         "lengths.json": dashboard("opd-lengths", "Lengths", LENGTHS),
-        "governor.json": dashboard("opd-governor", "Governor", GOVERNOR),
+        "governor.json": dashboard("opd-governor", "Governor", (*GOVERNOR, *knobs())),
         "learner.json": dashboard("opd-learner", "Learner and teacher", LEARNER),
         "fleet.json": dashboard("opd-fleet", "Fleet", FLEET, of_runs=False),
     }

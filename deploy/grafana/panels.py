@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from opd_governor.services.record.telemetry import METRICS
+from opd_governor.services.record.telemetry import declared
 
-DECLARED = {metric.name: metric for metric in METRICS}
+DECLARED = {metric.name: metric for metric in declared()}
 FOREIGN_METRICS = {
     "ray_actors": "Ray: actors by state.",
     "ray_node_cpu_utilization": "Ray: CPU in use on a node, percent.",

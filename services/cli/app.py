@@ -167,23 +167,25 @@ def replay(
     policy: Annotated[
         Path | None, typer.Option("--policy", help="YAML with governor settings, or a job file: what would it have done?")
     ] = None,
+    step: Annotated[int | None, typer.Option("--explain", help="One step's decision in full: every signal and its evidence.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the governor's law again over a run's recorded signals; with --policy, what another one would have decided on them.
 
     Example: `opd replay runs/sums --policy deploy/jobs/sums.yaml`
     """
-    from opd_governor.services.report.replay import load_policy, render
+    from opd_governor.services.report.replay import explain, load_policy, render
     from opd_governor.services.report.replay import replay as replay_run
 
     try:
         rows = replay_run(directory, load_policy(policy) if policy else None)
+        text = render(rows) if step is None else explain(rows, step)
     except ValueError as error:
         fail(str(error).split("\n"), 2)
     if as_json:
         typer.echo(json.dumps([row.to_json() for row in rows], indent=1))
     else:
-        typer.echo(render(rows))
+        typer.echo(text)
 
 
 app.add_typer(planning)

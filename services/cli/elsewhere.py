@@ -179,7 +179,7 @@ def tune(
 ) -> None:
     """Change tunable settings of a live run: all of them or, where one is refused, none. In force from the next step border.
 
-    Example: `opd tune sums rollout.max_new_tokens=128 governor.target_truncation=0.02`
+    Example: `opd tune sums rollout.max_new_tokens=128 governor.length_factor=0.8`
     """
     from opd_governor.services.remote import steer
 

@@ -60,7 +60,7 @@ class RunView(Protocol):
         """
 
     def governor(self) -> Document:
-        """mode, pressure, signals, limits."""
+        """mode, pressure, signals, readings, limits; declared: what signals and actuators there are."""
 
     def decisions(self, after: int) -> list[Document]:
         """The decision records whose step is above `after`, ascending: step, reason and what the governor adds."""

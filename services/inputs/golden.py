@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from opd_governor.actors.governor.reference import Answer, LengthModel, fit_lengths
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.prompts import PromptStream
-from opd_governor.services.inputs.refusals import DataError
 from opd_governor.services.job.settings import GoldenSettings
 
 Answers = Sequence[tuple[int, ...] | None]
 Generate = Callable[[Sequence[Prompt]], Answers | Awaitable[Answers]]
 """Prompts -> one answer each, the stop id included when one was reached; None where the teacher gave none."""
+MAX_IGNORED_CENSORED = 0.01
+"""Share of cut answers up to which the p99 is read from the complete ones."""
 FindLoop = Callable[[Sequence[int]], object | None]
 """Token ids -> a loop, or None."""
 
@@ -41,6 +43,12 @@ class LengthReference:
     """Answers kept."""
     kept_share: float
     """Of the answers seen."""
+    censored_share: float = 0.0
+    """Of the answers seen, those that were cut: only known to be longer."""
+    loop_share: float = 0.0
+    """Of the answers seen, those that end in a loop."""
+    model: LengthModel | None = field(default=None, repr=False)
+    """Length given the prompt; None: too few answers are complete to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,7 @@ def golden_key(prompts: Sequence[Prompt], settings: GoldenSettings, terms: Mappi
         "settings": settings.model_dump(exclude={"cache_dir", "enabled"}),
         "terms": dict(terms),
         "seed": seed,
+        "format": "complete, loops",
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -86,7 +95,8 @@ async def collect_golden(
 ) -> GoldenSet:
     """Golden answers of `prompts`: from the cache, else from their golden column or, without one, from `generate`.
 
-    An answer is kept when it ends with one of `stop_ids` and has no loop. Raises DataError when none is kept.
+    An answer is kept when it ends with one of `stop_ids` and has no loop. One that was cut still counts for the reference: it is longer
+    than it was let be. With none kept the run has no golden answers, and its lengths are governed on what can be known.
     """
     cached = cache_file.exists()
     if not cached:
@@ -101,22 +111,20 @@ async def collect_golden(
                 "index": prompt.index,
                 "token_ids": list(answer),
                 "by_teacher": by_teacher,
-                "kept": bool(answer) and answer[-1] in stop_ids and find_loop(answer) is None,
+                "complete": bool(answer) and answer[-1] in stop_ids,
+                "loops": bool(answer) and find_loop(answer) is not None,
             }
             for prompt, answer, by_teacher in pairs
         ]
         _write_cache(cache_file, rows)
     table = pyarrow.parquet.read_table(cache_file).to_pylist()
+    for row in table:
+        row["kept"] = row["complete"] and not row["loops"]
     kept = {row["index"]: tuple(row["token_ids"]) for row in table if row["kept"]}
-    if not kept:
-        raise DataError(
-            f"golden pass: none of {len(table)} answers ends with a stop id and without a loop; "
-            "raise data.golden.max_new_tokens, lower data.golden.temperature or check the stop ids with opd check"
-        )
     return GoldenSet(
         answers=kept if settings.enabled else {},
         finished={row["index"]: row["kept"] for row in table if row["by_teacher"]},
-        reference=measure_lengths(list(kept.values()), num_seen=len(table)),
+        reference=measure_reference(prompts, table),
         cached=cached,
         key=cache_file.stem,
     )
@@ -136,10 +144,36 @@ def measure_lengths(answers: Sequence[Sequence[int]], num_seen: int) -> LengthRe
     )
 
 
+def measure_reference(prompts: Sequence[Prompt], table: Sequence[Mapping[str, Any]]) -> LengthReference:
+    """Length statistics and the model behind them, from rows of the cache (index, token_ids, kept, complete, loops).
+
+    Where more than one answer in a hundred was cut and a model is there, a cut answer counts as long as it was, so that the mean is that of
+    min(length, budget), and p95 and p99 are the model's.
+    """
+    by_index = {prompt.index: prompt for prompt in prompts}
+    answers = [
+        Answer(row["index"], len(by_index[row["index"]].token_ids), by_index[row["index"]].domain, len(row["token_ids"]), row["kept"])
+        for row in table
+        if row["token_ids"]
+    ]
+    if not answers:
+        return LengthReference(0.0, 0.0, 0.0, 0, 0, 0.0)
+    kept = sum(answer.complete for answer in answers)
+    censored = sum(not row["complete"] for row in table if row["token_ids"]) / len(answers)
+    model = fit_lengths(answers)
+    fitted = model is not None and censored > MAX_IGNORED_CENSORED
+    used = [answer for answer in answers if answer.complete or fitted] or answers
+    reference = measure_lengths([range(answer.num_tokens) for answer in used], num_seen=len(table))
+    if model is not None and fitted:
+        p95, p99 = (model.quantile_tokens(answers, share) for share in (0.95, 0.99))
+        reference = replace(reference, p95_tokens=p95, p99_tokens=p99)
+    loops = sum(row["loops"] for row in table) / len(table)
+    return replace(reference, num_answers=kept, kept_share=kept / len(table), censored_share=censored, loop_share=loops, model=model)
+
+
 def _write_cache(path: Path, rows: list[dict[str, Any]]) -> None:
-    schema = pyarrow.schema(
-        {"index": pyarrow.int64(), "token_ids": pyarrow.list_(pyarrow.int32()), "by_teacher": pyarrow.bool_(), "kept": pyarrow.bool_()}
-    )
+    flags = {"complete": pyarrow.bool_(), "loops": pyarrow.bool_()}
+    schema = pyarrow.schema({"index": pyarrow.int64(), "token_ids": pyarrow.list_(pyarrow.int32()), "by_teacher": pyarrow.bool_(), **flags})
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), scratch)

@@ -51,7 +51,7 @@ SHRINK = {
     "activations": "set learner.gradient_checkpointing: true or lower learner.micro_batch_tokens",
     "layer under way": "lower learner.micro_batch_tokens",
     "loss": "lower learner.chunk_tokens",
-    "reference": "set objective.reference_kl_weight: 0 and take reference_kl_weight from governor.actuators, or raise learner.num_ranks",
+    "reference": "set objective.reference_kl_weight: 0 and leave reference_kl_weight out of governor.actuators, or raise learner.num_ranks",
     "engine weights": "raise rollout.tensor_parallel_size",
     "KV cache": "set rollout.max_model_len, lower rollout.max_num_seqs or set rollout.engine: {kv_cache_dtype: fp8}",
     "teacher weights": "set the teacher's dtype to bfloat16, raise its tensor_parallel_size with backend vllm, or serve it over http",
@@ -62,7 +62,7 @@ SHRINK = {
 
 def with_reference(job: Job) -> bool:
     """Whether the learner holds the initial student beside the student."""
-    return job.objective.reference_kl_weight > 0 or "reference_kl_weight" in job.governor.actuators
+    return job.objective.reference_kl_weight > 0 or job.governor.may_move("reference_kl_weight")
 
 
 def window_tokens(job: Job, *shapes: Shape) -> int:

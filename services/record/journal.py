@@ -6,6 +6,7 @@ step, decision, sync, evaluation --> Journal --> Telemetry, RunDirectory, RunMon
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from opd_governor.actors.governor.reference import Aim
 from opd_governor.actors.governor.state import Decision
 from opd_governor.actors.learner.actor import StepReport
 from opd_governor.actors.trajectory import LengthLimits, TokenScores, Trajectory
@@ -116,6 +117,7 @@ class Journal:
 
     def decision(self, decision: Decision, record: Record) -> None:
         self._telemetry.record_limits(decision.limits, decision.after.pressure)
+        self._telemetry.record_evidence({name: reading.evidence for name, reading in decision.readings.items()})
         if decision.signals.data_age_s is not None:
             self._telemetry.set("opd_governor_metrics_age_seconds", decision.signals.data_age_s)
         self._telemetry.inc("opd_governor_decisions_total", action=decision.action, signal=decision.signal)
@@ -126,6 +128,10 @@ class Journal:
     def learner_version(self, weight_version: int) -> None:
         """What the learner has now; the engines follow with the next sync."""
         self._telemetry.set("opd_weight_version", weight_version, role="learner")
+
+    def aim(self, aim: Aim) -> None:
+        """What rollouts are measured against from here on."""
+        self._telemetry.aim = aim
 
     def sync(self, sync: Sync) -> None:
         self._telemetry.observe("opd_weight_sync_seconds", sync.seconds)

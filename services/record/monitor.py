@@ -8,6 +8,7 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
+from opd_governor.actors.governor.actuators import describe
 from opd_governor.actors.trajectory import LengthLimits
 from opd_governor.services.control.app import MAX_RECORDS, Phase, Verb
 from opd_governor.services.record.rundir import Record
@@ -43,7 +44,9 @@ class RunMonitor:
         self._steps: Kept = deque(maxlen=MAX_KEPT)
         self._samples: deque[Record] = deque(maxlen=MAX_SAMPLES)
         self._decisions: Kept = deque(maxlen=MAX_KEPT)
-        self._governor: dict[str, Any] = {"mode": None, "pressure": 0.0, "signals": {}, "limits": asdict(limits)}
+        self._governor: dict[str, Any] = {"mode": None, "pressure": 0.0, "signals": {}, "readings": {}, "limits": asdict(limits)}
+        self._evidence: dict[str, float] = {}
+        """Signal -> evidence over its threshold, at the last decision."""
         self._asked: list[Verb] = []
 
     # ---- the loop's side
@@ -60,7 +63,8 @@ class RunMonitor:
 
     def add_step(self, record: Record) -> None:
         with self._lock:
-            self._steps.append(_kept({key: value for key, value in record.items() if key not in PER_ROLLOUT}))
+            shown = {key: value for key, value in record.items() if key not in PER_ROLLOUT}
+            self._steps.append(_kept(shown | {f"evidence:{name}": value for name, value in self._evidence.items()}))
             self._status["step"] = record["step"]
 
     def forget(self) -> None:
@@ -84,7 +88,8 @@ class RunMonitor:
     def add_decision(self, record: Record) -> None:
         with self._lock:
             self._decisions.append(_kept(record))
-            self._governor = {key: record[key] for key in ("mode", "pressure", "signals", "limits")}
+            self._evidence = {name: each["evidence"] / each["threshold"] for name, each in record.get("readings", {}).items()}
+            self._governor = {key: record.get(key, {}) for key in ("mode", "pressure", "signals", "readings", "limits")}
 
     def take_verbs(self) -> list[Verb]:
         """Verbs asked for since the last border, in order."""
@@ -109,7 +114,7 @@ class RunMonitor:
 
     def governor(self) -> dict[str, Any]:
         with self._lock:
-            return dict(self._governor)
+            return self._governor | {"declared": describe()}
 
     def decisions(self, after: int) -> list[Record]:
         with self._lock:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from opd_governor.actors.governor.actuators import movable, value_of
 from opd_governor.actors.learner.actor import StepReport
 from opd_governor.actors.learner.metrics import POSITION_BUCKETS
 from opd_governor.actors.trajectory import LengthLimits, TokenScores, Trajectory
@@ -121,15 +122,7 @@ def _of_batch(batch: Batch) -> Record:
 
 
 def _of_limits(limits: LengthLimits) -> Record:
-    return {
-        "golden_weight": limits.golden_weight,
-        "lr_scale": limits.lr_scale,
-        "reference_kl_weight": limits.reference_kl_weight,
-        "stop_tilt_nats": limits.stop_tilt_nats,
-        "loop_tail_weight": limits.loop_tail_weight,
-        "admission_quota": limits.admission_quota,
-        "unfinished_quota": limits.unfinished_quota,
-    }
+    return {name: value_of(limits, name) for name in movable() if name != "cap_tokens"}
 
 
 def _of_times(times: StepTimes, num_tokens: int) -> Record:

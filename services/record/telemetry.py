@@ -8,7 +8,7 @@ and rebuild histogram sums from bucket midpoints, so nothing that people compare
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,8 +16,11 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_creat
 from prometheus_client import Counter as PrometheusCounter
 from prometheus_client.metrics import MetricWrapperBase
 
+from opd_governor.actors.governor.actuators import metric_of, movable, value_of
+from opd_governor.actors.governor.reference import Aim, LengthModel
 from opd_governor.actors.learner.metrics import POSITION_BUCKETS
 from opd_governor.actors.trajectory import FinishReason, LengthLimits, Trajectory
+from opd_governor.services.inputs.golden import LengthReference
 
 Kind = Literal["counter", "gauge", "histogram"]
 Series = list[Any]
@@ -77,17 +80,17 @@ METRICS: tuple[Metric, ...] = (
     Metric("opd_teacher_request_seconds", "histogram", "Time of a scoring request.", ("teacher",), SECONDS_BUCKETS),
     Metric("opd_actor_restarts_total", "counter", "Actors restarted.", ("role",)),
     Metric("opd_step_seconds", "histogram", "Time of a step by phase.", ("phase",), SECONDS_BUCKETS),
+    Metric("opd_length_scored_total", "counter", "Rollouts measured against their prompts' reference lengths."),
+    Metric("opd_length_over_nats_total", "counter", "Sum over rollouts longer than their reference of the log of length over it."),
+    Metric("opd_length_under_nats_total", "counter", "Sum over rollouts shorter than their reference of the log of it over length."),
+    Metric("opd_length_squares_total", "counter", "Sum of the squares of those logs: their variance follows."),
+    Metric("opd_length_tail_total", "counter", "Rollouts beyond the teacher's longest answers to the prompt, or cut before that."),
+    Metric("opd_length_tail_expected_total", "counter", "As many as the teacher itself would have there, under the same caps."),
+    Metric("opd_length_reference_spread_nats", "gauge", "Standard deviation of the log of the teacher's lengths on one prompt."),
+    Metric("opd_length_reference_censored_ratio", "gauge", "Share of the teacher's answers that were cut."),
+    Metric("opd_length_reference_loops_ratio", "gauge", "Share of the teacher's answers that end in a loop."),
     Metric("opd_governor_pressure", "gauge", "Pressure in [0, 1]."),
-    Metric("opd_governor_cap_tokens", "gauge", "Cap in force, tokens."),
-    Metric("opd_governor_stop_tilt", "gauge", "Stop tilt in force, nats."),
-    Metric("opd_governor_golden_weight", "gauge", "Golden weight in force."),
-    Metric("opd_governor_reference_kl_weight", "gauge", "Reference KL weight in force."),
-    Metric("opd_governor_admission_quota", "gauge", "Largest admitted share of truncated rollouts."),
-    Metric("opd_governor_lr_scale", "gauge", "Learning-rate brake in force, factor."),
-    Metric("opd_governor_loop_tail_weight", "gauge", "Weight in force of tokens after the onset of a loop."),
-    Metric(
-        "opd_governor_unfinished_quota", "gauge", "Largest share of prompts that the teacher does not finish, where they are chosen by it."
-    ),
+    Metric("opd_governor_evidence_nats", "gauge", "Evidence of each signal against health: pressure starts at its threshold.", ("signal",)),
     Metric("opd_governor_decisions_total", "counter", "Governor decisions.", ("action", "signal")),
     Metric("opd_governor_cut_rollouts_total", "counter", "Rollouts truncated by a cap that the governor had lowered."),
     Metric("opd_governor_metrics_age_seconds", "gauge", "Age of the data the governor last decided on."),
@@ -105,9 +108,16 @@ METRICS: tuple[Metric, ...] = (
 )
 ADDITIONS = frozenset(
     {
-        "opd_governor_lr_scale",
-        "opd_governor_loop_tail_weight",
-        "opd_governor_unfinished_quota",
+        "opd_length_scored_total",
+        "opd_length_over_nats_total",
+        "opd_length_under_nats_total",
+        "opd_length_squares_total",
+        "opd_length_tail_total",
+        "opd_length_tail_expected_total",
+        "opd_length_reference_spread_nats",
+        "opd_length_reference_censored_ratio",
+        "opd_length_reference_loops_ratio",
+        "opd_governor_evidence_nats",
         "opd_nonfinite_samples_total",
         "opd_governor_cut_rollouts_total",
         "opd_run_paused",
@@ -116,10 +126,24 @@ ADDITIONS = frozenset(
         "opd_stop_mass_tokens_total",
     }
 )
-"""Metrics beyond the published contract."""
+"""Metrics beyond the published contract, gauges of actuators apart."""
 
 
-OWN_GAUGES = frozenset({"opd_length_reference_tokens", "opd_run_paused", "opd_heartbeat_timestamp_seconds"})
+REFERENCE_GAUGES = (
+    "opd_length_reference_tokens",
+    "opd_length_reference_spread_nats",
+    "opd_length_reference_censored_ratio",
+    "opd_length_reference_loops_ratio",
+)
+
+
+def declared() -> tuple[Metric, ...]:
+    """All metrics: those above and a gauge for each actuator of the governor, those of extensions included."""
+    values = (Metric(metric_of(name), "gauge", each.help) for name, each in movable().items())
+    return (*METRICS, *values)
+
+
+OWN_GAUGES = frozenset({*REFERENCE_GAUGES, "opd_run_paused", "opd_heartbeat_timestamp_seconds"})
 """Metrics that a run keeps when it goes back to a checkpoint: it has measured them again, or they describe the present."""
 
 
@@ -134,9 +158,13 @@ class Telemetry:
         disable_created_metrics()  # no *_created series: nobody reads them, and they are not in the contract
         self.run = run
         self.registry = CollectorRegistry()
+        self._declared = declared()
+        self._reference: LengthModel | None = None
+        self.aim: Aim | None = None
+        """What lengths should be beside the reference; None: as the reference has them."""
         self._children: dict[tuple[Any, ...], Any] = {}
-        self._metrics = {metric.name: _create(metric, metric.buckets, self.registry) for metric in METRICS}
-        for metric in METRICS:
+        self._metrics = {metric.name: _create(metric, metric.buckets, self.registry) for metric in self._declared}
+        for metric in self._declared:
             # Counters start at 0, not absent: rate() and a governor's first look need a value to start from.
             if metric.kind != "gauge" and all(label in LABEL_VALUES for label in metric.labels):
                 for values in itertools.product(*(LABEL_VALUES[label] for label in metric.labels)):
@@ -184,20 +212,41 @@ class Telemetry:
         lowered = cap_tokens < max_new_tokens
         cut = sum(lowered and t.finish_reason == "length" and t.budget_tokens == cap_tokens for t in trajectories)
         self.inc("opd_governor_cut_rollouts_total", cut)
+        self._measure([t for t in trajectories if t.finish_reason != "error"])
         self.set("opd_rollout_length_max_tokens", max((len(t.token_ids) for t in trajectories), default=0))
 
     def record_limits(self, limits: LengthLimits, pressure: float) -> None:
         """The governor's values in force."""
         self.set("opd_governor_pressure", pressure)
-        self.set("opd_governor_cap_tokens", limits.cap_tokens)
-        self.set("opd_governor_stop_tilt", limits.stop_tilt_nats)
-        self.set("opd_governor_golden_weight", limits.golden_weight)
-        self.set("opd_governor_reference_kl_weight", limits.reference_kl_weight)
-        self.set("opd_governor_admission_quota", limits.admission_quota)
-        self.set("opd_governor_lr_scale", limits.lr_scale)
-        self.set("opd_governor_loop_tail_weight", limits.loop_tail_weight)
-        if limits.unfinished_quota is not None:
-            self.set("opd_governor_unfinished_quota", limits.unfinished_quota)
+        for name in movable():
+            if (value := value_of(limits, name)) is not None:
+                self.set(metric_of(name), value)
+
+    def record_evidence(self, evidence: Mapping[str, float]) -> None:
+        """Nats by signal."""
+        for signal, nats in evidence.items():
+            self.set("opd_governor_evidence_nats", nats, signal=signal)
+
+    def use_reference(self, reference: LengthReference) -> None:
+        """What rollouts are measured against from here on."""
+        self._reference = reference.model
+        for stat, value in (("mean", reference.mean_tokens), ("p99", reference.p99_tokens)):
+            self.set("opd_length_reference_tokens", value, stat=stat)
+        self.set("opd_length_reference_censored_ratio", reference.censored_share)
+        self.set("opd_length_reference_loops_ratio", reference.loop_share)
+        if reference.model is not None:
+            self.set("opd_length_reference_spread_nats", reference.model.spread_nats)
+
+    def _measure(self, trajectories: Sequence[Trajectory]) -> None:
+        if self._reference is None or not trajectories:
+            return
+        found = self._reference.excesses(trajectories, self.aim)
+        self.inc("opd_length_scored_total", len(trajectories))
+        self.inc("opd_length_over_nats_total", float(found.nats_N.clip(min=0).sum()))
+        self.inc("opd_length_under_nats_total", float((-found.nats_N).clip(min=0).sum()))
+        self.inc("opd_length_squares_total", float((found.nats_N**2).sum()))
+        self.inc("opd_length_tail_total", int(found.in_tail_N.sum()))
+        self.inc("opd_length_tail_expected_total", float(found.tail_probability_N.sum()))
 
     def beat(self) -> None:
         """A step has finished, or a pause has ended: what follows is timed from here."""
@@ -205,7 +254,7 @@ class Telemetry:
 
     def state(self) -> list[Series]:
         """Every series, for a checkpoint: the metric's name, its labels, a number or a histogram's counts by upper edge and its sum."""
-        names = {metric.name: metric.labels for metric in METRICS}
+        names = {metric.name: metric.labels for metric in self._declared}
         return [
             [
                 name,
@@ -238,7 +287,9 @@ class Telemetry:
                 child._value.set(value)
 
     def _series(self) -> Iterable[tuple[str, tuple[str, ...], Any]]:
-        return [(m.name, tuple(values[1:]), child) for m in METRICS for values, child in dict(self._metrics[m.name]._metrics).items()]
+        return [
+            (m.name, tuple(values[1:]), child) for m in self._declared for values, child in dict(self._metrics[m.name]._metrics).items()
+        ]
 
 
 def _read_histogram(child: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from opd_governor.actors.governor.limits import LIMIT_NAMES
+from opd_governor.actors.governor.actuators import movable
 from opd_governor.services.record.rundir import Record
 
 if TYPE_CHECKING:  # matplotlib takes most of a second to import, and `opd --help` should not wait for it
@@ -91,8 +91,8 @@ def draw_run(records: Sequence[Record], decisions: Sequence[Record]) -> list[tup
             _mark_decisions(axes, decisions)
         _finish(axes)
         drawn.append((plot.title, _svg(figure, plot.title)))
-        if plot is PRESSURE and (knobs := _draw_knobs(records)):
-            drawn.append(knobs)
+        if plot is PRESSURE:
+            drawn += [figure for figure in (_draw_evidence(decisions), _draw_knobs(records)) if figure]
     return drawn
 
 
@@ -172,18 +172,41 @@ def _draw_knobs(records: Sequence[Record]) -> tuple[str, str] | None:
     """Every knob that moved, over its largest value, so that all share an axis."""
     figure, axes = _new_figure()
     moved = 0
-    for index, (field, label) in enumerate(LIMIT_NAMES.items()):
+    for index, (field, actuator) in enumerate(movable().items()):
         steps, values = series(records, field)
         if len(steps) and np.ptp(values) > 0:
             moved += 1
             axes.plot(
-                steps, values / np.max(np.abs(values)), color=COLOURS[index % len(COLOURS)], label=f"{label} (1 = {values.max():.3g})"
+                steps,
+                values / np.max(np.abs(values)),
+                color=COLOURS[index % len(COLOURS)],
+                label=f"{actuator.title} (1 = {values.max():.3g})",
             )
     if not moved:
         return None
     axes.set_ylim(bottom=0)
     _finish(axes)
     title = "Knobs that moved, over their largest value"
+    return title, _svg(figure, title)
+
+
+def _draw_evidence(decisions: Sequence[Record]) -> tuple[str, str] | None:
+    """Each signal's evidence over its threshold: from 1 on it is pressure."""
+    names = dict.fromkeys(name for decision in decisions for name in decision.get("readings", {}))
+    if not names:
+        return None
+    figure, axes = _new_figure()
+    for index, name in enumerate(names):
+        points = [
+            {"step": d["step"], name: d["readings"][name]["evidence"] / d["readings"][name]["threshold"]}
+            for d in decisions
+            if name in d.get("readings", {})
+        ]
+        axes.plot(*series(points, name), color=COLOURS[index % len(COLOURS)], label=name.replace("_", " "))
+    axes.axhline(1.0, color=INK, linestyle=":", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    _finish(axes)
+    title = "Evidence over its threshold"
     return title, _svg(figure, title)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from opd_governor.actors.governor.actuators import movable
 from opd_governor.actors.governor.law import decide
 from opd_governor.actors.governor.policy import Policy
-from opd_governor.actors.governor.signals import Signals
+from opd_governor.actors.governor.signals import SIGNALS, Signals
 from opd_governor.actors.governor.state import State
 from opd_governor.actors.trajectory import LengthLimits
 from opd_governor.services.job.settings import describe_errors
@@ -50,7 +51,9 @@ def replay(run_dir: Path, policy: Policy | None = None) -> list[ReplayRow]:
     own: State | None = None
     for record, recorded_policy, base in _records(run_dir / "decisions.jsonl"):
         state = State.from_json(record["before"]) if policy is None or own is None else own
-        own, _, decision = decide(state, Signals.from_json(record["signals"]), policy or recorded_policy, base, record["step"])
+        own, _, decision = decide(
+            state, Signals.from_json(record["signals"]), policy or recorded_policy, base, record["step"], record["news"]
+        )
         # Through JSON as the record went: tuples are lists, nothing else changes.
         replayed = json.loads(json.dumps(decision.to_json()))
         rows.append(ReplayRow(record["step"], record, replayed, tuple(_differences(record, replayed))))
@@ -83,6 +86,29 @@ def render(rows: Sequence[ReplayRow]) -> str:
     if not lines:
         return f"{len(rows)} decisions: every one is what the law says, bit for bit"
     return "\n".join([*lines, f"{len(lines)} of {len(rows)} decisions differ"])
+
+
+def explain(rows: Sequence[ReplayRow], step: int) -> str:
+    """One decision in full: its sentence, and every signal with its value, bound and evidence. Raises ValueError without that step."""
+    found = next((row for row in rows if row.step == step), None)
+    if found is None:
+        raise ValueError(f"--explain {step}: no decision of that step among {len(rows)}; give the step of one")
+    decision = found.replayed
+    lines = [f"step {step}, {decision['mode']}: {decision['action']}, pressure {decision['pressure']:.2f}", decision["reason"], ""]
+    lines.append(f"{'signal':<12}{'value':>9}{'bound':>9}{'evidence':>10}{'threshold':>11}{'pressure':>10}  what it is")
+    for name, reading in decision["readings"].items():
+        value, bound = (f"{reading[key]:.3f}" if reading[key] is not None else "-" for key in ("value", "bound"))
+        numbers = f"{reading['evidence']:>10.2f}{reading['threshold']:>11.2f}{reading['pressure']:>10.2f}"
+        lines.append(f"{name:<12}{value:>9}{bound:>9}{numbers}  {SIGNALS[name].title}, {SIGNALS[name].unit}")
+    after = decision["after"]
+    lines += [
+        "",
+        f"course {after['course']}, severity {after['severity']:.2f}, healthy for {after['healthy_steps']:g} steps",
+        f"{after['rollbacks']} rollbacks",
+    ]
+    limits = decision["limits"] | decision["limits"]["extra"]
+    lines += [f"{each.title} {limits[name]:g}" for name, each in movable().items() if limits.get(name) is not None]
+    return "\n".join(lines)
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], Policy, LengthLimits]]:

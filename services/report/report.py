@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from opd_governor.actors.governor.policy import Policy
 from opd_governor.services.job.settings import JobError
 from opd_governor.services.record.rundir import Record, read_records
 
@@ -19,6 +18,14 @@ MAX_DECISIONS = 200
 """Stretches of decisions listed; the file has all of them."""
 MAX_SAMPLE_CHARS = 3000
 """Of a sample's text before the loop, and of the loop; the middle is left out."""
+INFLATED = 0.3
+"""Truncation from which a run counts as inflated."""
+NOTABLE = 0.05
+"""Truncation from which a healthy run's is spoken of."""
+SHORT = 0.4
+"""Mean length over the reference under which answers are too short."""
+WINDOW_ROLLOUTS = 32.0
+"""The verdict's rates are means over about as many rollouts."""
 MIN_IDLE_S = 60.0
 """A run that wrote nothing for this long, and for ten times its usual step, no longer counts as running."""
 
@@ -142,8 +149,7 @@ def verdict(
 ) -> str:
     """The run in one sentence. Pure.
 
-    `job` is the tree of job.yaml; its governor's own thresholds say what counts as inflated and as short. Rates are averaged
-    over its `window_rollouts`. `ended`: known to be over; `idle_s`: since the last record.
+    `job` is the tree of job.yaml. Rates are averaged over `WINDOW_ROLLOUTS`. `ended`: known to be over; `idle_s`: since the last record.
 
     >>> verdict(records, decisions, {"learner": {"total_steps": 120}})
     'Finished: held-out accuracy .21 -> .84 in 120 steps; lengths stayed healthy (truncation at most 0 %); the governor acted at 0 steps.'
@@ -151,9 +157,8 @@ def verdict(
     steps = [record for record in records if record.get("length_mean") is not None]
     if not steps:
         return "No data: the run ended before its first step." if ended else "No data yet: no step has been recorded."
-    policy = Policy.model_validate(_known(job.get("governor") or {}))
     state = _state(steps, decisions, (job.get("learner") or {}).get("total_steps"), ended, idle_s)
-    trouble, lengths = _judge_lengths(steps, decisions, policy)
+    trouble, lengths = _judge_lengths(steps, decisions)
     head = f"{trouble} ({state[0].lower()}{state[1:]})" if trouble else state
     parts = [_judge_accuracy(records, steps[-1]["step"]), lengths, _count_actions(decisions)]
     if trouble:
@@ -185,19 +190,19 @@ def _judge_accuracy(records: Sequence[Record], last_step: int) -> str:
     return f"held-out accuracy {_ratio(measured[0][1])} -> {_ratio(measured[-1][1])} in {_count(last_step, 'step')}"
 
 
-def _judge_lengths(steps: Sequence[Record], decisions: Sequence[Record], policy: Policy) -> tuple[str, str]:
+def _judge_lengths(steps: Sequence[Record], decisions: Sequence[Record]) -> tuple[str, str]:
     """(trouble in a word, empty when there is none; what the lengths did)."""
-    rates = _average(steps, "truncation", policy.window_rollouts)
-    limit, highest, last = policy.confirm_truncation, max(rates), rates[-1]
+    rates = _average(steps, "truncation")
+    limit, highest, last = INFLATED, max(rates), rates[-1]
     crossed = next((i for i, (before, rate) in enumerate(pairwise(rates), start=1) if before < limit <= rate), None)
     if crossed is not None:
         passed = f"truncation passed {_percent(limit)} at step {steps[crossed]['step']}"
         if last >= limit / 2:
             return "Inflated", f"{passed} and stands at {_percent(last)}"
         return "Inflated and recovered", f"{passed}, reached {_percent(max(rates[crossed:]))} and fell to {_percent(last)}"
-    lengths = _average(steps, "length_mean", policy.window_rollouts)
+    lengths = _average(steps, "length_mean")
     reference = next((d["signals"]["reference_mean_tokens"] for d in reversed(decisions) if _reference_of(d)), None)
-    floor = policy.target_length_min_ratio * (reference or lengths[0])
+    floor = SHORT * (reference or lengths[0])
     if lengths[-1] < floor:
         healthy = [i for i, mean in enumerate(lengths) if mean >= floor]
         since = steps[healthy[-1] + 1 if healthy else 0]["step"]
@@ -207,7 +212,7 @@ def _judge_lengths(steps: Sequence[Record], decisions: Sequence[Record], policy:
         )
     if last >= limit:
         return "Truncated from the start", f"truncation was never below {_percent(limit)} and stands at {_percent(last)}"
-    if highest > policy.target_truncation:
+    if highest > NOTABLE:
         return "", f"lengths did not inflate (truncation at most {_percent(highest)}, {_percent(last)} at the end)"
     return "", f"lengths stayed healthy (truncation at most {_percent(highest)})"
 
@@ -226,23 +231,18 @@ def _count_actions(decisions: Sequence[Record]) -> str:
     return f"the governor only observed and would have acted at {acted}" if mode == "observe" else f"the governor acted at {acted}"
 
 
-def _average(steps: Sequence[Record], field: str, window_rollouts: float) -> list[float]:
-    """At each step the mean over the newest steps that hold `window_rollouts` rollouts together."""
+def _average(steps: Sequence[Record], field: str) -> list[float]:
+    """At each step the mean over the newest steps that hold `WINDOW_ROLLOUTS` rollouts together."""
     means = []
     for end in range(1, len(steps) + 1):
         total = weight = 0.0
         for record in reversed(steps[:end]):
             num = record.get("num_rollouts") or 1
             total, weight = total + num * (record.get(field) or 0.0), weight + num
-            if weight >= window_rollouts:
+            if weight >= WINDOW_ROLLOUTS:
                 break
         means.append(total / weight)
     return means
-
-
-def _known(policy: Record) -> Record:
-    """The fields that the verdict needs: a directory of another version may have others."""
-    return {k: policy[k] for k in ("confirm_truncation", "target_truncation", "target_length_min_ratio", "window_rollouts") if k in policy}
 
 
 # ---- the tables

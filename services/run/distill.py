@@ -284,6 +284,7 @@ class Distillation:
         to_step = await self._state.roll_back(reason)
         if to_step is not None:
             await self._sync()
+            await self._terms.tell(f"rolled back to step {to_step}")
             self._journal.note(f"step {self._state.step}: rolled back to step {to_step}: {reason}")
 
     async def _replace_learner(self, error: ActorLostError) -> None:

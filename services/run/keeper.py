@@ -55,6 +55,10 @@ class GovernorKeeper:
         self._terms = (policy, base, generation)
         await self._ask("set_policy", *self._terms)
 
+    async def tell(self, news: str) -> None:
+        """A change that the tests must not take for sickness, in words."""
+        await self._ask("tell", news)
+
     async def limits(self) -> LengthLimits:
         return await self._ask("limits")
 

@@ -141,10 +141,9 @@ class Run:
         job, sources, journal, reference = self.job, self.sources, self.journal, golden.reference
         self.say(
             f"golden pass: {reference.num_answers} answers kept ({reference.kept_share:.0%}), mean {reference.mean_tokens:.0f} "
-            f"and p99 {reference.p99_tokens:.0f} tokens{' (cached)' if golden.cached else ''}"
+            f"and p99 {reference.p99_tokens:.0f} tokens, {reference.censored_share:.0%} cut{' (cached)' if golden.cached else ''}"
         )
-        for stat, value in (("mean", reference.mean_tokens), ("p99", reference.p99_tokens)):
-            self.telemetry.set("opd_length_reference_tokens", value, stat=stat)
+        self.telemetry.use_reference(reference)
         sources.stream.mark(golden.finished, golden.answers)
         await fleet.set_reference(reference.mean_tokens)
         self._loop = Distillation(

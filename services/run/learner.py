@@ -51,7 +51,7 @@ class RunLearner:
         job, models = self._job, self._models
         parts = LearnerModels(
             models.student,
-            with_reference=job.objective.reference_kl_weight > 0 or "reference_kl_weight" in job.governor.actuators,
+            with_reference=job.objective.reference_kl_weight > 0 or job.governor.may_move("reference_kl_weight"),
             teacher=models.teachers[0] if job.objective.needs.hidden else None,
             trust_remote_code=job.student.trust_remote_code,
         )

@@ -48,6 +48,7 @@ class Terms:
         """The settings that the store has, and the limits that the governor starts from."""
         self.generation, tunables = self._store.in_force()
         self.job = tunables.apply(self._original)
+        self._journal.aim(self.job.governor.aim)
         self.ruling = Ruling(await self._governor.limits())
 
     @property
@@ -65,6 +66,7 @@ class Terms:
         if generation != self.generation:
             self.generation = generation
             self.job = tunables.apply(self._original)
+            self._journal.aim(self.job.governor.aim)
             await self._governor.set_policy(self.job.governor, base_limits(self.job), generation)
         try:
             decision, record = await self._governor.tick(step)
@@ -74,6 +76,10 @@ class Terms:
         self.ruling = Ruling(decision.limits, decision.after.pressure, decision.healthy)
         self._journal.decision(decision, record)
         return Command(decision.command, decision.reason)
+
+    async def tell(self, news: str) -> None:
+        """A change that the governor must not take for sickness, in words."""
+        await self._governor.tell(news)
 
     def observed(self) -> None:
         """Rollouts were launched on these settings: what GET /v1/config calls observed."""

@@ -1,16 +1,23 @@
 """The governor of one run of another trainer: steps in, limits out. The only file of this room that talks to the law.
 
-    StepSeen --> reference (posted, or the run's own first steps) --> Signals --> law.decide --> Answer
+StepSeen --> reference (posted, or the run's own first steps) --> Signals --> law.decide --> Answer
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+
+from opd_governor.actors.governor.actuators import ACTUATORS
+from opd_governor.actors.governor.evidence import Observation
 from opd_governor.actors.governor.law import decide, start
 from opd_governor.actors.governor.policy import Policy
-from opd_governor.actors.governor.signals import Signals
+from opd_governor.actors.governor.reference import TAIL_MARGIN, TAIL_SHARE, LengthModel, fit_lengths
+from opd_governor.actors.governor.reference import Answer as TeacherAnswer
+from opd_governor.actors.governor.signals import KL_FLOOR_NATS, Signals
 from opd_governor.actors.governor.state import Decision, State
 from opd_governor.actors.trajectory import LengthLimits
 from opd_governor.services.sidecar.seen import StepSeen, quantile
@@ -19,6 +26,10 @@ BASELINE_STEPS = 8
 """Steps of a run without posted reference lengths whose own answers serve as its reference."""
 BASELINE_TRUNCATION = 0.3
 """A step with more of its answers cut says nothing about how long answers ought to be."""
+USUAL_ROLLOUTS = 32
+"""A step's, where a trainer does not tell how many there were."""
+USUAL_SPREAD_NATS = 0.6
+"""Spread of log lengths, where only their mean is told."""
 MAX_REFERENCES = 4096
 """Reference lengths kept; beyond it the oldest go."""
 UNKNOWN_CAP_TOKENS = 1_000_000
@@ -72,6 +83,12 @@ class Reference:
             return self.given_p99_tokens
         # A tenth more: a few hundred answers seldom hold the longest one of a hundred thousand.
         return 1.1 * quantile(sorted(self.baseline), 0.99) if len(self.baseline_means) >= BASELINE_STEPS else None
+
+    @property
+    def model(self) -> LengthModel | None:
+        """Lengths as one distribution: an outside run does not tell which prompt an answer belongs to."""
+        whole = self.posted or (self.baseline if len(self.baseline_means) >= BASELINE_STEPS else ())
+        return fit_lengths([TeacherAnswer(index, 1, "", int(length), True) for index, length in enumerate(whole)]) if whole else None
 
     @property
     def words(self) -> str:
@@ -140,7 +157,7 @@ class OutsideGovernor:
         before = self._started()
         ignored = self._check_cap(seen, before)
         self.reference = self.reference.post(reference_lengths).learn(seen)
-        signals = self._signals(seen, before, base, policy)
+        signals = self._signals(seen, before, base)
         self._state, limits, self.decision = decide(before, signals, policy, base, seen.step)
         self.last = Answer(
             step=seen.step,
@@ -194,9 +211,10 @@ class OutsideGovernor:
         self._ignored_steps = state["ignored_steps"]
 
     def _policy(self) -> Policy:
-        if self.cap_tokens is not None or "cap_tokens" not in self.policy.actuators:
+        if self.cap_tokens is not None or not self.policy.may_move("cap_tokens"):
             return self.policy
-        return self.policy.model_copy(update={"actuators": tuple(name for name in self.policy.actuators if name != "cap_tokens")})
+        movable = tuple(name for name in ACTUATORS if self.policy.may_move(name) and name != "cap_tokens")
+        return self.policy.model_copy(update={"actuators": movable})
 
     def _base(self) -> LengthLimits:
         return LengthLimits(cap_tokens=self.cap_tokens or UNKNOWN_CAP_TOKENS)
@@ -216,29 +234,62 @@ class OutsideGovernor:
             return None
         return f"the cap: told {held} tokens, answers of {seen.length_max_tokens:.0f} for {self._ignored_steps} steps"
 
-    def _signals(self, seen: StepSeen, before: State, base: LengthLimits, policy: Policy) -> Signals:
+    def _signals(self, seen: StepSeen, before: State, base: LengthLimits) -> Signals:
         cut = seen.truncation
         applied = seen.cap_tokens or (before.limits.cap_tokens if before.limits else base.cap_tokens)
         by_governor = cut is not None and applied < base.cap_tokens and self._ignored_steps == 0
         mean = seen.length_mean_tokens
-        p99 = self.reference.p99_tokens
         has_length = cut is not None or mean is not None or seen.length_max_tokens is not None
+        observed = self._observations(seen, int(applied), 0.0 if by_governor else cut)
         return Signals(
             time_s=self.now_s(),
             steps_spanned=1.0,
-            num_rollouts=(seen.num_rollouts or policy.window_rollouts) if has_length else 0.0,
-            tail_share=None if p99 is None else _tail_share(seen, policy.tail_multiple * p99),
+            num_rollouts=(seen.num_rollouts or USUAL_ROLLOUTS) if has_length else 0.0,
+            observations=observed,
             length_mean_tokens=mean,
             length_p95_tokens=seen.length_p95_tokens,
             length_max_tokens=seen.length_max_tokens,
             reference_mean_tokens=self.reference.mean_tokens,
-            reference_p99_tokens=p99,
+            reference_p99_tokens=self.reference.p99_tokens,
             truncation_rate=0.0 if by_governor else cut,
             governor_cut_rate=(cut or 0.0) if by_governor else 0.0,
+            expected_cut_rate=observed["tail"].expected if "tail" in observed else None,
             loop_rate=seen.loops,
             kl_nats=seen.kl_nats,
             stop_density_per_token=None if cut is None or not mean else (1.0 - cut) / mean,
         )
+
+    def _observations(self, seen: StepSeen, cap_tokens: int, truncation: float | None) -> dict[str, Observation]:
+        """What the law's tests read: from the lengths themselves where they are told, otherwise from their summary."""
+        num, model = float(seen.num_rollouts or USUAL_ROLLOUTS), self.reference.model
+        found: dict[str, Observation] = {}
+        if seen.lengths and model is not None:
+            found |= _of_lengths(seen, cap_tokens, model)
+        elif seen.length_mean_tokens and self.reference.mean_tokens:
+            spread = USUAL_SPREAD_NATS if model is None else model.spread_nats
+            excess = Observation(math.log(seen.length_mean_tokens / self.reference.mean_tokens), num, spread=spread)
+            found |= {"length": excess, "short": excess}
+        if "tail" not in found and (p99 := self.reference.p99_tokens) is not None:
+            share = _tail_share(seen, TAIL_MARGIN * p99)
+            found |= {} if share is None else {"tail": Observation(share, num, TAIL_SHARE)}
+        if "tail" not in found and truncation is not None:
+            found["truncation"] = Observation(truncation, num)
+        if seen.loops is not None:
+            found["loops"] = Observation(seen.loops, num)
+        if seen.kl_nats is not None:
+            found["kl"] = Observation(math.log(max(KL_FLOOR_NATS, seen.kl_nats)), 1.0)
+        return found
+
+
+def _of_lengths(seen: StepSeen, cap_tokens: int, model: LengthModel) -> dict[str, Observation]:
+    tokens_N = np.array(seen.lengths)
+    cut_N = (tokens_N >= cap_tokens) & bool(seen.truncation)
+    found = model.measure(tokens_N, np.full(len(tokens_N), cap_tokens), cut_N, np.full(len(tokens_N), model.mu(-1, 1, "")))
+    num = float(len(tokens_N))
+    variance = float(found.nats_N.var()) if num > 1 else None
+    excess = Observation(float(found.nats_N.mean()), num, spread=model.spread_nats, variance=variance)
+    tail = Observation(float(found.in_tail_N.mean()), num, float(found.tail_probability_N.mean()))
+    return {"length": excess, "short": excess, "tail": tail}
 
 
 def _tail_share(seen: StepSeen, threshold_tokens: float) -> float | None:

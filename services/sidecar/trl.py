@@ -37,7 +37,7 @@ class Adviser(Protocol):
 
 class _Here:
     def __init__(self, policy: Policy) -> None:
-        actuators = tuple(name for name in policy.actuators if name in DEFAULT_ACTUATORS)
+        actuators = tuple(name for name in DEFAULT_ACTUATORS if policy.may_move(name))
         self.governor = OutsideGovernor(policy.model_copy(update={"actuators": actuators}))
 
     def advise(self, seen: StepSeen, finish_reasons: Sequence[str], reference_lengths: Sequence[float]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_the_page_shows_the_values_of_the_step_records_and_of_metrics(page, serv
         "length": ("length_mean", "length_p95", "length_max", "cap_tokens"),
         "ends": ("truncation", "loops"),
         "pressure": ("pressure",),
-        "shares": ("lr_scale", "admission_quota"),
+        "shares": ("lr_scale", "admission_quota", "loop_tail_weight"),
         "weights": ("golden_weight", "reference_kl_weight"),
         "tilt": ("stop_tilt_nats",),
         "speed": ("tokens_per_s",),
@@ -111,14 +111,14 @@ def test_the_page_shows_the_values_of_the_step_records_and_of_metrics(page, serv
     assert "step 61 of 100" in page.text("#progress-text")
 
 
-def test_the_first_thing_to_see_is_the_newest_step_against_the_runs_own_targets(page, service):
+def test_the_first_thing_to_see_is_the_newest_step_against_what_is_healthy(page, service):
     def tile(label: str) -> list[str]:
         tiles = {t.text.split("\n")[0]: t for t in page.browser.find_elements("css selector", "#now > div")}
         return [*tiles[label].text.split("\n")[1:], tiles[label].get_attribute("class")]
 
     service.add_step(truncation=0.051, loops=0.02)
-    wait_until(lambda: tile("Truncated") == ["5.1 %", "▲ target 5.0 %", "beyond"])
-    assert tile("Looping") == ["2.0 %", "target 2.0 %", ""]
+    wait_until(lambda: tile("Truncated") == ["5.1 %", "▲ the teacher: 1.0 %", "beyond"])
+    assert tile("Looping") == ["2.0 %", "healthy: at most 2.5 %", ""]
     assert tile("Mean length, tokens") == ["121", "p95 212, cap 195", ""]
     assert tile("Held-out accuracy") == ["100 %", "at step 60", ""]
     assert tile("Restarts") == ["0", "of actors", ""]
@@ -178,8 +178,8 @@ def test_an_emptied_field_returns_to_the_job_files_value(page, service):
 
 
 def test_a_setting_is_found_in_a_folded_group(page):
-    page.find("#find-setting").send_keys("truncation governor.target")
-    wait_until(lambda: page.find("[name='governor.target_truncation']").is_displayed())
+    page.find("#find-setting").send_keys("false alarms governor")
+    wait_until(lambda: page.find("[name='governor.false_alarm_steps']").is_displayed())
     assert not page.find("[name='rollout.top_k']").is_displayed()
 
 

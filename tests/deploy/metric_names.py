@@ -3,10 +3,10 @@
 import promql_parser
 from promql_parser import MatrixSelector, VectorSelector
 
-from opd_governor.services.record.telemetry import METRICS
+from opd_governor.services.record.telemetry import declared
 
 SUFFIXES = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("",), "gauge": ("",)}
-DECLARED_SERIES = {metric.name + suffix for metric in METRICS for suffix in SUFFIXES[metric.kind]}
+DECLARED_SERIES = {metric.name + suffix for metric in declared() for suffix in SUFFIXES[metric.kind]}
 
 VARIABLES = {"$__rate_interval": "10s", "$run": ".*"}
 """Grafana's variables, and the values used where there is no Grafana."""

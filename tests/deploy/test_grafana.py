@@ -16,7 +16,7 @@ import yaml
 
 from deploy.grafana.dashboards import BOARDS, dashboards, render
 from deploy.grafana.panels import FOREIGN_METRICS, GRID_COLUMNS, RECORDED, Panel, of
-from opd_governor.services.record.telemetry import METRICS
+from opd_governor.services.record.telemetry import declared
 from tests.deploy.foreign_exporter import ForeignExporter
 from tests.deploy.metric_names import DECLARED_SERIES, names_in, substituted
 from tests.deploy.observed_run import ObservedRun, Prometheus
@@ -99,7 +99,7 @@ def test_every_declared_metric_is_shown() -> None:
     rules = [rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
     shown = set().union(*(names_in(substituted(expression)) for _, expression in QUERIES), *map(names_in, rules))
     bare = {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown}
-    assert {metric.name for metric in METRICS} - bare == set()
+    assert {metric.name for metric in declared()} - bare == set()
 
 
 def test_recorded_series_are_the_rules() -> None:

@@ -13,9 +13,11 @@ import httpx
 import numpy as np
 from prometheus_client import start_http_server
 
+from opd_governor.actors.governor.reference import Answer, fit_lengths
 from opd_governor.actors.governor.signals import Snapshot
 from opd_governor.actors.governor.sources import SourceDownError
 from opd_governor.actors.trajectory import FinishReason, Prompt, Trajectory
+from opd_governor.services.inputs.golden import LengthReference
 from opd_governor.services.record.telemetry import Telemetry
 
 
@@ -27,8 +29,8 @@ class Run:
 
     def __init__(self, name: str) -> None:
         self.telemetry = Telemetry(name)
-        self.telemetry.set("opd_length_reference_tokens", 40, stat="mean")
-        self.telemetry.set("opd_length_reference_tokens", 60, stat="p99")
+        answers = [Answer(index, 1, "", 30 + index % 20, True) for index in range(200)]
+        self.telemetry.use_reference(LengthReference(40, 55, 60, 60, 200, 1.0, model=fit_lengths(answers)))
         self.telemetry.beat()
         self.server: WSGIServer
         self.thread: Thread

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from opd_governor.actors.governor.actor import Governor
 from opd_governor.actors.governor.policy import Policy
-from opd_governor.actors.governor.signals import Snapshot
+from opd_governor.actors.governor.snapshot import Snapshot
 from opd_governor.actors.trajectory import LengthLimits
 from opd_governor.services.report.replay import replay
 from tests.governor.metrics_server import ScriptedSource
@@ -41,6 +41,13 @@ def reading(steps: int, long: int = 0, taken_s: float | None = None) -> Snapshot
             ("opd_learner_steps_total", {}, float(steps)),
             ("opd_length_reference_tokens", {"stat": "mean"}, 40.0),
             ("opd_length_reference_tokens", {"stat": "p99"}, 60.0),
+            ("opd_length_scored_total", {}, total),
+            ("opd_length_over_nats_total", {}, 1.3 * long),
+            ("opd_length_under_nats_total", {}, 0.0),
+            ("opd_length_squares_total", {}, 0.1 * total + 1.7 * long),
+            ("opd_length_reference_spread_nats", {}, 0.3),
+            ("opd_length_tail_total", {}, float(long)),
+            ("opd_length_tail_expected_total", {}, 0.01 * total),
         ],
         taken_s,
     )
@@ -55,7 +62,7 @@ def write_records(path: Path, governor: Governor, num_ticks: int, change_at: int
     with (path / "decisions.jsonl").open("a") as file:
         for step in range(1, num_ticks + 1):
             if step == change_at:
-                governor.set_policy(Policy(target_tail_share=0.2), BASE, generation=2)
+                governor.set_policy(Policy(false_alarm_steps=100.0), BASE, generation=2)
             file.write(json.dumps(governor.tick(step)[1]) + "\n")
 
 
@@ -73,6 +80,19 @@ def test_a_new_policy_and_base_hold_from_the_next_tick_on():
     assert decision.limits.cap_tokens == governor.limits().cap_tokens == 96
     assert record["config_generation"] == 7
     assert record["base"]["cap_tokens"] == 96
+
+
+def test_settings_that_changed_are_news_and_the_governors_own_keys_are_not():
+    governor = governor_of(*(reading(step) for step in range(1, 6)))
+    governor.tick(1)
+    governor.set_policy(Policy(max_rollbacks=1), BASE, generation=2)
+    assert governor.tick(2)[1]["news"] == ""
+    governor.set_policy(Policy(max_rollbacks=1), BASE, generation=3)  # temperature, say
+    assert governor.tick(3)[1]["news"] == "settings changed (generation 3)"
+    governor.set_policy(Policy(max_rollbacks=1), LengthLimits(cap_tokens=96), generation=4)
+    governor.tell("rolled back to step 2")
+    assert governor.tick(4)[1]["news"] == "settings changed (generation 4), rolled back to step 2"
+    assert governor.tick(5)[1]["news"] == ""
 
 
 def test_age_counts_from_the_last_scrape_even_when_the_wall_clock_jumps_back():
@@ -109,7 +129,7 @@ def test_a_restart_of_the_run_is_read_from_zero():
     governor.tick(1)
     decision, _ = governor.tick(2)
     assert decision.signals.num_rollouts == 32
-    assert decision.signals.tail_share == 0
+    assert decision.signals.observations["tail"].value == 0
 
 
 def test_a_restored_governor_decides_and_records_what_it_would_have():
@@ -147,20 +167,20 @@ def test_replay_equals_the_record_bit_for_bit(tmp_path_factory, per_step, change
 
 
 def test_replay_shows_where_another_policy_would_have_differed(tmp_path):
-    write_records(tmp_path, governor_of(reading(1), reading(2, long=4), reading(3, long=8)), 3)
-    rows = replay(tmp_path, Policy(target_tail_share=0.9, target_density_ratio=0, target_length_max_ratio=100))
+    write_records(tmp_path, governor_of(reading(1), reading(2, long=10), reading(3, long=20)), 3)
+    rows = replay(tmp_path, Policy(false_alarm_steps=1e9))
     assert "pressure" not in rows[0].differences
     assert "pressure" in rows[2].differences
     assert rows[2].recorded["pressure"] > rows[2].replayed["pressure"] == 0
 
 
 def test_replay_finds_an_altered_record(tmp_path):
-    write_records(tmp_path, governor_of(reading(1), reading(2, long=9)), 2)
+    write_records(tmp_path, governor_of(reading(1), reading(2, long=30), reading(3, long=60)), 3)
     path = tmp_path / "decisions.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[1]["limits"]["lr_scale"] = 1.0
+    lines[2]["limits"]["lr_scale"] = 0.77
     path.write_text("\n".join(json.dumps(line) for line in lines))
-    assert replay(tmp_path)[1].differences == ("limits.lr_scale",)
+    assert replay(tmp_path)[2].differences == ("limits.lr_scale",)
 
 
 @pytest.mark.parametrize(

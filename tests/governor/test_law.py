@@ -3,63 +3,70 @@
 import itertools
 import json
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_governor.actors.governor.law import decide, start
-from opd_governor.actors.governor.limits import propose
-from opd_governor.actors.governor.policy import Policy
-from opd_governor.actors.governor.signals import Signals
+from opd_governor.actors.governor.actuators import ACTUATORS, movable, value_of
+from opd_governor.actors.governor.evidence import Observation
+from opd_governor.actors.governor.law import LOST, ONSET, PATIENCE_STEPS, decide, start
+from opd_governor.actors.governor.limits import propose, tightest
+from opd_governor.actors.governor.policy import REMOVED, Policy
+from opd_governor.actors.governor.signals import SIGNALS, Signals
 from opd_governor.actors.governor.state import Decision, State
 from opd_governor.actors.trajectory import LengthLimits
 
 BASE = LengthLimits(cap_tokens=192, golden_weight=0.1, reference_kl_weight=0.01, unfinished_quota=1.0)
-HEALTHY = Signals(
-    steps_spanned=1,
-    num_rollouts=32,
-    tail_share=0.0,
-    length_mean_tokens=38,
-    length_p95_tokens=50,
-    length_max_tokens=52,
-    reference_mean_tokens=40,
-    reference_p99_tokens=60,
-    truncation_rate=0.0,
-    governor_cut_rate=0.0,
-    loop_rate=0.0,
-    kl_nats=0.4,
-    stop_mass_student=0.025,
-    stop_mass_teacher=0.025,
-    stop_density_per_token=1 / 38,
-)
+TILTED = replace(BASE, stop_tilt_nats=2.0)
+
+
+def signals(
+    tail: float = 0.0, length: float = 0.0, loops: float = 0.0, kl: float = -1.0, cut: float = 0.0, num: int = 32, steps: float = 1.0
+) -> Signals:
+    """Of a step of `num` rollouts: shares in the tail, looping and cut; mean log excess; log KL."""
+    excess = Observation(length, num, spread=0.4, variance=0.16)
+    seen = {
+        "tail": Observation(tail, num, 0.01), "length": excess, "short": excess, "loops": Observation(loops, num),
+        "kl": Observation(kl, 1.0), "stop_mass": Observation(0.0, 1.0),
+    }  # fmt: skip
+    return Signals(
+        steps_spanned=steps, num_rollouts=num, observations=seen, truncation_rate=cut, governor_cut_rate=0.0, expected_cut_rate=0.01,
+        loop_rate=loops, reference_mean_tokens=40, reference_p99_tokens=80, length_mean_tokens=40 * math.exp(length),
+    )  # fmt: skip
+
+
+HEALTHY = signals()
+LOST_RUN = signals(tail=0.9, length=1.2, loops=0.5, cut=0.8)
+SHORT = signals(length=-2.0)
 BLIND = Signals(blind=True, blind_reason="down", data_age_s=1.0)
-NUMBERS = [f.name for f in fields(Signals) if f.name not in ("blind", "blind_reason")]
-LOOSER_WHEN_HIGHER = ("cap_tokens", "lr_scale", "loop_tail_weight", "admission_quota", "unfinished_quota")
-LOOSER_WHEN_LOWER = ("golden_weight", "reference_kl_weight", "stop_tilt_nats")
+NUMBERS = [f.name for f in fields(Signals) if f.name not in ("blind", "blind_reason", "observations")]
 
 unit = st.floats(0, 1)
 numbers = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True), st.floats(0, 300), unit, st.integers(0, 10**6))
-any_signals = st.builds(Signals, blind=st.booleans(), **dict.fromkeys(NUMBERS, numbers))
+loose = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.floats(-5, 5), unit)
+observed = st.builds(Observation, value=loose, num=loose, expected=loose, spread=loose, variance=st.one_of(st.none(), loose))
+any_signals = st.builds(
+    Signals,
+    blind=st.booleans(),
+    observations=st.dictionaries(st.sampled_from(["length", "tail", "truncation", "loops", "stop_mass", "short", "kl"]), observed),
+    **dict.fromkeys(NUMBERS, numbers),
+)
 plausible = st.builds(
-    replace,
-    st.just(HEALTHY),
-    tail_share=unit,
-    truncation_rate=st.floats(0, 0.5),
-    governor_cut_rate=st.floats(0, 0.5),
-    loop_rate=unit,
-    kl_nats=st.floats(-0.1, 5),
-    length_mean_tokens=st.floats(1, 192),
-    length_max_tokens=st.floats(1, 192),
-    stop_mass_student=st.floats(0, 0.1),
-    stop_density_per_token=st.floats(0, 1),
-    steps_spanned=st.integers(0, 5),
-    num_rollouts=st.integers(1, 500),
+    signals,
+    tail=unit,
+    length=st.floats(-3, 3),
+    loops=unit,
+    kl=st.floats(-3, 2),
+    cut=unit,
+    num=st.integers(1, 4096),
+    steps=st.integers(0, 5),
 )
 policies = st.builds(
     Policy,
     mode=st.sampled_from(["observe", "enforce"]),
+    false_alarm_steps=st.floats(10, 1e6),
     max_golden_weight=st.floats(0, 10),
     min_lr_scale=st.floats(0.01, 1),
     max_stop_tilt_nats=st.floats(0, 20),
@@ -67,19 +74,16 @@ policies = st.builds(
     min_admission_quota=unit,
     min_cap_tokens=st.integers(1, 64),
     initial_cap_tokens=st.one_of(st.none(), st.integers(64, 400)),
-    release_per_step=unit,
-    healthy_steps=st.integers(0, 5),
-    pressure_floor=st.floats(0, 0.9),
-    proportional_gain=st.floats(0, 5),
-    early_rollback=st.booleans(),
     max_rollbacks=st.integers(0, 2),
 )
+bases = st.sampled_from([BASE, TILTED])
 
 
-def run(signals: list[Signals], policy: Policy, base: LengthLimits = BASE, state: State | None = None) -> list[Decision]:
+def run(seen: list[Signals], policy: Policy | None = None, base: LengthLimits = BASE, state: State | None = None) -> list[Decision]:
+    policy = policy or Policy()
     state = state or start(policy, base)
     decisions = []
-    for step, each in enumerate(signals):
+    for step, each in enumerate(seen):
         state, _, decision = decide(state, each, policy, base, step)
         decisions.append(decision)
     return decisions
@@ -87,11 +91,11 @@ def run(signals: list[Signals], policy: Policy, base: LengthLimits = BASE, state
 
 def assert_not_looser(before: Decision, after: Decision) -> None:
     assert after.after.pressure >= before.after.pressure
-    for name in LOOSER_WHEN_HIGHER:
-        assert getattr(after.limits, name) <= getattr(before.limits, name), name
-    if before.after.side == after.after.side == "long":
-        for name in LOOSER_WHEN_LOWER:
-            assert getattr(after.limits, name) >= getattr(before.limits, name), name
+    for name in movable():
+        old, new = value_of(before.limits, name), value_of(after.limits, name)
+        assert old is not None
+        assert new is not None
+        assert new == tightest(name, old, new), name
 
 
 def numbers_in(value: object) -> list[float]:
@@ -102,279 +106,201 @@ def numbers_in(value: object) -> list[float]:
     return [value] if isinstance(value, int | float) else []
 
 
-@given(st.lists(any_signals, max_size=6), policies)
+@given(st.lists(any_signals, max_size=6), policies, bases)
 @settings(deadline=None)
-def test_whatever_the_signals_limits_stay_inside_the_bounds_and_every_recorded_number_is_finite(signals, policy):
-    for decision in run(signals, policy):
-        limits, asked = decision.limits, decision.proposed
+def test_whatever_the_signals_limits_stay_inside_the_bounds_and_every_recorded_number_is_finite(seen, policy, base):
+    for decision in run(seen, policy, base):
         assert all(math.isfinite(number) for number in numbers_in(decision.to_json()))
-        assert policy.pressure_floor <= decision.after.pressure <= 1
-        assert min(policy.min_cap_tokens, BASE.cap_tokens) <= asked.cap_tokens <= BASE.cap_tokens
-        assert BASE.golden_weight <= asked.golden_weight <= max(BASE.golden_weight, policy.max_golden_weight)
-        assert policy.min_lr_scale - 1e-12 <= asked.lr_scale <= 1
-        assert 0 <= asked.reference_kl_weight <= max(BASE.reference_kl_weight, policy.max_reference_kl_weight)
-        assert 0 <= asked.stop_tilt_nats <= policy.max_stop_tilt_nats
-        assert policy.min_loop_tail_weight - 1e-12 <= asked.loop_tail_weight <= 1
-        assert policy.min_admission_quota - 1e-12 <= asked.admission_quota <= 1
-        assert policy.min_unfinished_quota <= asked.unfinished_quota <= 1
+        assert 0 <= decision.after.pressure <= 1
+        for name in movable():
+            resting, asked = value_of(base, name), value_of(decision.proposed, name)
+            # A tilt that the job itself set is taken back from answers that are too short.
+            resting_bounds = (0.0, resting) if name == "stop_tilt_nats" else (resting,)
+            low, high = min(*resting_bounds, policy.bound(name), resting), max(*resting_bounds, policy.bound(name), resting)
+            assert low - 1e-9 <= asked <= high + 1e-9, name
         if policy.mode == "observe":
-            assert replace(limits, generation=0) == BASE
+            assert replace(decision.limits, generation=0) == base
 
 
 @given(
-    st.lists(plausible, max_size=5),
-    st.lists(st.builds(replace, any_signals, blind=st.just(True)), min_size=1, max_size=5),
-    policies,
+    st.lists(plausible, max_size=5), st.lists(st.builds(replace, any_signals, blind=st.just(True)), min_size=1, max_size=5), policies, bases
 )
 @settings(deadline=None)
-def test_a_blind_governor_never_loosens_anything(seen, unseen, policy):
-    decisions = run([HEALTHY, *seen, *unseen], policy)
-    for before, after in zip(decisions[len(seen) :], decisions[len(seen) + 1 :], strict=False):
+def test_a_blind_governor_never_loosens_anything(seen, unseen, policy, base):
+    decisions = run([HEALTHY, *seen, *unseen], policy, base)
+    for before, after in itertools.pairwise(decisions[len(seen) :]):
         assert_not_looser(before, after)
 
 
-@given(st.lists(plausible, max_size=5), policies, st.floats(120.1, 1e9))
+@given(st.lists(plausible, max_size=5), policies, st.floats(120.1, 1e9), bases)
 @settings(deadline=None)
-def test_data_older_than_the_limit_never_loosen_however_healthy_they_look(seen, policy, age_s):
-    decisions = run([HEALTHY, *seen, *[replace(HEALTHY, data_age_s=age_s)] * 3], policy)
-    for before, after in zip(decisions[-4:], decisions[-3:], strict=False):
+def test_data_older_than_the_limit_never_loosen_however_healthy_they_look(seen, policy, age_s, base):
+    decisions = run([HEALTHY, *seen, *[replace(HEALTHY, data_age_s=age_s)] * 3], policy, base)
+    for before, after in itertools.pairwise(decisions[-4:]):
         assert_not_looser(before, after)
     assert decisions[-1].after.pressure >= policy.blind_pressure
 
 
-@given(
-    st.lists(plausible, max_size=4),
-    plausible,
-    policies,
-    st.sampled_from(
-        [
-            "tail_share",
-            "truncation_rate",
-            "loop_rate",
-            "kl_nats",
-            "stop_mass_student",
-            "stop_density_per_token",
-            "length_mean_tokens",
-            "length_max_tokens",
-        ]
-    ),
-)
+def test_a_fallback_after_short_answers_does_not_give_the_tilt_back_and_then_take_it_again():
+    decisions = run([HEALTHY] * 5 + [SHORT] * 6 + [replace(BLIND, data_age_s=500.0)] * 2, Policy(), TILTED)
+    assert decisions[-3].limits.stop_tilt_nats < 2
+    assert_not_looser(decisions[-3], decisions[-2])
+
+
+@given(st.lists(plausible, max_size=4), plausible, policies, st.sampled_from(["tail", "length"]))
 @settings(deadline=None)
-def test_a_signal_that_went_missing_never_releases(seen, last, policy, name):
-    decisions = run([HEALTHY, HEALTHY, *seen, replace(last, **{name: None})], policy)
-    before, after = decisions[-2:]
+def test_a_required_signal_that_went_missing_never_releases(seen, last, policy, name):
+    gone = replace(last, observations={n: each for n, each in last.observations.items() if n != name})
+    before, after = run([HEALTHY, HEALTHY, *seen, gone], policy)[-2:]
     assert after.after.pressure >= before.after.pressure
-    assert after.after.cap_tokens <= max(before.after.cap_tokens, math.ceil(policy.cap_floor_ratio * 60))
 
 
-@given(
-    st.lists(plausible, max_size=4),
-    plausible,
-    policies,
-    st.sampled_from(["tail_share", "truncation_rate", "loop_rate", "kl_nats", "length_max_tokens"]),
-    st.floats(0, 3),
-)
+@given(st.lists(plausible, max_size=4), plausible, policies, st.sampled_from(["tail", "length", "loops", "kl"]), st.floats(0, 3))
 @settings(deadline=None)
-def test_pressure_is_monotone_in_each_error_of_inflation(seen, last, policy, name, more):
-    state = run([HEALTHY, *seen], policy)[-1].after
-    worse = replace(last, **{name: getattr(last, name) + more})
-    assert decide(state, worse, policy, BASE, 9)[0].pressure >= decide(state, last, policy, BASE, 9)[0].pressure
-
-
-@given(
-    st.lists(plausible, max_size=4),
-    plausible,
-    policies,
-    st.sampled_from(["stop_mass_student", "stop_density_per_token", "length_mean_tokens"]),
-    unit,
-)
-@settings(deadline=None)
-def test_pressure_is_monotone_where_low_is_bad(seen, last, policy, name, factor):
-    state = run([HEALTHY, *seen], policy)[-1].after
-    worse = replace(last, **{name: getattr(last, name) * factor})
+def test_pressure_is_monotone_in_each_signal(seen, last, policy, name, more):
+    state = run([*[replace(HEALTHY, num_rollouts=64)] * 5, *seen], policy)[-1].after
+    was = last.observations[name]
+    worse = replace(last, observations=last.observations | {name: replace(was, value=was.value + more)})
     assert decide(state, worse, policy, BASE, 9)[0].pressure >= decide(state, last, policy, BASE, 9)[0].pressure
 
 
 @given(st.lists(st.one_of(plausible, any_signals), max_size=6), policies)
 @settings(deadline=None)
-def test_state_survives_json_bit_for_bit(signals, policy):
-    for decision in run(signals, policy):
+def test_state_and_signals_survive_json_bit_for_bit_and_decide_the_same(seen, policy):
+    for decision in run(seen, policy):
         assert State.from_json(json.loads(json.dumps(decision.after.to_json()))) == decision.after
+        cleaned = Signals.from_json(json.loads(json.dumps(decision.signals.to_json())))
+        assert decide(decision.before, cleaned, policy, BASE, decision.step)[2].after == decision.after
 
 
-def test_the_law_of_the_trials_is_met_with_a_fast_attack():
-    policy = Policy(window_rollouts=1e-6, proportional_gain=0, actuators=("golden_weight", "lr_scale"))
-    decision = run([replace(HEALTHY, tail_share=0.12)], policy)[0]
-    assert decision.after.pressure == pytest.approx(6 * (0.12 - 0.03))
-    assert decision.limits.golden_weight == pytest.approx(0.1 + 0.54 * 0.9)
-    assert decision.reason == "tail share 0.12 over 0.03: pressure 0.00 -> 0.54; golden weight 0.1 -> 0.586, learning rate x 1 -> 0.514"
+def test_a_healthy_run_is_left_alone():
+    decisions = run([HEALTHY] * 300)
+    assert {d.after.pressure for d in decisions} == {0}
+    assert all(d.healthy and replace(d.limits, generation=0) == BASE for d in decisions)
 
 
-def test_inflation_takes_pressure_to_the_top_within_three_steps():
-    decisions = run([HEALTHY] * 5 + [replace(HEALTHY, tail_share=0.3)] * 3, Policy())
-    assert decisions[4].after.pressure == 0
-    assert decisions[5].action == "tighten"
-    assert decisions[7].after.pressure == 1
+@pytest.mark.parametrize(("sick", "signal"), [(signals(tail=0.3), "tail"), (signals(length=0.8), "length"), (signals(loops=0.3), "loops")])
+def test_inflation_is_met_within_three_steps_and_the_sentence_names_the_evidence(sick, signal):
+    decisions = run([HEALTHY] * 20 + [sick] * 3)
+    assert decisions[19].after.pressure == 0
+    last = decisions[-1]
+    assert last.after.pressure_long > 0.05
+    assert last.signal == signal
+    assert last.limits.golden_weight > BASE.golden_weight
+    assert SIGNALS[signal].title in last.reason
+    assert "a healthy run shows this once in" in last.reason
 
 
-def test_release_waits_for_a_healthy_stretch_and_is_slow():
-    decisions = run([replace(HEALTHY, tail_share=0.3)] * 3 + [HEALTHY] * 100, Policy())
-    peak = decisions[2].after.pressure
-    while_waiting = [d.after.pressure for d in decisions[3:22]]
-    assert min(while_waiting) >= peak
-    first = next(i for i, d in enumerate(decisions) if d.action == "release")
-    assert first >= 22
-    assert decisions[first + 10].after.pressure == pytest.approx(max(while_waiting) - 11 * 0.02)
-    assert decisions[-1].after.pressure == 0
+def test_kl_alone_moves_nothing_but_the_brake_and_that_half_way():
+    drifting = signals(kl=2.0)
+    last = run([HEALTHY] * 20 + [drifting] * 8)[-1]
+    assert last.signal == "kl"
+    assert last.limits.lr_scale == pytest.approx(0.55)
+    assert replace(last.limits, lr_scale=1.0, generation=0) == BASE
 
 
-def test_one_odd_answer_in_a_small_batch_is_no_trend():
-    odd = replace(HEALTHY, num_rollouts=8, tail_share=1 / 8, length_max_tokens=100)
-    assert all(d.after.pressure == 0 for d in run([HEALTHY, odd, HEALTHY, HEALTHY], Policy()))
+def test_short_answers_take_back_what_shortens():
+    state = run([HEALTHY] * 20 + [SHORT] * 6, Policy(), TILTED)[-1]
+    assert state.signal == "short"
+    assert state.limits.stop_tilt_nats < 0.5
+    assert state.limits.cap_tokens == 192
+    assert state.limits.golden_weight > BASE.golden_weight
 
 
-def falling_kl(steps: int) -> list[Signals]:
-    """From half a nat to hundredths, as a student that learns."""
-    return [replace(HEALTHY, kl_nats=0.5 * 0.9**step + 0.01) for step in range(steps)]
+def test_signals_that_agree_count_more_than_one():
+    alone = run([HEALTHY] * 20 + [signals(tail=0.12)] * 3)[-1].after.pressure
+    both = run([HEALTHY] * 20 + [signals(tail=0.12, length=0.4)] * 3)[-1].after.pressure
+    assert both > alone
 
 
-def test_a_teacher_that_changed_is_noticed_in_kl_within_three_steps_though_kl_was_higher_before():
-    decisions = run(falling_kl(60) + [replace(HEALTHY, kl_nats=0.12)] * 3, Policy())
-    assert decisions[59].after.pressure == 0
-    assert decisions[62].signal == "kl"
-    assert decisions[62].after.pressure > 0.5
+def test_pressure_waits_for_a_healthy_stretch_and_longer_after_a_relapse():
+    decisions = run([HEALTHY] * 20 + [LOST_RUN] * 3 + [HEALTHY] * 30 + [LOST_RUN] * 4 + [HEALTHY] * 60, Policy(actuators=("lr_scale",)))
+    pressures = [d.after.pressure for d in decisions]
+    top = pressures[22]
+    assert pressures[22 + int(PATIENCE_STEPS)] == top
+    assert pressures[52] < top
+    assert decisions[58].after.patience_steps == 2 * PATIENCE_STEPS
 
 
-def test_kl_of_a_single_noisy_step_is_no_alarm():
-    spike = replace(HEALTHY, kl_nats=0.12)
-    assert all(d.after.pressure == 0 for d in run([*falling_kl(60), spike, *falling_kl(60)[50:]], Policy()))
+@pytest.mark.parametrize("spanned", [1, 3, 7, 21])
+def test_a_reading_that_spans_many_steps_releases_as_much_as_many_readings(spanned):
+    state = replace(start(Policy(), BASE), pressure_long=1.0, limits=None)
+    reading = replace(HEALTHY, steps_spanned=float(spanned), num_rollouts=32 * spanned)
+    last = run([reading] * (21 // spanned), Policy(), BASE, state)[-1]
+    assert last.after.pressure == pytest.approx(1.0 - 0.03 * (21 - PATIENCE_STEPS))
 
 
-def test_answers_of_one_or_two_tokens_raise_pressure_without_shortening_anything():
-    tiny = replace(HEALTHY, length_mean_tokens=1.5, length_max_tokens=2, stop_density_per_token=0.66)
-    base = replace(BASE, stop_tilt_nats=1.0)
-    decision = run([HEALTHY] * 3 + [tiny] * 3, Policy(), base)[-1]
-    assert decision.signal == "short"
-    assert decision.after.side == "short"
-    assert decision.after.pressure > 0.9
-    assert decision.limits.cap_tokens == base.cap_tokens
-    assert decision.limits.golden_weight > 0.9
-    assert decision.limits.stop_tilt_nats == 0
-    assert decision.limits.admission_quota == decision.limits.loop_tail_weight == 1
-
-
-def test_answers_that_are_too_short_are_not_shortened_when_kl_cries_louder():
-    terse = replace(HEALTHY, length_mean_tokens=8.0, length_max_tokens=12, kl_nats=10.0)
-    decision = run([HEALTHY] * 3 + [terse] * 3, Policy(), replace(BASE, stop_tilt_nats=16.0))[-1]
-    assert decision.signal == "kl"
-    assert decision.after.side == "short"
-    assert decision.limits.stop_tilt_nats == 0
-
-
-def test_answers_on_their_way_to_too_short_are_met_when_kl_cries_alone():
-    shrinking = replace(HEALTHY, length_mean_tokens=24.0, length_max_tokens=45, kl_nats=10.0)
-    decision = run([HEALTHY] * 3 + [shrinking] * 2, Policy(), replace(BASE, stop_tilt_nats=16.0))[-1]
-    assert decision.readings["short"].error < 0, "not yet too short"
-    assert decision.after.side == "short"
-    assert decision.limits.stop_tilt_nats == 0
-
-
-def test_kl_alone_keeps_the_side_that_lengths_had_shown():
-    terse = replace(HEALTHY, length_mean_tokens=1.5, length_max_tokens=2)
-    strange = replace(HEALTHY, kl_nats=10.0)
-    decisions = run([HEALTHY] * 3 + [terse] * 3 + [strange] * 2, Policy())
-    assert decisions[-1].signal == "kl"
-    assert decisions[-1].after.side == "short"
-
-
-def test_the_cap_never_goes_below_the_reference_however_high_the_pressure():
-    decision = run([replace(HEALTHY, tail_share=1.0, truncation_rate=0.2)] * 6, Policy(actuators=("cap_tokens",)))[-1]
-    assert decision.after.pressure == 1
-    assert decision.limits.cap_tokens == 90  # 1.5 x the reference p99
-    assert replace(decision.limits, cap_tokens=192, generation=0) == BASE
-
-
-def test_each_actuator_moves_alone():
-    for name in (
-        "golden_weight",
-        "lr_scale",
-        "reference_kl_weight",
-        "stop_tilt_nats",
-        "loop_tail_weight",
-        "unfinished_quota",
-        "admission_quota",
-    ):
-        policy = Policy(actuators=(name,))
-        limits = propose(State(pressure=1.0, cap_tokens=192), policy, BASE)
-        assert {key for key, value in asdict(limits).items() if value != getattr(BASE, key)} == {name}
-
-
-def test_a_longer_cap_is_granted_only_after_a_healthy_stretch():
-    policy = Policy(initial_cap_tokens=96, healthy_steps=10)
-    decisions = run([HEALTHY] * 60, policy)
-    caps = [d.limits.cap_tokens for d in decisions]
-    assert caps[:10] == [96] * 10
-    assert caps == sorted(caps)
-    assert all(after <= before * 1.05 + 1 for before, after in itertools.pairwise(caps))
-    assert caps[-1] == 192
-
-
-def test_a_person_raising_the_cap_is_followed_at_once_and_lowering_too():
+def test_a_change_known_beforehand_restarts_baselines_and_releases_nothing():
     policy = Policy()
-    state = run([HEALTHY] * 2, policy)[-1].after
-    for cap, signals in ((256, HEALTHY), (128, HEALTHY), (100, BLIND)):
-        state, limits, _ = decide(state, signals, policy, replace(BASE, cap_tokens=cap), 3)
-        assert limits.cap_tokens == cap
-    held, limits, _ = decide(state, BLIND, policy, BASE, 4)
-    assert limits.cap_tokens == 100
-    assert decide(held, HEALTHY, policy, BASE, 5)[1].cap_tokens == 192
+    state = run([HEALTHY] * 20 + [signals(tail=0.3)] * 3, policy)[-1].after
+    after, _, decision = decide(state, HEALTHY, policy, BASE, 99, news="settings changed (generation 2)")
+    assert after.pressure == state.pressure
+    assert decision.reason.startswith("settings changed (generation 2): baselines start again")
+    assert decision.news == "settings changed (generation 2)"
+    jumped = signals(kl=2.0)
+    state = run([HEALTHY] * 20, policy)[-1].after
+    told, *_ = decide(state, jumped, policy, BASE, 99, news="temperature changed")
+    assert run([jumped] * 20, policy, BASE, told)[-1].after.pressure == 0
 
 
-def test_generation_rises_only_when_a_value_changes():
-    decisions = run([HEALTHY] * 3 + [replace(HEALTHY, tail_share=0.12)] * 2 + [BLIND], Policy())
-    assert [d.limits.generation for d in decisions] == [0, 0, 0, 1, 2, 2]
+def test_where_inflation_is_there_the_brake_is_let_go_and_golden_answers_come_in_full():
+    policy = Policy(actuators=tuple(name for name in ACTUATORS if name != "rollback"))
+    rambling = signals(tail=0.35, length=0.5, cut=0.35)
+    decisions = run([HEALTHY] * 5 + [rambling] * 8, policy)
+    pushed = next(d for d in decisions if d.after.course == "push")
+    assert pushed.after.severity >= ONSET
+    assert pushed.limits.lr_scale == 1
+    assert pushed.limits.golden_weight == policy.max_golden_weight
+    assert pushed.limits.cap_tokens == 88  # 1.1 x the reference's p99
+    assert "push toward complete answers" in pushed.reason
 
 
-def test_confirmed_inflation_rolls_back_after_the_other_actuators_had_their_time_and_stops_in_the_end():
-    policy = Policy(max_rollbacks=2, rollback_patience_steps=5, rollback_cooldown_steps=4)
-    lost = replace(HEALTHY, tail_share=0.9, truncation_rate=0.8, loop_rate=0.5)
-    decisions = run([HEALTHY] * 3 + [lost] * 60, policy)
+def test_a_drug_that_does_not_work_is_changed():
+    policy = Policy(actuators=tuple(name for name in ACTUATORS if name != "rollback"))
+    decisions = run([HEALTHY] * 5 + [LOST_RUN] * 40, policy)
+    courses = [course for course, _ in itertools.groupby(d.after.course for d in decisions)]
+    assert courses[:4] == ["prevent", "push", "brake", "push"]
+    assert not any(d.command for d in decisions)
+
+
+def test_a_course_that_helps_is_kept():
+    falling = [signals(tail=share, length=0.3, cut=share) for share in (0.6 * 0.9**i for i in range(40))]
+    decisions = run([HEALTHY] * 5 + [LOST_RUN] * 2 + falling, Policy())
+    assert not any(d.command for d in decisions)
+    assert {d.after.course for d in decisions} == {"prevent", "push"}
+    assert decisions[-1].after.course == "prevent"
+
+
+def test_inflation_that_nothing_helps_rolls_back_and_stops_in_the_end():
+    decisions = run([HEALTHY] * 3 + [LOST_RUN] * 150, Policy(max_rollbacks=2))
     commands = [d.command for d in decisions if d.command]
     assert commands[:3] == ["rollback", "rollback", "stop"]
-    first = next(i for i, d in enumerate(decisions) if d.command)
-    assert 5 <= first - 3 <= 10
-    assert decisions[first].reason.endswith("roll back to the last healthy checkpoint")
-    assert decisions[first].after.pressure == 1
-
-
-def test_early_rollback_needs_no_truncation():
-    policy = Policy(early_rollback=True)
-    leading = replace(HEALTHY, tail_share=0.4)
-    commands = [d.command for d in run([HEALTHY] * 3 + [leading] * 4, policy)]
-    assert "rollback" in commands[3:6]
-    assert not any(d.command for d in run([HEALTHY] * 3 + [leading] * 30, Policy()))
-
-
-def test_without_the_rollback_actuator_nothing_is_rolled_back_or_stopped():
-    policy = Policy(actuators=("golden_weight",), early_rollback=True, max_rollbacks=0)
-    lost = replace(HEALTHY, tail_share=0.9, truncation_rate=0.8)
-    assert not any(d.command for d in run([lost] * 40, policy))
+    first = next(d for d in decisions if d.command)
+    assert first.before.severity >= LOST
+    assert first.after.pressure == 1
+    assert first.reason.endswith("roll back to the last healthy checkpoint")
 
 
 def test_observe_decides_but_commands_and_changes_nothing():
-    lost = replace(HEALTHY, tail_share=0.9, truncation_rate=0.8)
-    decisions = run([HEALTHY] * 3 + [lost] * 30, Policy(mode="observe"))
+    decisions = run([HEALTHY] * 3 + [LOST_RUN] * 30, Policy(mode="observe"))
     assert {d.action for d in decisions} >= {"tighten", "rollback"}
-    assert all(d.command is None for d in decisions)
-    assert all(d.limits == BASE for d in decisions)
+    assert all(d.command is None and d.limits == BASE for d in decisions)
     assert decisions[-1].after.rollbacks == 0
 
 
+def test_from_observe_to_enforce_the_limits_follow_in_without_a_jump():
+    observed_state = run([HEALTHY] * 20 + [signals(tail=0.4)] * 4, Policy(mode="observe"))[-1].after
+    assert observed_state.pressure == 1
+    followed = run([signals(tail=0.4)] * 9, Policy(actuators=("lr_scale",)), BASE, observed_state)
+    scales = [d.limits.lr_scale for d in followed]
+    assert scales[0] >= 0.9
+    assert all(0 <= a - b <= 0.1 for a, b in itertools.pairwise([1.0, *scales]))
+
+
 def test_off_gives_the_jobs_own_settings():
-    tight = run([replace(HEALTHY, tail_share=0.5)] * 4, Policy())[-1].after
+    tight = run([LOST_RUN] * 4)[-1].after
     off, limits, decision = decide(tight, Signals(), Policy(mode="off"), BASE, 5)
     assert replace(limits, generation=0) == BASE
-    assert limits.generation == tight.limits.generation + 1
     assert decision.after.pressure == 0
     assert decide(off, HEALTHY, Policy(), BASE, 6)[1] == limits
 
@@ -384,52 +310,68 @@ def test_blindness_holds_then_falls_back_and_is_released_like_any_pressure():
     decisions = run([HEALTHY] * 2 + [replace(BLIND, data_age_s=age) for age in (2.0, 9.0, 11.0, 20.0)] + [HEALTHY] * 60, policy)
     assert [d.action for d in decisions[2:6]] == ["hold", "hold", "fallback", "fallback"]
     assert [d.after.pressure for d in decisions[2:6]] == [0, 0, 0.6, 0.6]
-    assert decisions[6 + 19].after.pressure == 0.6
+    assert decisions[6 + int(PATIENCE_STEPS) - 1].after.pressure == 0.6
     assert decisions[-1].after.pressure == 0
     assert "blind, data 11 s old (down): conservative limits" in decisions[4].reason
 
 
-def test_data_that_span_more_steps_press_more():
-    late = replace(HEALTHY, tail_share=0.06, num_rollouts=128, steps_spanned=4)
-    policy = Policy(proportional_gain=0)
-    assert run([late], policy)[0].after.pressure == pytest.approx(4 * run([replace(late, steps_spanned=1)], policy)[0].after.pressure)
+def test_a_reference_that_grew_lifts_no_cap_under_pressure():
+    pressed = run([HEALTHY] * 3 + [signals(tail=0.4)] * 5, Policy(actuators=("cap_tokens",)))[-1]
+    assert pressed.limits.cap_tokens == 88
+    grown = replace(signals(tail=0.4), reference_p99_tokens=160)
+    assert run([grown] * 3, Policy(actuators=("cap_tokens",)), BASE, pressed.after)[-1].limits.cap_tokens == 88
 
 
-@pytest.mark.parametrize("delay", [0, 2])
-def test_a_step_change_is_met_within_ten_steps_and_without_oscillation(delay):
-    """A plant as in the trials: a tail that feeds on itself, held back by golden weight and learning-rate brake."""
+@pytest.mark.parametrize("name", [name for name in movable() if name != "cap_tokens"])
+def test_each_actuator_moves_alone(name):
+    limits = propose(State(pressure_long=1.0, cap_tokens=192), Policy(actuators=(name,)), BASE)
+    assert [other for other in movable() if value_of(limits, other) != value_of(BASE, other)] == [name]
+
+
+def test_nothing_is_said_of_an_actuator_that_moves_nothing():
+    base = replace(BASE, unfinished_quota=None)
+    last = run([HEALTHY] * 3 + [LOST_RUN] * 4, Policy(), base)[-1]
+    assert last.proposed.unfinished_quota is None
+    assert "unfinished" not in " ".join(d.reason for d in run([LOST_RUN] * 4, Policy(), base))
+
+
+def test_a_longer_cap_is_granted_only_after_a_healthy_stretch():
+    caps = [d.limits.cap_tokens for d in run([HEALTHY] * 60, Policy(initial_cap_tokens=96))]
+    assert caps[: int(PATIENCE_STEPS)] == [96] * int(PATIENCE_STEPS)
+    assert caps == sorted(caps)
+    assert all(after <= before * 1.05 + 1 for before, after in itertools.pairwise(caps))
+    assert caps[-1] == 192
+
+
+def test_a_person_raising_the_cap_is_followed_at_once_and_lowering_too():
     policy = Policy()
-    state, tail, growth = start(policy, BASE), 0.005, 0.0
-    tails, pressures, measured = [], [], [0.0] * delay
-    for step in range(260):
-        if step == 60:
-            growth = 0.45  # the teacher is replaced by one that loops more
-        limits = state.limits
-        rate = limits.lr_scale * growth - 0.6 * (limits.golden_weight - 0.1) - 0.05
-        tail = min(1.0, max(0.005, tail * math.exp(rate)))
-        measured.append(tail)
-        share = measured[-1 - delay]
-        state, _, _ = decide(state, replace(HEALTHY, tail_share=share, length_max_tokens=55 + 60 * share), policy, BASE, step)
-        tails.append(tail)
-        pressures.append(state.pressure)
-    over = [step for step, share in enumerate(tails) if share > 0.05]
-    first = [step for step in over if step < over[0] + 30]
-    assert max(tails) < 0.2
-    assert first[-1] - first[0] < 10
-    # Pressure tries once how low it can go, and comes to rest above where that failed.
-    ways = [b - a for a, b in itertools.pairwise(pressures) if a != b]
-    assert sum(a * b < 0 for a, b in itertools.pairwise(ways)) <= 3
-    assert max(tails[160:]) < 0.05
-    assert 0.3 < pressures[-1] < 0.6
+    state = run([HEALTHY] * 2, policy)[-1].after
+    for cap, seen in ((256, HEALTHY), (128, HEALTHY), (100, BLIND)):
+        state, limits, _ = decide(state, seen, policy, replace(BASE, cap_tokens=cap), 3)
+        assert limits.cap_tokens == cap
+    held, limits, _ = decide(state, BLIND, policy, BASE, 4)
+    assert limits.cap_tokens == 100
+    assert decide(held, HEALTHY, policy, BASE, 5)[1].cap_tokens == 192
+
+
+def test_generation_rises_only_when_a_value_changes():
+    decisions = run([HEALTHY] * 3 + [signals(tail=0.9)] * 3 + [BLIND])
+    changes = [int(a.limits != replace(b.limits, generation=a.limits.generation)) for a, b in itertools.pairwise(decisions)]
+    assert [d.limits.generation for d in decisions] == [0, *itertools.accumulate(changes)]
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_a_key_of_an_earlier_version_names_what_took_its_place(key):
+    with pytest.raises(ValueError, match=f"{key} is gone"):
+        Policy.model_validate({key: 1})
 
 
 def test_contradicting_bounds_are_refused_by_name():
     for values, words in (
-        ({"cap_floor_ratio": 1.1}, "cap_floor_ratio 1.1 is below tail_multiple 1.25"),
         ({"initial_cap_tokens": 8}, "initial_cap_tokens 8 is below min_cap_tokens 16"),
-        ({"pressure_floor": 0.97}, "pressure_floor 0.97 reaches rollback_pressure"),
-        ({"stages": {"lr_scale": [0.5, 0.5]}}, "a stage starts below"),
         ({"actuators": ["lr_scale", "lr_scale"]}, "names one twice"),
+        ({"actuators": ["lr_scal"]}, "did you mean lr_scale"),
+        ({"bounds": {"lr_scale": 0.5}}, "set min_lr_scale instead"),
     ):
         with pytest.raises(ValueError, match=words):
             Policy.model_validate(values)

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_governor.actors.governor.signals import Reference, Signals, Snapshot, compute, read_reference
+from opd_governor.actors.governor.evidence import Observation
+from opd_governor.actors.governor.signals import Signals, compute
+from opd_governor.actors.governor.snapshot import Snapshot
 
-REFERENCE = Reference(mean_tokens=40.0, p99_tokens=60.0)
 EDGES = [float(edge) for edge in range(1, 193)]
 """As dense as lengths themselves: shares and quantiles are exact."""
 
@@ -31,37 +32,48 @@ def snapshot(lengths: list[int], cap: int = 192, cut: int = 0, steps: int = 1, *
 
 @given(st.lists(st.integers(1, 192), max_size=40), st.lists(st.integers(1, 192), min_size=1, max_size=40))
 def test_rates_and_lengths_are_those_of_the_rollouts_between_two_readings(earlier, new):
-    signals = compute(snapshot(earlier), snapshot(earlier + new, steps=4), REFERENCE, 1.25)
+    signals = compute(snapshot(earlier), snapshot(earlier + new, steps=4))
     assert signals.num_rollouts == len(new)
     assert signals.steps_spanned == 3
     assert signals.length_mean_tokens == pytest.approx(sum(new) / len(new))
-    assert signals.tail_share == pytest.approx(sum(n > 75 for n in new) / len(new))
     assert signals.truncation_rate == pytest.approx(sum(n >= 192 for n in new) / len(new))
     assert signals.stop_density_per_token == pytest.approx((1 - signals.truncation_rate) / signals.length_mean_tokens)
     assert signals.length_max_tokens >= max(new) - 1
     assert abs(signals.length_p95_tokens - sorted(new)[math.ceil(0.95 * len(new)) - 1]) <= 1
 
 
-def test_a_threshold_inside_a_bucket_counts_the_part_above_it():
-    now = Snapshot.of(
-        [
-            ("opd_rollouts_total", {"finish_reason": "stop"}, 10.0),
-            *(("opd_rollout_length_tokens_bucket", {"le": edge}, n) for edge, n in (("60", 2.0), ("80", 8.0), ("+Inf", 10.0))),
-        ]
-    )
-    assert compute(Snapshot(), now, REFERENCE, 1.25).tail_share == pytest.approx((6 * 5 / 20 + 2) / 10)
+def test_excesses_tails_and_what_was_expected_are_means_over_the_rollouts_that_have_a_reference():
+    counters = {
+        "opd_length_scored_total": 8.0,
+        "opd_length_over_nats_total": 3.0,
+        "opd_length_under_nats_total": 1.0,
+        "opd_length_squares_total": 2.0,
+        "opd_length_tail_total": 2.0,
+        "opd_length_tail_expected_total": 0.4,
+        "opd_length_reference_spread_nats": 0.5,
+    }
+    seen = compute(Snapshot(), snapshot([40] * 8, **counters)).observations
+    assert seen["length"] == Observation(0.25, 8.0, spread=0.5, variance=0.25 - 0.0625)
+    assert seen["short"] == seen["length"]
+    assert seen["tail"] == Observation(0.25, 8.0, 0.05)
+    assert "truncation" not in seen
 
 
-def test_rollouts_cut_by_a_lowered_cap_are_no_truncation_but_belong_to_the_tail():
-    signals = compute(Snapshot(), snapshot([30] * 12 + [75] * 4, cap=75, cut=4), REFERENCE, 1.25)
+def test_without_a_reference_truncation_takes_the_place_of_the_tail():
+    seen = compute(Snapshot(), snapshot([30] * 12 + [75] * 4, cap=75)).observations
+    assert seen["truncation"] == Observation(0.25, 16.0)
+    assert not {"length", "tail", "short"} & seen.keys()
+
+
+def test_rollouts_cut_by_a_lowered_cap_are_no_truncation():
+    signals = compute(Snapshot(), snapshot([30] * 12 + [75] * 4, cap=75, cut=4))
     assert signals.truncation_rate == 0
     assert signals.governor_cut_rate == 0.25
-    assert signals.tail_share == 0.25
 
 
 def test_a_counter_that_went_back_is_read_from_zero():
-    signals = compute(snapshot([100] * 50, steps=9), snapshot([40] * 8, steps=1), REFERENCE, 1.25)
-    assert (signals.num_rollouts, signals.length_mean_tokens, signals.tail_share, signals.steps_spanned) == (8, 40, 0, 1)
+    signals = compute(snapshot([100] * 50, steps=9), snapshot([40] * 8, steps=1))
+    assert (signals.num_rollouts, signals.length_mean_tokens, signals.steps_spanned) == (8, 40, 1)
 
 
 def test_means_over_tokens_and_labels():
@@ -85,7 +97,7 @@ def test_means_over_tokens_and_labels():
             *(("opd_stop_teacher_logprob_bucket", {"form": "class", "le": e}, n) for e, n in (("-1", 2.0), ("0", 4.0), ("+Inf", 4.0))),
         ]
     )
-    signals = compute(Snapshot(), now, REFERENCE, 1.25)
+    signals = compute(Snapshot(), now)
     assert signals.num_rollouts == 5
     assert (signals.truncation_rate, signals.loop_rate) == (0.2, 0.4)
     assert signals.kl_nats == 0.4
@@ -96,8 +108,9 @@ def test_means_over_tokens_and_labels():
 
 
 def test_nothing_measured_is_none_and_never_zero():
-    signals = compute(Snapshot(), Snapshot(), Reference(), 1.25)
+    signals = compute(Snapshot(), Snapshot())
     measured = {name: value for name, value in signals.to_json().items() if name not in ("data_age_s", "blind", "blind_reason")}
+    assert measured.pop("observations") == {}
     assert set(measured.values()) == {None}
 
 
@@ -105,18 +118,11 @@ def test_nothing_measured_is_none_and_never_zero():
 def test_a_number_that_is_none_never_gets_through(broken, data):
     healthy = snapshot([40] * 32)
     keys = data.draw(st.sets(st.sampled_from(sorted(healthy.series))))
-    signals = compute(Snapshot(), Snapshot({k: broken if k in keys else v for k, v in healthy.series.items()}), REFERENCE, 1.25)
-    assert all(value is None or math.isfinite(value) for value in signals.to_json().values() if not isinstance(value, str))
-
-
-def test_the_last_reference_is_held_while_none_is_published():
-    published = Snapshot.of([("opd_length_reference_tokens", {"stat": s}, v) for s, v in (("mean", 38.0), ("p99", 57.0))])
-    assert read_reference(published, Reference()) == Reference(38.0, 57.0)
-    assert read_reference(Snapshot(), Reference(38.0, 57.0)) == Reference(38.0, 57.0)
-    broken = Snapshot.of([("opd_length_reference_tokens", {"stat": s}, v) for s, v in (("mean", 0.0), ("p99", math.nan))])
-    assert read_reference(broken, Reference(38.0, 57.0)) == Reference(38.0, 57.0)
+    signals = compute(Snapshot(), Snapshot({k: broken if k in keys else v for k, v in healthy.series.items()}))
+    assert all(value is None or math.isfinite(value) for value in signals.to_json().values() if not isinstance(value, str | dict))
+    assert all(math.isfinite(each.value) for each in signals.cleaned().observations.values())
 
 
 def test_signals_survive_json():
-    signals = compute(Snapshot(), snapshot([40] * 32), REFERENCE, 1.25)
+    signals = compute(Snapshot(), snapshot([40] * 32))
     assert Signals.from_json(signals.to_json()) == signals

@@ -18,10 +18,8 @@ STRICT = (
     "data.golden.num_prompts=64",
     "data.eval.every_steps=8",
     "data.eval.limit=16",
-    # It would act: any length is in the tail, any KL too high.
-    "governor.target_tail_share=0",
-    "governor.tail_multiple=1",
-    "governor.target_kl_ratio=1",
+    # It would act: lengths should be a tenth of the teacher's.
+    "governor.length_factor=0.1",
 )
 
 

@@ -10,11 +10,6 @@ const CHARTS = [
   { id: "ends", title: "Truncated and looping rollouts (share)", lines: [line("truncation", "truncated", "--c1"), line("loops", "looping", "--c2", [6, 4])] },
   { id: "kl", title: "KL to the teacher by position of the token (nats)", byPosition: true, lines: [line("kl_nats", "all", "--c1")] },
   { id: "pressure", title: "Governor: pressure", lines: [line("pressure", "pressure", "--c1")], range: [0, 1] },
-  { id: "shares", title: "Governor: learning-rate scale, quota, loop tail", range: [0, 1], lines: [
-    line("lr_scale", "learning-rate scale", "--c1"), line("admission_quota", "admission quota", "--c2", [6, 4]), line("loop_tail_weight", "loop-tail weight", "--c3", [2, 3]),
-  ] },
-  { id: "weights", title: "Governor: loss weights", lines: [line("golden_weight", "golden", "--c1"), line("reference_kl_weight", "reference KL", "--c2", [6, 4])] },
-  { id: "tilt", title: "Governor: stop tilt (nats)", lines: [line("stop_tilt_nats", "stop tilt", "--c1")] },
   { id: "eval", title: "Held-out accuracy and truncation (share)", range: [0, 1], sparse: true, lines: [
     line("eval_accuracy", "accuracy", "--c4"), line("eval_truncation", "truncated", "--c2", [6, 4]),
   ] },
@@ -28,6 +23,29 @@ export function show(value) {
 }
 
 const read = (record, key) => (key.startsWith("kl:") ? record.kl_by_position?.[key.slice(3)] : record[key]) ?? null;
+
+// Charts of what the service declares: actuators by unit, signals' evidence over its threshold (pressure starts at 1).
+const STYLES = [["--c1"], ["--c2", [6, 4]], ["--c3", [2, 3]], ["--c4", [8, 3, 2, 3]], ["--c1", [1, 3]], ["--c2", [10, 4]], ["--c3", [4, 2]]];
+const styled = (key, label, i) => line(key, label, ...STYLES[i % STYLES.length]);
+const GROUPS = {
+  share: { id: "shares", title: "Governor: factors and shares", range: [0, 1] },
+  factor: { id: "shares", title: "Governor: factors and shares", range: [0, 1] },
+  "": { id: "weights", title: "Governor: loss weights" },
+  nats: { id: "tilt", title: "Governor: tilts (nats)" },
+};
+
+function declaredCharts({ actuators, signals }) {
+  const groups = new Map();
+  for (const { name, title, unit } of actuators) {
+    if (name === "cap_tokens") continue; // drawn with the lengths it cuts
+    const group = GROUPS[unit] ?? { id: `unit-${unit}`, title: `Governor: ${unit}` };
+    if (!groups.has(group.id)) groups.set(group.id, { ...group, lines: [] });
+    const { lines } = groups.get(group.id);
+    lines.push(styled(name, title, lines.length));
+  }
+  const evidence = signals.map(({ name }, i) => styled(`evidence:${name}`, name.replaceAll("_", " "), i));
+  return [...groups.values(), { id: "evidence", title: "Governor: evidence over its threshold (acts from 1 on)", range: [0, 1.5], lines: evidence }];
+}
 
 class Chart {
   constructor(parent, spec, tip) {
@@ -197,10 +215,18 @@ const tip = {
 
 export function makeCharts(parent) {
   const charts = CHARTS.map((spec) => new Chart(parent, spec, tip));
+  let declared = false;
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((chart) => {
     chart.build();
     chart.setRecords(chart.records, chart.events);
   }));
   document.addEventListener("keydown", (event) => event.key === "Escape" && tip.close());
-  return { setRecords: (records, events) => charts.forEach((chart) => chart.setRecords(records, events)) };
+  return {
+    setRecords: (records, events) => charts.forEach((chart) => chart.setRecords(records, events)),
+    declare: (what) => {
+      if (declared || !what) return;
+      declared = true;
+      charts.push(...declaredCharts(what).map((spec) => new Chart(parent, spec, tip)));
+    },
+  };
 }

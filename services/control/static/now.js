@@ -7,16 +7,18 @@ const percent = (value) => (value === null || value === undefined ? "–" : `${(
 const three = (value) => show(typeof value === "number" ? Number(value.toPrecision(3)) : value);
 
 // [label, value, what it is held against, whether it is beyond]
-function tiles(run, records, governor, policy) {
+function tiles(run, records, governor) {
   const now = records.at(-1) ?? {};
-  const over = (value, target) => value > target && governor.mode !== null;
-  const against = (target) => `target ${percent(target)}`;
+  const cut = governor.signals.expected_cut_rate;
+  const signal = governor.readings?.tail ?? governor.readings?.truncation;
+  const loops = governor.readings?.loops;
+  const bound = (reading) => (reading?.bound === undefined || reading?.bound === null ? "before any filter" : `healthy: at most ${percent(reading.bound)}`);
   const restarts = Object.entries(run.restarts);
   const held = records.findLast((record) => (record.eval_accuracy ?? null) !== null);
   return [
     ["Mean length, tokens", three(now.length_mean), `p95 ${three(now.length_p95)}, cap ${show(now.cap_tokens)}`, false],
-    ["Truncated", percent(now.truncation), against(policy.target_truncation), over(now.truncation, policy.target_truncation)],
-    ["Looping", percent(now.loops), against(policy.target_loop_rate), over(now.loops, policy.target_loop_rate)],
+    ["Truncated", percent(now.truncation), cut === undefined || cut === null ? "before any filter" : `the teacher: ${percent(cut)}`, (signal?.pressure ?? 0) > 0],
+    ["Looping", percent(now.loops), bound(loops), (loops?.pressure ?? 0) > 0],
     ["Pressure", three(governor.pressure), `governor: ${governor.mode ?? "–"}`, governor.pressure >= 0.5],
     ["KL, nats a token", three(now.kl_nats), "low is no proof of health", false],
     ["Held-out accuracy", percent(held?.eval_accuracy), held ? `at step ${held.step}` : "not measured", false],
@@ -40,8 +42,8 @@ function write(list, rows) {
   });
 }
 
-export function showNow(run, records, governor, policy) {
-  write(document.getElementById("now"), tiles(run, records, governor, policy));
+export function showNow(run, records, governor) {
+  write(document.getElementById("now"), tiles(run, records, governor));
   const limits = Object.entries(run.limits).filter(([name]) => name !== "generation");
   write(document.getElementById("limits"), limits.map(([name, value]) => [name.replaceAll("_", " "), show(value), "", false]));
 }

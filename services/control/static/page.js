@@ -15,7 +15,6 @@ let records = [];
 let decisions = [];
 let generations = [];
 let samples = [];
-let policy = {}; // the governor's tunable settings: its targets
 let chosenSample = null; // null follows the newest that loops, else the newest
 
 async function readNew(run) {
@@ -37,10 +36,11 @@ async function readNew(run) {
   decisions = decisions.slice(-NUM_DECISIONS);
   const config = await get("v1/config");
   if (config.generation !== generations.at(-1)?.generation) generations = (await get("v1/config/history")).history;
-  policy = config.governor;
   await noticeConfig(config);
   samples = (await get("v1/samples")).samples;
-  return get("v1/governor");
+  const governor = await get("v1/governor");
+  charts.declare(governor.declared);
+  return governor;
 }
 
 // Decisions that hold or repeat the one before are in the list only.
@@ -63,7 +63,7 @@ function showRun(run, governor) {
   $("progress").value = run.step;
   $("progress-text").textContent = `step ${run.step} of ${run.total_steps}, weights v${run.weight_version}`;
   $("governor").textContent = `The governor's mode is ${governor.mode ?? "not known yet"}. Limits in force:`;
-  showNow(run, records, governor, policy);
+  showNow(run, records, governor);
   const over = ["finished", "failed", "stopping"].includes(run.phase);
   for (const button of $("verbs").children) button.disabled = over;
   charts.setRecords(records, findEvents(run));

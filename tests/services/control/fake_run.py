@@ -5,6 +5,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from opd_governor.actors.governor.actuators import describe
 from opd_governor.services.job.settings import Job
 
 
@@ -45,6 +46,12 @@ def make_step(step: int) -> dict[str, Any]:
         "kl_by_position": {"0-15": 0.5 / (1 + step), "16-63": 1.0 / (1 + step), "64-255": 2.0 / (1 + step)},
         "eval_accuracy": 0.4 + step / 100 if step % 10 == 0 else None,
     }
+
+
+READINGS = {
+    "tail": {"value": 0.051, "bound": 0.032, "evidence": 12.0, "threshold": 10.5, "pressure": 0.3},
+    "loops": {"value": 0.02, "bound": 0.025, "evidence": 0.0, "threshold": 10.5, "pressure": 0.0},
+}
 
 
 class FakeRun:
@@ -102,7 +109,14 @@ class FakeRun:
         ]
 
     def governor(self) -> dict[str, Any]:
-        return {"mode": "enforce", "pressure": 0.25, "signals": {"truncation": math.nan}, "limits": self.status()["limits"]}
+        return {
+            "mode": "enforce",
+            "pressure": 0.25,
+            "signals": {"truncation": math.nan, "expected_cut_rate": 0.01},
+            "readings": READINGS,
+            "limits": self.status()["limits"],
+            "declared": describe(),
+        }
 
     def decisions(self, after: int) -> list[dict[str, Any]]:
         """Holds for ten steps, then tightens at every second one."""

@@ -1,11 +1,11 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.golden import choose_prompts, collect_golden, golden_key, measure_lengths
 from opd_governor.services.inputs.prompts import open_prompts
-from opd_governor.services.inputs.refusals import DataError
 from opd_governor.services.job.settings import GoldenSettings
 from tests.services.inputs.test_prompts import job_of, write_lines
 from tests.tiny import tiny_tokenizer
@@ -77,9 +77,25 @@ async def test_without_golden_answers_the_lengths_are_still_measured(tmp_path):
     assert golden.reference.num_answers == 6
 
 
-async def test_nothing_kept_is_an_error_with_a_remedy(tmp_path):
-    with pytest.raises(DataError, match=r"none of 6 answers .* raise data\.golden\.max_new_tokens"):
-        await collect(FakeTeacher(unfinished=set(range(6))), tmp_path)
+async def test_a_teacher_that_finishes_nothing_runs_without_golden_answers_and_without_a_length_model(tmp_path):
+    golden = await collect(FakeTeacher(unfinished=set(range(6))), tmp_path)
+    assert golden.answers == {}
+    assert golden.reference.censored_share == 1
+    assert golden.reference.model is None
+
+
+async def test_cut_answers_are_censored_and_not_missing(tmp_path):
+    """The longest sixth of the answers is cut at 20 tokens: the model knows that they were longer."""
+    prompts = [replace(PROMPTS[0], index=i) for i in range(300)]
+    lengths = np.exp(np.random.default_rng(0).normal(2.5, 0.5, 300)).astype(int) + 1
+
+    def teacher(asked):
+        return [(9,) * 20 if lengths[p.index] > 20 else (*[9] * (int(lengths[p.index]) - 1), STOP) for p in asked]
+
+    reference = (await collect(teacher, tmp_path, prompts)).reference
+    assert reference.censored_share == pytest.approx(float((lengths > 20).mean()))
+    assert reference.p99_tokens == pytest.approx(np.quantile(lengths, 0.99), rel=0.25)
+    assert reference.model.spread_nats == pytest.approx(np.log(lengths).std(), rel=0.15)
 
 
 def test_the_cache_key_moves_with_all_that_shapes_an_answer():

@@ -25,7 +25,8 @@ def test_a_minimal_job_needs_a_name_models_and_prompts(tmp_path: Path) -> None:
     [
         (MINIMAL + "learnr: {}\n", ["learnr: unknown key"]),
         (MINIMAL + "rollout: {temperature: 9}\n", ["rollout.temperature", "less than or equal to 2", "9"]),
-        (MINIMAL + "governor: {target_truncation: 1.5}\n", ["governor.target_truncation", "1.5"]),
+        (MINIMAL + "governor: {max_golden_weight: 11}\n", ["governor.max_golden_weight", "11"]),
+        (MINIMAL + "governor: {target_truncation: 0.1}\n", ["governor", "target_truncation is gone", "governor.length_factor"]),
         (MINIMAL + "preset: best\n", ["preset", "'plain-opd', 'stable-opd' or 'governed'", "'best'"]),
         (MINIMAL + "objective: {loss: forward_kl}\n", ["objective", "forward_kl needs a dense support"]),
         ("name: x\n", ["student: missing"]),

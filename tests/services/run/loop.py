@@ -162,13 +162,15 @@ class FakeGovernor:
     async def set_policy(self, policy: Any, base: LengthLimits, generation: int) -> None:
         self.base = replace(base, generation=self.base.generation + 1)
 
+    async def tell(self, news: str) -> None: ...
+
     async def tick(self, step: int) -> tuple[Any, Record]:
         if step in self.lost_at:
             raise ActorLostError("governor", RuntimeError("gone"))
         command = self.commands.get(step)
         decision = SimpleNamespace(
             limits=self.base, after=SimpleNamespace(pressure=0.0), healthy=step < self.sick_from, signals=SimpleNamespace(data_age_s=0.0),
-            action=command or "hold", signal="", mode="enforce", command=command, reason="because",
+            action=command or "hold", signal="", readings={}, mode="enforce", command=command, reason="because",
         )  # fmt: skip
         return decision, {"step": step, "mode": "enforce", "pressure": 0.0, "signals": {}, "limits": {}}
 
