@@ -104,7 +104,8 @@ def test_every_page_is_reached_from_the_readme() -> None:
         if page not in reached:
             reached.add(page)
             waiting += [(page.parent / path).resolve() for path, _ in links(page) if path.endswith(".md")]
-    assert {page for page in PAGES if page.name in ("README.md", "CONTRIBUTING.md")} <= reached
+    lost = {str(page.relative_to(ROOT)) for page in PAGES if page.name == "README.md" and page not in reached}
+    assert not lost, f"add a row under 'Where to read on' of README.md for {lost}"
 
 
 def test_the_readme_is_short_and_begins_with_what_a_newcomer_needs() -> None:
@@ -135,7 +136,9 @@ def test_every_kind_of_part_has_a_row_in_contributing() -> None:
     for file in (file for folder in ("actors", "services") for file in (ROOT / folder).rglob("*.py")):
         for kind, what in re.findall(r'^([A-Z_]+): Kind\[.*\] = Kind\("(.*)"\)$', file.read_text(), re.MULTILINE):
             rows = [line for line in page.splitlines() if f"`{kind}`" in line]
-            assert any(f"({file.relative_to(ROOT)})" in row for row in rows), f"{kind} ({what}) of {file.relative_to(ROOT)} has no row"
+            assert any(f"({file.relative_to(ROOT)})" in row for row in rows), (
+                f"{kind} ({what}) of {file.relative_to(ROOT)}: add a row to the table of CONTRIBUTING.md"
+            )
 
 
 def test_the_examples_of_contributing_add_their_parts(tmp_path: Path) -> None:
@@ -155,10 +158,11 @@ def test_the_plan_of_the_code_names_every_room_and_its_arrows() -> None:
     page = (ROOT / "services/README.md").read_text()
     contract, *_ = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     arrows = " > ".join(layer.replace("opd_governor.services.", "").replace("opd_governor.", "") for layer in contract["layers"])
-    assert f"\n{arrows}\n" in page
-    for folder in ("services", "actors"):
-        prefix = "" if folder == "services" else "actors/"
-        assert all(f"| `{prefix}{room.parent.name}/` |" in page for room in (ROOT / folder).glob("*/__init__.py"))
+    assert f"\n{arrows}\n" in page, f"services/README.md: the arrows are {arrows}"
+    rooms = {f"{room.parent.name}/" for room in (ROOT / "services").glob("*/__init__.py")}
+    rooms |= {f"actors/{room.parent.name}/" for room in (ROOT / "actors").glob("*/__init__.py")}
+    missing = {room for room in rooms if f"| `{room}` |" not in page}
+    assert not missing, f"add a row to services/README.md for {missing}"
 
 
 def test_make_help_lists_every_target_that_a_person_calls() -> None:

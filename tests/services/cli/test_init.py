@@ -112,13 +112,12 @@ def test_without_a_terminal_what_is_missing_is_named() -> None:
     assert (refused.exit_code, refused.stderr) == (2, "opd: --teacher: missing; give it, or run opd init on a terminal\n")
 
 
-def test_a_pair_that_cannot_be_distilled_is_written_and_its_failure_said(folder: Path) -> None:
-    build_tiny(folder / "student", seed=1)
-    build_tiny(folder / "teacher", seed=2, extra=("é",))
-    answered = opd_init()
-    assert answered.exit_code == 3
-    assert "different" in answered.output
-    assert "mend it" in answered.output
+def test_a_job_that_check_refuses_is_written_and_its_failure_said(folder: Path) -> None:
+    build_pair(folder)
+    answered = opd_init("--eval", "heldout.jsonl", "--verifier", "judge.py:is_right")
+    assert answered.exit_code == 2
+    assert "judge.py" in answered.output
+    assert "job.yaml is written; mend it" in answered.output
 
 
 def test_on_a_terminal_it_asks_for_what_was_not_given(folder: Path) -> None:
