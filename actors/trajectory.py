@@ -40,6 +40,8 @@ class Prompt:
     prompt."""
     privileged_ids: tuple[int, ...] = ()
     """What only the teacher sees, in the student's tokens: to find copies of it in answers."""
+    teacher_weights: tuple[tuple[str, float], ...] = ()
+    """Teachers' names with their weights on this prompt, where it has its own; a teacher of weight 0 is not asked."""
     golden_ids: tuple[int, ...] | None = None
     """A complete, terminating answer (its stop id included)."""
     teacher_finishes: bool | None = None

@@ -87,6 +87,12 @@ class TeacherPool:
             raise CallerError(f"domain {domain!r} has no teacher (teacher.domains: {offered}); add it to one, or leave one's domains empty")
         return serving
 
+    def weights_on(self, prompt: Prompt) -> dict[Teacher, float]:
+        """The teachers that score a prompt, with their shares in the blend. Raises CallerError as `teachers_of` does."""
+        own = dict(prompt.teacher_weights)
+        weights = {teacher: own.get(teacher.settings.name, teacher.settings.weight) for teacher in self.teachers_of(prompt.domain)}
+        return {teacher: weight for teacher, weight in weights.items() if weight > 0}
+
     async def start(self) -> None:
         """Wait until every actor has its model. Raises what a constructor raised, or HungError."""
         await asyncio.gather(*(member.start() for member in self.members))
@@ -107,7 +113,7 @@ class TeacherPool:
         """Teacher -> place of a trajectory -> what it is asked there."""
         for place, trajectory in enumerate(trajectories):
             request = self._request(trajectory)
-            for teacher in self.teachers_of(trajectory.prompt.domain):
+            for teacher in self.weights_on(trajectory.prompt):
                 asked.setdefault(teacher, {})[place] = request
         found = await _all([self._score(teacher, requests) for teacher, requests in asked.items()])
         answers: dict[Teacher, Mapping[int, Answer]] = dict(zip(asked, found, strict=True))
@@ -149,14 +155,14 @@ class TeacherPool:
 
     def _blend(self, place: int, trajectory: Trajectory, answers: Mapping[Teacher, Mapping[int, Answer]]) -> TokenScores | None:
         """Every teacher of the domain has to have answered, with finite scores."""
-        teachers = self.teachers_of(trajectory.prompt.domain)
+        teachers = self.weights_on(trajectory.prompt)
         arrived = [answers[teacher][place] for teacher in teachers if place in answers[teacher]]
         odd = [answer.scores for answer in arrived if not answer.finite]
         for scores in odd:
             self._events.on_nonfinite(trajectory, scores)
         if odd or len(arrived) < len(teachers):
             return None
-        blend = blend_scores([answer.scores for answer in arrived], [teacher.settings.weight for teacher in teachers])
+        blend = blend_scores([answer.scores for answer in arrived], list(teachers.values()))
         prompt = trajectory.prompt
         if not prompt.privileged_ids:
             return blend
@@ -174,7 +180,8 @@ class TeacherPool:
         answers: list[tuple[int, ...] | None] = [None] * len(prompts)
         positions: dict[str, list[int]] = {teacher.settings.name: [] for teacher in self.teachers}
         for position, prompt in enumerate(prompts):
-            heaviest = max(self.teachers_of(prompt.domain), key=lambda teacher: teacher.settings.weight)
+            weights = self.weights_on(prompt)
+            heaviest = max(weights, key=weights.__getitem__)
             positions[heaviest.settings.name].append(position)
 
         async def answer(teacher: Teacher, group: list[int]) -> None:

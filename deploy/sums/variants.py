@@ -62,9 +62,9 @@ PAIRS = Plan(6, 3, 96, 256, 1800, 3e-3, draw_right_batches)
 
 
 def build_pairs_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE that merges the most frequent pairs of characters, never across the question mark; numbered by frequency, specials last."""
+    """BPE that merges the most frequent pairs of characters, never with a question mark or an equals sign; specials come last."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[?]"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[?=]"), "isolated")
     core.decoder = decoders.Fuse()
     rng = random.Random(7)
     problems = [problem for batch in draw_growing(rng, 400) for problem in batch]

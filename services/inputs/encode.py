@@ -3,12 +3,14 @@
 rows --drafts--> text of student, teacher and golden answer --tokens--> columns of a table
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opd_governor.actors.rollout.loops import find_loop
 from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.services.inputs.blends import teacher_weights
 from opd_governor.services.inputs.models import answer_stop
 from opd_governor.services.inputs.privileged import TEACHER_PROMPT, privileged
 from opd_governor.services.inputs.questions import Messages, Notes, Question, read_question
@@ -56,6 +58,8 @@ class Draft:
     token_ids: list[int] | None = None
     teacher_ids: list[int] | None = None
     privileged_ids: list[int] | None = None
+    weights: str | None = None
+    """Of the teachers on this row, as JSON."""
     golden_ids: list[int] | None = None
 
 
@@ -164,10 +168,12 @@ class RowEncoder:
         for draft in drafts:
             question = draft.question
             assert question is not None
-            view = self._view(question.domain, question.row)
-            if view is None:
-                continue
             try:
+                weights = teacher_weights(question.row, [teacher.name for teacher in self._serving(question.domain)])
+                draft.weights = json.dumps(weights) if weights else None
+                view = self._view(question.domain, question.row)
+                if view is None:
+                    continue
                 seen = privileged(question, view.teacher.context)
             except RowError as error:
                 draft.error = error
@@ -196,7 +202,7 @@ class RowEncoder:
 
     def _view_of(self, domain: str) -> View | None:
         """None where the domain has no teacher. Raises DataError where its teachers do not see the same."""
-        serving = [teacher for teacher in self._terms.teachers if not teacher.domains or domain in teacher.domains]
+        serving = self._serving(domain)
         views = {(t.system_prompt, t.context, repr(self._keys(t)), t.name if self._is_apart(t) else None): t for t in serving}
         if len(views) > 1:
             names = ", ".join(teacher.name for teacher in serving)
@@ -216,6 +222,9 @@ class RowEncoder:
                 form = ChatForm(self._tokenizer, self._keys(teacher), "the student")
             return View(teacher, form, Encoder(other, f"teacher {teacher.name}"))
         return View(teacher, ChatForm(self._tokenizer, self._keys(teacher), "the student"), self._encoder)
+
+    def _serving(self, domain: str) -> list[TeacherSettings]:
+        return [teacher for teacher in self._terms.teachers if not teacher.domains or domain in teacher.domains]
 
     def _is_apart(self, teacher: TeacherSettings) -> bool:
         """Whether its prompts are made by its own tokenizer."""

@@ -3,6 +3,7 @@
 data.prompts --open_rows--> rows --open_table--> PromptTable --what fits, what is refused--> PromptStream --next(n)--> Prompt
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -170,6 +171,7 @@ class PromptStream:
             text=row["text"],
             teacher_token_ids=None if row["teacher_ids"] is None else tuple(row["teacher_ids"]),
             privileged_ids=tuple(row["privileged_ids"] or ()),
+            teacher_weights=tuple(json.loads(row["weights"]).items()) if row["weights"] else (),
             golden_ids=self._golden.get(index, None if answer is None else tuple(answer)),
             teacher_finishes=self._finished.get(index),
         )

@@ -51,6 +51,7 @@ SCHEMA = pyarrow.schema(
         "domain": pyarrow.string(),
         "answer": pyarrow.string(),
         "text": pyarrow.large_string(),
+        "weights": pyarrow.string(),
     }
 )
 """token_ids is null for a row that is no prompt."""
@@ -189,6 +190,7 @@ def _record(drafts: Sequence[Draft], found: Found, numbers: Mapping[str, int]) -
         "domain": [q and q.domain for q in questions],
         "answer": [q and q.answer for q in questions],
         "text": [q and q.text for q in questions],
+        "weights": [draft.weights for draft in drafts],
     }
     return pyarrow.record_batch([pyarrow.array(columns[item.name], item.type) for item in SCHEMA], SCHEMA)
 

@@ -14,6 +14,7 @@ from opd_governor.actors.trajectory import LengthLimits, TokenScores, Trajectory
 from opd_governor.services.inputs.verifiers import Evaluation
 from opd_governor.services.record.batch import Batch
 from opd_governor.services.record.rundir import Record
+from opd_governor.services.record.scores import score_fields
 from opd_governor.services.record.telemetry import Telemetry
 
 CLOCK_FIELDS = frozenset({"time", "step_s", "wait_s", "rollout_s", "score_s", "learn_s", "sync_s", "govern_s", "tokens_per_s"})
@@ -93,6 +94,7 @@ def step_record(
         **_of_limits(limits),
         **_of_times(times, num_tokens),
         **(_of_learner(batch, report) if report else {}),
+        **score_fields(batch.scored),
         **evaluation_fields(evaluations),
     }
 

@@ -93,3 +93,15 @@ def test_an_id_one_vocabulary_lacks_has_no_probability_there():
     blended = blend_scores([scores([4, -1], [-1, -np.inf]), scores([4, 6], [-1, -2])], [1, 1])
     assert blended.support_ids_TK.tolist() == [[4, 6]]
     np.testing.assert_allclose(blended.support_logp_TK, [[-1, -2 + np.log(0.5)]], rtol=1e-6)
+
+
+async def test_a_prompts_own_weights_come_before_the_teachers_and_a_weight_of_0_asks_nobody():
+    one, two = FakeTeacher(logp=-1), FakeTeacher(logp=-3)
+    pool = build([(settings(name="a"), [one]), (settings(name="b"), [two])])
+    first, second = (trajectory(), trajectory())
+    first = replace(first, prompt=replace(first.prompt, teacher_weights=(("a", 3.0),)))
+    second = replace(second, prompt=replace(second.prompt, teacher_weights=(("a", 0.0),)))
+    blend, alone = await pool.score([first, second])
+    np.testing.assert_allclose(blend.sampled_logp_T, np.log(0.75 * np.exp(-1) + 0.25 * np.exp(-3)), rtol=1e-6)
+    assert alone.teacher == "b"
+    np.testing.assert_allclose(alone.sampled_logp_T, -3, rtol=1e-6)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_governor.actors.teacher.copied import copied_tokens
+from opd_governor.services.inputs.blends import teacher_weights
 from opd_governor.services.inputs.privileged import columns_named, privileged
 from opd_governor.services.inputs.prompts import open_prompts
 from opd_governor.services.inputs.questions import Notes, Question, read_question
@@ -120,3 +121,28 @@ def test_a_token_is_copied_exactly_where_some_run_around_it_stands_in_the_hint(i
         around = [ids[s : s + run] for s in range(max(0, place - run + 1), place + 1) if s + run <= len(ids)]
         stands = any(window == hint[s : s + run] for window in around for s in range(len(hint) - run + 1))
         assert found[place] == stands
+
+
+def test_a_row_may_weigh_its_teachers(tmp_path: Path) -> None:
+    rows = [{"prompt": "1?"}, {"prompt": "2?", "teacher_weights": {"a": 0, "b": 2}}, {"prompt": "3?", "teacher_weights": '{"a": 0.5}'}]
+    one = job(tmp_path, rows, name="a")
+    two = one.model_copy(update={"teacher": (*one.teacher, one.teacher[0].model_copy(update={"name": "b"}))})
+    prompts = open_prompts(two, tiny_tokenizer(), 64).prompts()
+    assert [prompt.teacher_weights for prompt in prompts] == [(), (("a", 0.0), ("b", 2.0)), (("a", 0.5),)]
+    with pytest.raises(DataError, match=r"prompts.jsonl:2: column 'teacher_weights' names 'b'"):
+        open_prompts(one, tiny_tokenizer(), 64)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("{", "must be an object"),
+        ([1], "must be an object"),
+        ({"a": -1}, "at least 0"),
+        ({"a": True}, "at least 0"),
+        ({"a": 0}, "no teacher"),
+    ],
+)
+def test_weights_that_are_none_are_refused(weights, words: str) -> None:
+    with pytest.raises(RowError, match=words):
+        teacher_weights({"teacher_weights": weights}, ["a"])
