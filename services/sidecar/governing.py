@@ -1,6 +1,6 @@
 """The governor of one run of another trainer: steps in, limits out. The only file of this room that talks to the law.
 
-    StepSeen --> reference (posted, or the run's own first steps) --> Signals --> law.decide --> Answer
+StepSeen --> reference (posted, or the run's own first steps) --> Signals --> law.decide --> Answer
 """
 
 import time
