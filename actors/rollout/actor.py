@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,12 +91,21 @@ class RolloutActor:
                 async with self._held() if self._strict else contextlib.nullcontext():
                     for prompt, sample in requests:
                         pending.add(asyncio.create_task(await self._submit(prompt, sample, limits, step, settings, greedy)))
+                own_top = self._top_k > 0 and settings.filtered and not greedy
+                waiting: list[Trajectory] = []
                 while pending:
                     done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                     if pending:
                         more, pending = await asyncio.wait(pending, timeout=hand_on_s(self._settings.num_actors))
                         done |= more
-                    yield [task.result() for task in done]
+                    finished = [task.result() for task in done]
+                    if own_top and self._strict:
+                        waiting += finished  # their second pass must not share one with sampling
+                    else:
+                        yield list(await asyncio.gather(*map(self._with_top, finished))) if own_top else finished
+                if waiting:
+                    waiting.sort(key=lambda trajectory: (trajectory.prompt.epoch, trajectory.prompt.index, trajectory.sample))
+                    yield [await self._with_top(trajectory) for trajectory in waiting]
             finally:
                 for task in pending:
                     task.cancel()
@@ -109,6 +119,11 @@ class RolloutActor:
         finally:
             await self._engine.release()
 
+    async def _with_top(self, trajectory: Trajectory) -> Trajectory:
+        """With the student's own top-k ids. Sampling through filters, the engine lists ids that are filtered out as if they were likely."""
+        ids_TK = await self._engine.top_ids(trajectory.prompt.token_ids, trajectory.token_ids, self._top_k)
+        return replace(trajectory, support_ids_TK=ids_TK)
+
     async def _submit(
         self, prompt: Prompt, sample: int, limits: LengthLimits, step: int, settings: RolloutSettings, greedy: bool
     ) -> Coroutine[None, None, Trajectory]:
@@ -120,8 +135,9 @@ class RolloutActor:
             params = greedy_params(prompt, limits, settings, **terms)
         else:
             seed = request_seed(self._seed, prompt, sample, step)
+            top_k = 0 if settings.filtered else self._top_k
             params = sampling_params(
-                prompt, limits, settings, seed=seed, reference_tokens=self._reference_tokens, top_k_logprobs=self._top_k, **terms
+                prompt, limits, settings, seed=seed, reference_tokens=self._reference_tokens, top_k_logprobs=top_k, **terms
             )
         try:
             answer = await self._engine.submit(list(prompt.token_ids), params)

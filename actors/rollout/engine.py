@@ -8,7 +8,7 @@ Each token's log-prob is that of the distribution it was drawn from. The version
 import asyncio
 import itertools
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,25 @@ class Engine:
         output = await (await self._add(token_ids, params))
         assert output.prompt_logprobs is not None
         return np.array([row[token].logprob for row, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)], np.float32)
+
+    async def top_ids(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], num: int) -> np.ndarray:
+        """[T, num] the likeliest ids at each position of a response, whatever filters it was sampled through: temperature 1, the weights
+        in force. One pass over prompt and response, without decoding."""
+        if not token_ids:
+            return np.empty((0, num), np.int32)
+        params = SamplingParams(
+            max_tokens=1, temperature=1.0, prompt_logprobs=num, logprobs=num, seed=0, detokenize=False, flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        # The last token is left out: it may be the window's last. What follows the one before it is asked as the next token.
+        output = await (await self._add([*prompt_token_ids, *token_ids[:-1]], params))
+        within, last = output.prompt_logprobs, output.outputs[0].logprobs
+        assert isinstance(within, FlatLogprobs)
+        assert isinstance(last, FlatLogprobs)
+        # Each row: the token itself, then the likeliest, which may name it again.
+        first = within.start_indices[len(prompt_token_ids)] if len(token_ids) > 1 else len(within.token_ids)
+        ids = [*within.token_ids[first:], *last.token_ids]
+        return np.array(ids, np.int32).reshape(len(token_ids), num + 1)[:, 1:]
 
     async def _add(self, prompt_token_ids: list[int], params: SamplingParams) -> Coroutine[None, None, RequestOutput]:
         request_id = str(next(self._request_ids))

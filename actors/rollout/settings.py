@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from opd_governor.actors.settings import Settings
 
@@ -61,7 +61,7 @@ class RolloutSettings(Settings):
     no_repeat_ngram: Annotated[int, Field(ge=0, le=64)] = 0
     """No n-gram of this length occurs twice in a response; 0 turns it off."""
     stop_token_ids: tuple[int, ...] | None = None
-    """The stop event E. None: the stop ids of student and teacher together."""
+    """The stop event E. None: the stop ids of student and teacher together. An id that is named twice counts once."""
     loop_stop: LoopStop = LoopStop()
     stop_ramp: StopRamp = StopRamp()
     loop_min_repeats: Annotated[int, Field(ge=2)] = 4
@@ -88,3 +88,13 @@ class RolloutSettings(Settings):
     engine: dict[str, Any] = Field(default={})
     """More arguments of vLLM's AsyncEngineArgs by name (kv_cache_dtype: fp8, max_num_batched_tokens: 16384, quantization: fp8,
     data_parallel_size: 2); `opd check` holds the names against the installed vLLM. They win over what the keys here set."""
+
+    @property
+    def filtered(self) -> bool:
+        """Sampling takes tokens out of the distribution: an engine's log-probs no longer tell which ids the student holds likeliest."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @field_validator("stop_token_ids")
+    @classmethod
+    def _once_each(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if value is None else tuple(dict.fromkeys(value))

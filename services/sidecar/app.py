@@ -107,7 +107,9 @@ def create_app(runs: Runs, token: str | None) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     def index() -> Response:
-        return HTMLResponse(_index(runs if token is None else None), headers={"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"})
+        return HTMLResponse(
+            _index(runs if token is None else None), headers={"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
+        )
 
     return app
 
@@ -125,7 +127,9 @@ class _Pages:
         try:
             run = self._runs[name]
         except KeyError:
-            await respond({"title": "Not Found", "status": 404, "detail": "no run of this name has posted a step"}, 404)(scope, receive, send)
+            await respond({"title": "Not Found", "status": 404, "detail": "no run of this name has posted a step"}, 404)(
+                scope, receive, send
+            )
             return
         if not slash:
             await RedirectResponse(f"{scope.get('root_path', '')}/{name}/")(scope, receive, send)

@@ -1,6 +1,6 @@
 """`opd diagnose`: from log files to verdicts, as text, JSON and one picture.
 
-    file --formats--> rows --trainers--> steps --verdict--> Diagnosis
+file --formats--> rows --trainers--> steps --verdict--> Diagnosis
 """
 
 import math
@@ -123,7 +123,11 @@ def render(log: Log, diagnosis: Diagnosis) -> str:
     if (would := diagnosis.governor) is not None:
         before = would.steps_before
         when = "" if before is None or not diagnosis.sick else f", {before} steps before" if before > 0 else f", {-before} steps after"
-        lines += ["", f"The governor would first have acted after step {would.step}{when}: {would.reason}", f"  reference: {would.reference}"]
+        lines += [
+            "",
+            f"The governor would first have acted after step {would.step}{when}: {would.reason}",
+            f"  reference: {would.reference}",
+        ]
     elif diagnosis.sick:
         lines += ["", "The governor would not have acted on these figures: see what the log does not tell."]
     if diagnosis.advice:

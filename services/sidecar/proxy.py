@@ -99,7 +99,9 @@ class Proxy:
             self._note_cap(turned)
         else:
             body = _stream(receive) if scope["method"] not in ("GET", "HEAD") else None
-        headers = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"] if k not in HOP_BY_HOP | {b"host", b"content-length"}]
+        headers = [
+            (k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"] if k not in HOP_BY_HOP | {b"host", b"content-length"}
+        ]
         if route is None and body is not None:
             headers += [("Content-Length", v.decode()) for k, v in scope["headers"] if k == b"content-length"]
         query = scope["query_string"].decode("latin-1")
@@ -109,7 +111,12 @@ class Proxy:
             from yarl import URL
 
             async with self._session.request(
-                scope["method"], URL(target, encoded=True), headers=headers, data=body, skip_auto_headers=("User-Agent", "Accept", "Content-Type"), allow_redirects=False
+                scope["method"],
+                URL(target, encoded=True),
+                headers=headers,
+                data=body,
+                skip_auto_headers=("User-Agent", "Accept", "Content-Type"),
+                allow_redirects=False,
             ) as answer:
                 await self._answer(answer, turned, send)
         except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as error:
@@ -150,9 +157,7 @@ class Proxy:
         if not ended:
             return
         cap = max((one.cap_tokens for one in ended if one.cap_tokens is not None), default=self._cap)
-        seen = StepSeen.of_completions(
-            self._run.step + 1, [one.tokens for one in ended], [one.reason for one in ended], cap_tokens=cap
-        )
+        seen = StepSeen.of_completions(self._run.step + 1, [one.tokens for one in ended], [one.reason for one in ended], cap_tokens=cap)
         answer = self._run.observe(seen)
         log.info("step %d: %d answers, %s", seen.step, len(ended), answer["reason"])
 

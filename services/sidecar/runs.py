@@ -254,7 +254,9 @@ class Runs:
         with self._lock:
             if name not in self._runs:
                 if len(self._runs) >= self._policy.max_runs:
-                    raise ValueError(f"{len(self._runs)} runs are kept, and max_runs is {self._policy.max_runs}; raise it in the policy file")
+                    raise ValueError(
+                        f"{len(self._runs)} runs are kept, and max_runs is {self._policy.max_runs}; raise it in the policy file"
+                    )
                 self._runs[name] = OutsideRun(name, self._folder / name, self._policy)
             return self._runs[name]
 

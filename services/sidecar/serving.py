@@ -19,9 +19,7 @@ class ServingError(ValueError):
     """The service cannot be started: one line for the user."""
 
 
-def serve(
-    policy_path: Path, *, host: str, port: int, out: Path, upstream: str | None, proxy_run: str, say: Callable[[str], None]
-) -> None:
+def serve(policy_path: Path, *, host: str, port: int, out: Path, upstream: str | None, proxy_run: str, say: Callable[[str], None]) -> None:
     """Serve until a signal ends it. Raises ServingError before it listens."""
     try:
         policy = load_policy_file(policy_path)

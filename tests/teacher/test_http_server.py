@@ -12,7 +12,7 @@ from opd_governor.actors.teacher.servers import ById, NextToken, find_server
 from opd_governor.actors.teacher.settings import TeacherSettings
 from tests.teacher.faulty_proxy import CURED, cured, faulty_proxy
 from tests.teacher.vllm_server import vllm_server
-from tests.tiny import build_tiny
+from tests.tiny import CHARACTERS, SPECIAL, build_tiny
 
 pytestmark = pytest.mark.integration
 STOP_IDS = (1, 3)
@@ -89,3 +89,21 @@ def test_through_a_proxy_that_spoils_answers_the_scores_are_the_same(server):
             np.testing.assert_allclose(ours.stop_logp_T, theirs.stop_logp_T, atol=1e-4, rtol=0)
         scorer.close()
         assert sum(proxy.faults[fault] for fault in CURED) == len(CURED)
+
+
+def test_the_stop_mass_is_exact_at_a_large_vocabulary_too(tmp_path):
+    """49,152 ids, two of them stops, mostly far from the 20 likeliest: what a bound on them would only guess."""
+    wide = build_tiny(tmp_path / "wide", seed=4, extra=tuple(f"<{i}>" for i in range(49_152 - len(SPECIAL) - len(CHARACTERS))))
+    draw = np.random.default_rng(2)
+    sent = [ScoreRequest((5, 6, 7), tuple(draw.integers(0, 49_152, n).tolist()), top_k=4) for n in (1, 12, 40)]
+    torch_scorer = TorchScorer(TeacherSettings(model=str(wide)), STOP_IDS)
+    assert torch_scorer.lm.vocabulary == 49_152
+    with vllm_server(wide, "wide", tmp_path / "server.log") as url:
+        scorer = HttpScorer(TeacherSettings(model="wide", backend="http", url=url), STOP_IDS)
+        for ours, theirs in zip(torch_scorer.score(sent), scorer.score(sent), strict=True):
+            np.testing.assert_allclose(np.exp(ours.stop_logp_T), np.exp(theirs.stop_logp_T), atol=1e-4, rtol=0)
+            np.testing.assert_allclose(ours.stop_logp_T, theirs.stop_logp_T, atol=1e-3, rtol=0)
+            np.testing.assert_allclose(ours.sampled_logp_T, theirs.sampled_logp_T, atol=1e-3, rtol=0)
+            np.testing.assert_array_equal(ours.support_ids_TK, theirs.support_ids_TK)
+        assert isinstance(scorer._server, NextToken)
+        scorer.close()
