@@ -242,7 +242,7 @@ class Job(Settings):
 
     @property
     def strict(self) -> bool:
-        """No rollout is sampled ahead: the same job gives the same weights bit for bit, resumed or not (deploy/README.md says on which terms)."""
+        """No rollout is sampled ahead, so the same job gives the same weights bit for bit, resumed or not (terms: deploy/README.md)."""
         return self.rollout.max_staleness == 0
 
     @model_validator(mode="before")
