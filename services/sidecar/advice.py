@@ -20,9 +20,13 @@ _RAISE_CAP = Advice(
     "raise the cap to four times its value for five steps and look at truncation and at the lengths of the answers that end",
     "TRL's old default of 256 cut 97-99 % of a 0.5B model's answers, 1,024 about 14 %; with vLLM the cap must fit max_model_len",
 )
-_LOOK = Advice("read three of the cut answers to their end", "97 % of a blown-up answer is a loop at its end; a good answer that is cut is another illness")
+_LOOK = Advice(
+    "read three of the cut answers to their end",
+    "97 % of a blown-up answer is a loop at its end; a good answer that is cut is another illness",
+)
 _LEARNING_RATE = Advice(
-    "lower the learning rate three times, from a checkpoint before it began", "in small reproductions a brake alone held truncation at 0 where plain runs collapsed"
+    "lower the learning rate three times, from a checkpoint before it began",
+    "in small reproductions a brake alone held truncation at 0 where plain runs collapsed",
 )
 _GOLDEN = Advice(
     "mix in complete answers that end: one for each four rollouts",
@@ -42,7 +46,9 @@ _SHORT = Advice(
     "look for what rewards short answers: length penalties, an overlong filter, a concise teacher",
     "a concise teacher or a length penalty needs a floor; without one length collapses the other way",
 )
-_LOG_MORE = Advice("log length mean and max, truncation and the cap at every step (logging_steps=1)", "a verdict needs at least some tens of steps")
+_LOG_MORE = Advice(
+    "log length mean and max, truncation and the cap at every step (logging_steps=1)", "a verdict needs at least some tens of steps"
+)
 
 ADVICE: dict[str, tuple[Advice, ...]] = {
     "cap_too_low": (_RAISE_CAP, _STOP_IDS, _LOOK),

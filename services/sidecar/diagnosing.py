@@ -1,6 +1,6 @@
 """`opd diagnose`: from log files to verdicts, as text, JSON and one picture.
 
-    file --formats--> rows --trainers--> steps --verdict--> Diagnosis
+file --formats--> rows --trainers--> steps --verdict--> Diagnosis
 """
 
 import math
@@ -123,7 +123,11 @@ def render(log: Log, diagnosis: Diagnosis) -> str:
     if (would := diagnosis.governor) is not None:
         before = would.steps_before
         when = "" if before is None or not diagnosis.sick else f", {before} steps before" if before > 0 else f", {-before} steps after"
-        lines += ["", f"The governor would first have acted after step {would.step}{when}: {would.reason}", f"  reference: {would.reference}"]
+        lines += [
+            "",
+            f"The governor would first have acted after step {would.step}{when}: {would.reason}",
+            f"  reference: {would.reference}",
+        ]
     elif diagnosis.sick:
         lines += ["", "The governor would not have acted on these figures: see what the log does not tell."]
     if diagnosis.advice:
@@ -136,7 +140,7 @@ def render(log: Log, diagnosis: Diagnosis) -> str:
 
 
 def picture(log: Log, diagnosis: Diagnosis) -> list[str]:
-    """One row of bars per figure over the same steps, with its lowest and highest value; marks for when it began and who would have acted."""
+    """One row of bars per figure, with its lowest and highest value; below them when it began and when the governor would have acted."""
     steps, _ = with_truncation(log.steps, TRAINERS[log.trainer].padded_clip_ratio)
     first, last = steps[0].step, steps[-1].step
     span = max(1, last - first)

@@ -342,7 +342,9 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _VERL = re.compile(r"\bstep:(\d+) - ")
 _NUMBERED = re.compile(r"\b(?:step|rollout|perf|iter(?:ation)?|eval)\s*[:#]?\s*(\d+)\b", re.IGNORECASE)
-_BULLET = re.compile(r"^[\s•*\-│|]*([A-Za-z][\w /()%.\-]{2,60}?)\s*[:=]\s*(-?[\d.,]+(?:e[+-]?\d+)?)\s*(%?)\s*\S{0,12}\s*[│|]?\s*$", re.IGNORECASE)
+_BULLET = re.compile(
+    r"^[\s•*\-│|]*([A-Za-z][\w /()%.\-]{2,60}?)\s*[:=]\s*(-?[\d.,]+(?:e[+-]?\d+)?)\s*(%?)\s*\S{0,12}\s*[│|]?\s*$", re.IGNORECASE
+)
 _CELL = re.compile(r"^\s*([A-Za-z][\w /.\-]*?)[:\s]\s*(-?\d[\d.,]*(?:e[+-]?\d+)?)\s*(%?)", re.IGNORECASE)
 _STEP_OF = re.compile(r"\b(?:step|iteration)\s*[:#]?\s*(\d+)\s*(?:/|\||$)", re.IGNORECASE)
 

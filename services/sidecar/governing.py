@@ -1,11 +1,11 @@
 """The governor of one run of another trainer: steps in, limits out. The only file of this room that talks to the law.
 
-    StepSeen --> reference (posted, or the run's own first steps) --> Signals --> law.decide --> Answer
+StepSeen --> reference (posted, or the run's own first steps) --> Signals --> law.decide --> Answer
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from opd_governor.actors.governor.law import decide, start
@@ -19,7 +19,9 @@ BASELINE_STEPS = 8
 """Steps of a run without posted reference lengths whose own answers serve as its reference."""
 BASELINE_TRUNCATION = 0.3
 """A step with more of its answers cut says nothing about how long answers ought to be."""
-MAX_REFERENCES = 4096
+BASELINE_MARGIN = 1.1
+"""A few hundred answers seldom hold the longest one of a hundred thousand."""
+MAX_REFERENCES = 1024
 """Reference lengths kept; beyond it the oldest go."""
 UNKNOWN_CAP_TOKENS = 1_000_000
 """Stands for the cap of a trainer that does not tell it: such a cap is never moved."""
@@ -31,56 +33,39 @@ IGNORED_STEPS = 2
 class Reference:
     """How long answers ought to be, tokens, and who says so."""
 
+    mean_tokens: float | None = None
+    p99_tokens: float | None = None
+    """None: nobody has said yet."""
+    source: str = "none yet"
     posted: tuple[float, ...] = ()
     """Lengths of the teacher's or of golden answers."""
     baseline: tuple[float, ...] = ()
-    """Lengths (or, where a trainer logs none, the longest one of each step) in the first steps."""
+    """Lengths (or, where a trainer logs none, the longest one of each step) in the first steps, until they are enough."""
     baseline_means: tuple[float, ...] = ()
     """Mean length in each of those steps."""
-    given_p99_tokens: float | None = None
-    """Given outright: by the policy file, or by a trainer that posts the figure alone."""
-    given_mean_tokens: float | None = None
 
     def learn(self, seen: StepSeen) -> "Reference":
         """With what this step adds."""
         if seen.reference_p99_tokens is not None:
-            return replace(self, given_p99_tokens=seen.reference_p99_tokens, given_mean_tokens=seen.reference_mean_tokens)
-        if self.posted or self.given_p99_tokens is not None or len(self.baseline_means) >= BASELINE_STEPS:
+            return Reference(seen.reference_mean_tokens, seen.reference_p99_tokens, "the reference length that was given")
+        if self.p99_tokens is not None:
             return self
         mean, longest = seen.length_mean_tokens, seen.length_max_tokens
         if mean is None or longest is None or (seen.truncation or 0.0) > BASELINE_TRUNCATION:
             return self
-        lengths = tuple(map(float, seen.lengths)) or (longest,)
-        return replace(self, baseline=(*self.baseline, *lengths)[-MAX_REFERENCES:], baseline_means=(*self.baseline_means, mean))
+        baseline = (*self.baseline, *(seen.lengths or (longest,)))[-MAX_REFERENCES:]
+        means = (*self.baseline_means, mean)
+        if len(means) < BASELINE_STEPS:
+            return replace(self, source=f"none yet ({len(means)} of {BASELINE_STEPS} steps)", baseline=baseline, baseline_means=means)
+        p99 = BASELINE_MARGIN * quantile(sorted(baseline), 0.99)
+        return Reference(sum(means) / len(means), p99, f"the run's own first {BASELINE_STEPS} steps")
 
     def post(self, lengths: Sequence[float]) -> "Reference":
-        return replace(self, posted=(*self.posted, *map(float, lengths))[-MAX_REFERENCES:]) if lengths else self
-
-    @property
-    def mean_tokens(self) -> float | None:
-        if self.posted:
-            return sum(self.posted) / len(self.posted)
-        if self.given_p99_tokens is not None:
-            return self.given_mean_tokens
-        return sum(self.baseline_means) / len(self.baseline_means) if len(self.baseline_means) >= BASELINE_STEPS else None
-
-    @property
-    def p99_tokens(self) -> float | None:
-        if self.posted:
-            return quantile(sorted(self.posted), 0.99)
-        if self.given_p99_tokens is not None:
-            return self.given_p99_tokens
-        # A tenth more: a few hundred answers seldom hold the longest one of a hundred thousand.
-        return 1.1 * quantile(sorted(self.baseline), 0.99) if len(self.baseline_means) >= BASELINE_STEPS else None
-
-    @property
-    def words(self) -> str:
-        if self.posted:
-            return f"{len(self.posted)} posted reference lengths"
-        if self.given_p99_tokens is not None:
-            return "the reference length that was given"
-        held = len(self.baseline_means)
-        return f"the run's own first {BASELINE_STEPS} steps" if held >= BASELINE_STEPS else f"none yet ({held} of {BASELINE_STEPS} steps)"
+        """With reference lengths that the trainer sent beside a step."""
+        if not lengths:
+            return self
+        posted = (*self.posted, *lengths)[-MAX_REFERENCES:]
+        return Reference(sum(posted) / len(posted), quantile(sorted(posted), 0.99), f"{len(posted)} posted reference lengths", posted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +85,7 @@ class Answer:
     """What the trainer was told and did not do; None: nothing of the kind seen."""
 
     def to_json(self) -> dict[str, Any]:
-        limits = asdict(self.limits)
+        limits = flat(self.limits)
         if not self.cap_known:
             limits["cap_tokens"] = None
         kept = {name: getattr(self, name) for name in ("step", "pressure", "action", "signal", "reason", "healthy", "reference", "ignored")}
@@ -151,7 +136,7 @@ class OutsideGovernor:
             signal=self.decision.signal,
             reason=self.decision.reason,
             healthy=self.decision.healthy,
-            reference=self.reference.words,
+            reference=self.reference.source,
             ignored=ignored,
         )
         return self.last
@@ -169,19 +154,20 @@ class OutsideGovernor:
             "reason": decision.reason,
             "healthy": decision.healthy,
             "pressure": decision.after.pressure,
-            "limits": asdict(decision.limits),
-            "proposed": asdict(decision.proposed),
-            "readings": {name: asdict(reading) for name, reading in decision.readings.items()},
-            "signals": {name: value for name, value in decision.signals.to_json().items() if value is not None},
-            "reference": self.reference.words,
+            "limits": flat(decision.limits),
+            "proposed": flat(decision.proposed),
+            "readings": {name: flat(reading) for name, reading in decision.readings.items()},
+            "signals": {name: value for name, value in flat(decision.signals).items() if value is not None},
+            "reference": self.reference.source,
         }
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs, as JSON values."""
+        law = self._started()
         return {
-            "law": self._started().to_json(),
+            "law": flat(law) | {"limits": law.limits and flat(law.limits)},
             "cap_tokens": self.cap_tokens,
-            "reference": {each.name: getattr(self.reference, each.name) for each in fields(self.reference)},
+            "reference": flat(self.reference),
             "ignored_steps": self._ignored_steps,
         }
 
@@ -258,3 +244,8 @@ def _tail_share(seen: StepSeen, threshold_tokens: float) -> float | None:
     if seen.length_p95_tokens is not None and seen.length_p95_tokens > threshold_tokens:
         proven = max(proven, 0.05)
     return max(proven, seen.truncation or 0.0)
+
+
+def flat(record: Any) -> dict[str, Any]:
+    """A dataclass's fields as they are: `asdict` copies every value, which costs more than the law."""
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}

@@ -13,7 +13,17 @@ from opd_governor.actors.extensions import Kind
 from opd_governor.services.sidecar.formats import Row
 from opd_governor.services.sidecar.seen import StepSeen
 
-STEP_NAMES = ("step", "global_step", "_step", "train/step", "rollout/step", "training/global_step", "iteration", "iter", "trainer/global_step")
+STEP_NAMES = (
+    "step",
+    "global_step",
+    "_step",
+    "train/step",
+    "rollout/step",
+    "training/global_step",
+    "iteration",
+    "iter",
+    "trainer/global_step",
+)
 SKIPPED = ("eval", "val", "validation", "test")
 """Held-out answers are another population."""
 MAX_TOKENS = 1e9
@@ -117,7 +127,12 @@ TRAINERS.add("prime-rl")(
     Vocabulary(
         "prime-rl",
         {
-            "length_mean_tokens": ("agg/all/num_output_tokens/mean", "all/num_output_tokens/mean", "num_output_tokens/mean", "seq_len/mean"),
+            "length_mean_tokens": (
+                "agg/all/num_output_tokens/mean",
+                "all/num_output_tokens/mean",
+                "num_output_tokens/mean",
+                "seq_len/mean",
+            ),
             "length_p95_tokens": ("agg/all/num_output_tokens/p90", "all/num_output_tokens/p90", "num_output_tokens/p90"),
             "length_max_tokens": ("agg/all/num_output_tokens/max", "all/num_output_tokens/max", "num_output_tokens/max", "seq_len/max"),
             "length_min_tokens": ("agg/all/num_output_tokens/min", "all/num_output_tokens/min", "num_output_tokens/min"),
@@ -307,5 +322,5 @@ def _value(name: str, value: Any) -> float | None:
         return number if 0 <= number <= 1 else None
     if name.endswith("_tokens"):
         # A terminated mean of 0 says that no answer ended, not that answers are empty.
-        return number if (0 < number or name != "terminated_mean_tokens") and 0 <= number <= MAX_TOKENS else None
+        return number if (number > 0 or name != "terminated_mean_tokens") and 0 <= number <= MAX_TOKENS else None
     return number
