@@ -39,7 +39,12 @@ def golden_lengths(
         batch = {name: batch[name].to(teacher.device) for name in ("input_ids", "attention_mask")}
         with torch.inference_mode():
             ids_BT = teacher.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, pad_token_id=tokenizer.pad_token_id
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                pad_token_id=tokenizer.pad_token_id,
             )
         for row in ids_BT[:, batch["input_ids"].shape[1] :].tolist():
             end = next((index for index, token in enumerate(row) if token in stop_ids), None)

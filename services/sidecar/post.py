@@ -57,7 +57,9 @@ class StepPost(_Strict):
     """The trainer's own step. The same step with the same body is answered as before."""
     lengths: Annotated[list[Length], Field(max_length=MAX_ITEMS)] | None = None
     """Tokens of each answer."""
-    finish_reasons: Annotated[list[Annotated[str, Field(json_schema_extra={"enum": list(REASONS)})]], Field(max_length=MAX_ITEMS)] | None = None
+    finish_reasons: (
+        Annotated[list[Annotated[str, Field(json_schema_extra={"enum": list(REASONS)})]], Field(max_length=MAX_ITEMS)] | None
+    ) = None
     """Why each answer ended, in the order of `lengths`, as the engine calls it."""
     length_histogram: LengthHistogram | None = None
     """In place of `lengths`."""

@@ -59,7 +59,9 @@ def _lengths(samples: Samples, before: Samples, name: str) -> dict[str, float]:
     mean = (_total(samples, f"{name}_sum") - _total(before, f"{name}_sum")) / number
     edges = sorted({float(held["le"]) for found, held, _ in samples if found == f"{name}_bucket" and "le" in held})
     grown = [(edge, _bucket(samples, name, edge) - _bucket(before, name, edge)) for edge in edges]
-    reached = {share: next((edge for edge, count in grown if count >= share * number and math.isfinite(edge)), None) for share in (0.95, 1.0)}
+    reached = {
+        share: next((edge for edge, count in grown if count >= share * number and math.isfinite(edge)), None) for share in (0.95, 1.0)
+    }
     told = {"num_rollouts": number, "length_mean_tokens": mean, "length_p95_tokens": reached[0.95], "length_max_tokens": reached[1.0]}
     return {key: value for key, value in told.items() if value is not None}
 
