@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opd_governor.services.cli.terminal import AsJson, fail
+from opd_governor.services.cli.plain import AsJson, fail
 
 others = typer.Typer()
 
@@ -33,7 +33,7 @@ def diagnose(
             for number, (log, diagnosis) in enumerate(found):
                 draw(log, diagnosis, picture if number == 0 else picture.with_stem(f"{picture.stem}-{number + 1}"))
     except LogError as error:
-        fail([str(error)], 2)
+        fail(str(error).split("\n"), 2)
     if as_json:
         typer.echo(json.dumps([to_json(log, diagnosis) for log, diagnosis in found], indent=1))
     else:
@@ -62,7 +62,7 @@ def govern(
     try:
         serve(policy, host=host, port=port, out=out, upstream=proxy, proxy_run=run, say=typer.echo)
     except ServingError as error:
-        fail([str(error)], 2)
+        fail(str(error).split("\n"), 2)
 
 
 def main() -> None:

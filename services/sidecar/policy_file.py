@@ -1,5 +1,6 @@
 """POLICY.yaml of `opd govern`: the governor's policy, the trainers' cap, and what to scrape."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,6 @@ from pydantic import Field, ValidationError
 
 from opd_governor.actors.governor.policy import Policy
 from opd_governor.actors.settings import Settings, Url
-from opd_governor.services.job.settings import Job, describe_errors
 from opd_governor.services.sidecar.seen import NUMBERS
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
@@ -38,7 +38,7 @@ class PolicyFile(Settings):
     """As in a job file: aims, bounds and what may be moved."""
     cap_tokens: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
     """The trainers' own cap, tokens: what holds without pressure. None: the cap that each trainer posts."""
-    scrape: list[ScrapeSettings] = []
+    scrape: tuple[ScrapeSettings, ...] = ()
     """Trainers that are read instead of posting."""
     step_answers: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """With --proxy: answers that make a step as long as no weight update has passed."""
@@ -66,23 +66,30 @@ def load_policy_file(path: Path) -> PolicyFile:
     try:
         policy = PolicyFile.model_validate(document or {})
     except ValidationError as error:
-        raise PolicyFileError("\n".join(f"{path}: {line}" for line in describe_errors(error, PolicyFile))) from None
+        raise PolicyFileError("\n".join(f"{path}: {line}" for line in _lines(error))) from None
     for index, scrape in enumerate(policy.scrape):
         if unknown := sorted(scrape.names.keys() - SCRAPED):
             raise PolicyFileError(f"{path}: scrape.{index}.names.{unknown[0]}: no such field; known: {', '.join(sorted(SCRAPED))}")
     return policy
 
 
-def job_of(name: str, cap_tokens: int, policy: Policy) -> Job:
-    """A run of another trainer as a job: what may be tuned in it is the cap and the governor, over the same routes as for our runs."""
-    elsewhere = {"model": "elsewhere"}
-    return Job.model_validate(
-        {
-            "name": name,
-            "student": elsewhere,
-            "teacher": elsewhere,
-            "data": {"prompts": {"path": "elsewhere"}},
-            "rollout": {"max_new_tokens": cap_tokens},
-            "governor": policy.model_dump(),
-        }
-    )
+class OutsideSettings(Settings):
+    """What may be tuned in a run of another trainer while it goes on."""
+
+    cap_tokens: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """The trainer's own cap, tokens: what holds without pressure, and the most the governor ever asks for. None: the cap it posts."""
+    governor: Policy = Policy()
+
+
+def _lines(error: ValidationError) -> list[str]:
+    """One line per mistake: path of the field, what is wrong with it, the value given."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "(file)"
+        if item["type"] == "extra_forbidden":
+            known = list(PolicyFile.model_fields) if len(item["loc"]) == 1 else list(Policy.model_fields)
+            near = get_close_matches(str(item["loc"][-1]), known, n=1)
+            lines.append(f"{where}: unknown key; " + (f"did you mean {near[0]}?" if near else "remove it"))
+        else:
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (got {str(item['input'])[:60]!r})")
+    return lines

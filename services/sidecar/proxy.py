@@ -10,12 +10,12 @@ Lowering max_tokens leaves the distribution of the tokens that are kept alone, s
 import asyncio
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 from starlette.types import ASGIApp, Receive, Scope, Send
+from yarl import URL
 
 from opd_governor.services.sidecar.answers import Ended, read_answer
 from opd_governor.services.sidecar.requests import GENERATION, Turned, turn
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 INSIDE = "/governor"
 """Below it the proxy's own routes: /governor/v1/runs/..., /governor/metrics, /governor/."""
 WEIGHT_UPDATES = (
-    "/update_weights", "/start_weight_update", "/finish_weight_update", "/reload_weights", "/update_named_param", "/batch_update_named_params",
-    "/load_lora_adapter", "/v1/load_lora_adapter", "/update_weights_from_disk", "/update_weights_from_distributed",
-    "/update_weights_from_tensor", "/update_weight_version", "/collective_rpc", "/init_communicator",
+    "/update_weights", "/start_weight_update", "/finish_weight_update", "/update_weight_version", "/reload_weights",
+    "/update_named_param", "/batch_update_named_params", "/init_communicator", "/load_lora_adapter", "/v1/load_lora_adapter",
+    "/update_weights_from_disk", "/update_weights_from_distributed", "/update_weights_from_tensor", "/collective_rpc",
 )  # fmt: skip
 """Requests with which trainers bring new weights to vLLM (its own routes and TRL's server) or SGLang."""
 HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"})
@@ -108,8 +108,6 @@ class Proxy:
         target = self._upstream.url + scope.get("raw_path", scope["path"].encode()).decode("latin-1") + (f"?{query}" if query else "")
         assert self._session is not None
         try:
-            from yarl import URL
-
             async with self._session.request(
                 scope["method"],
                 URL(target, encoded=True),
@@ -186,6 +184,3 @@ async def _bad_gateway(send: Send, detail: str) -> None:
     body = json.dumps({"title": "Bad Gateway", "status": 502, "detail": detail}).encode()
     await send({"type": "http.response.start", "status": 502, "headers": [(b"content-type", b"application/problem+json")]})
     await send({"type": "http.response.body", "body": body})
-
-
-Say = Callable[[str], None]

@@ -10,14 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from opd_governor.services.control.app import MAX_RECORDS, Verb
-from opd_governor.services.job.tunables import ConfigStore, Tunables
-from opd_governor.services.sidecar.governing import UNKNOWN_CAP_TOKENS, OutsideGovernor
-from opd_governor.services.sidecar.policy_file import PolicyFile, job_of
+from opd_governor.services.job.generations import Store
+from opd_governor.services.sidecar.governing import OutsideGovernor, flat
+from opd_governor.services.sidecar.policy_file import OutsideSettings, PolicyFile
 from opd_governor.services.sidecar.post import StepPost
 from opd_governor.services.sidecar.seen import StepSeen
 from opd_governor.services.sidecar.totals import Totals
@@ -44,7 +43,7 @@ class OutsideRun:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._policy = policy
         self._lock = threading.RLock()
-        self._store: ConfigStore | None = None
+        self._store: Store[OutsideSettings] | None = None
         self.governor = OutsideGovernor(policy.governor, policy.cap_tokens)
         self.totals = Totals(name)
         self._sizes = {"metrics.jsonl": 0, "decisions.jsonl": 0}
@@ -60,9 +59,9 @@ class OutsideRun:
 
     # ---- the trainer's side
 
-    def post(self, post: StepPost) -> Record:
-        """Decide on a step. The same step posted again with the same figures gets the same answer and counts once."""
-        digest = hashlib.blake2b(repr(post).encode(), digest_size=12).hexdigest()
+    def post(self, post: StepPost, body: bytes) -> Record:
+        """Decide on a step. The same body posted again gets the same answer and counts once."""
+        digest = hashlib.blake2b(body, digest_size=12).hexdigest()
         with self._lock:
             if self._answer is not None and digest == self._digest:
                 return self._answer
@@ -71,12 +70,12 @@ class OutsideRun:
     def observe(self, seen: StepSeen, reference_lengths: Any = (), digest: str = "") -> Record:
         """Decide on a step, keep it, answer."""
         with self._lock:
-            generation = self._take_config(seen)
+            generation = self._take_config()
             answer = self.governor.observe(seen, reference_lengths)
             asked = list(self._asked)
             document = answer.to_json() | {"asked": asked}
             decision = self.governor.record() | {"config_generation": generation}
-            self._append("metrics.jsonl", _step_record(seen, answer.pressure, asdict(answer.limits), self.governor.cap_tokens))
+            self._append("metrics.jsonl", _step_record(seen, answer.pressure, flat(answer.limits), self.governor.cap_tokens))
             self._append("decisions.jsonl", decision)
             self._asked.clear()
             self._answer, self._digest, self.step, self._seen_at_s = document, digest, seen.step, time.time()
@@ -84,13 +83,12 @@ class OutsideRun:
             self.totals.add(seen, answer, self.governor)
             return document
 
-    def _take_config(self, seen: StepSeen) -> int:
+    def _take_config(self) -> int:
         if self._store is None:
             return 0
-        generation, tunables = self._store.in_force()
-        self.governor.policy = tunables.governor
-        if tunables.rollout.max_new_tokens < UNKNOWN_CAP_TOKENS:
-            self.governor.cap_tokens = tunables.rollout.max_new_tokens
+        generation, settings = self._store.in_force()
+        self.governor.policy = settings.governor
+        self.governor.cap_tokens = settings.cap_tokens or self.governor.cap_tokens
         self._store.observe(generation)
         return generation
 
@@ -144,18 +142,15 @@ class OutsideRun:
     # ---- HTTP's side (RunView)
 
     @property
-    def store(self) -> ConfigStore:
+    def store(self) -> Store[OutsideSettings]:
         """The tunable settings; made when somebody first looks at them."""
         with self._lock:
             return self._store or self._open_store()
 
-    def _open_store(self) -> ConfigStore:
-        job = job_of("elsewhere", self.governor.cap_tokens or UNKNOWN_CAP_TOKENS, self._policy.governor)
-        self._store = ConfigStore(job, self.folder / "config.jsonl")
+    def _open_store(self) -> Store[OutsideSettings]:
+        base = OutsideSettings(cap_tokens=self.governor.cap_tokens, governor=self._policy.governor)
+        self._store = Store(base, self.folder / "config.jsonl")
         return self._store
-
-    def tunables(self) -> Tunables:
-        return self.store.in_force()[1]
 
     def status(self) -> Record:
         with self._lock:
@@ -198,7 +193,7 @@ class OutsideRun:
         return {"verb": verb, "phase": self.status()["phase"], "step": self.step}
 
     def _limits(self) -> Record:
-        return asdict(self.governor.limits)
+        return flat(self.governor.limits)
 
     def _records(self, name: str, after: int) -> list[Record]:
         """The first ones after this step that the end of the file holds."""

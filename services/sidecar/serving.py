@@ -14,6 +14,9 @@ from opd_governor.services.sidecar.policy_file import RUN_NAME, PolicyFile, Poli
 from opd_governor.services.sidecar.runs import Runs
 from opd_governor.services.sidecar.scrape import Scraper
 
+BACKLOG = 4096
+"""Connections that may wait to be taken: a thousand trainers may begin in one second."""
+
 
 class ServingError(ValueError):
     """The service cannot be started: one line for the user."""
@@ -26,6 +29,7 @@ def serve(policy_path: Path, *, host: str, port: int, out: Path, upstream: str |
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
         token = load_or_create_token(out)
         listener = bind(host, port, token)
+        listener.listen(BACKLOG)
     except (PolicyFileError, ServiceError) as error:
         raise ServingError(str(error).replace("service.host", "--host").replace("service.port", "--port")) from None
     except OSError as error:
@@ -40,11 +44,18 @@ def serve(policy_path: Path, *, host: str, port: int, out: Path, upstream: str |
         said = f"{where} stands in front of {upstream}; its own page: {where}/governor/runs/{proxy_run}/"
     say(said)
     config = uvicorn.Config(
-        served, log_config=None, log_level="warning", access_log=False, lifespan="on" if upstream else "off", server_header=upstream is None,
-        date_header=upstream is None, timeout_graceful_shutdown=5, backlog=2048,
-    )  # fmt: skip
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(uvicorn.Server(config), listener, [Scraper(scrape, runs) for scrape in policy.scrape]))
+        served,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="on" if upstream else "off",
+        # Before another server nothing of ours is added to its answers.
+        server_header=upstream is None,
+        date_header=upstream is None,
+        timeout_graceful_shutdown=5,
+    )
+    with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_serve(uvicorn.Server(config), listener, [Scraper(scrape, runs) for scrape in policy.scrape]))
 
 
 def _proxied(upstream: str, policy: PolicyFile, runs: Runs, name: str, app: object) -> object:
