@@ -7,6 +7,10 @@ from pydantic import Field
 from opd_governor.actors.settings import Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.backends import TEACHER_BACKENDS, Backend
 
+ASKED = {"name", "domains", "weight", "system_prompt", "context", "copied_run_tokens", "template", "render"}
+PER_TEACHER = frozenset({*ASKED, "beams", "length_penalty", "no_repeat_ngram"})
+"""Settings that shape a request or its use, not the actor that serves it: teachers may differ in them and share actors."""
+
 
 class TeacherSettings(Settings):
     """One teacher: a model (or several actors of it), its back end and its domains."""

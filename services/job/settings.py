@@ -145,6 +145,9 @@ class ClusterSettings(Settings):
     """Where the cluster has GPUs: separate gives every learner rank, engine and teacher whole GPUs of its own; colocated puts rank i,
     engine i and teachers on GPU i; auto takes separate where it fits, else colocated. Ranks, engines, teacher actors and tensor
     parallelism that the file does not name are chosen by the models' sizes. Without effect where gpus_per_* or placement_* is set."""
+    gpus: Annotated[str, Field(pattern=r"^(\d+x)?\d+x\d+(\.\d+)?$")] | None = None
+    """GPUs that an autoscaler will bring, as GPUs x GiB (8x80) or nodes x GPUs x GiB (4x8x80): the run plans for them and waits until
+    they are there. None: those that the cluster has when the run starts."""
     gpus_per_rollout: Annotated[float, Field(ge=0)] | None = None
     """GPUs that each rollout actor reserves; .5 lets two share one. None: 1 where the cluster has GPUs, else 0."""
     gpus_per_teacher: Annotated[float, Field(ge=0)] | None = None

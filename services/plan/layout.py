@@ -6,8 +6,9 @@
 Settings that the job file names are kept; those it leaves out are chosen: ranks, engines, teacher actors, tensor parallelism.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.job.settings import Job, JobError
@@ -40,8 +41,6 @@ class Plan:
     bundles: tuple[Bundle, ...]
     needs: tuple[Need, ...]
     transfer: Literal["nccl", "ipc"]
-    kv_cache_bytes: int | None = None
-    """Colocated: what each engine may take for keys and values. None: its share of a GPU of its own."""
 
     def share(self, role: str) -> float:
         """GPUs that one actor of this role asks Ray for."""
@@ -217,7 +216,8 @@ def _colocated(parts: _Parts, hardware: Hardware) -> Plan | str:
         sums = ", ".join(f"{need.role} {need.gpu_bytes / GIB:.1f}" for need in needs)
         return (
             f"{sum(need.gpu_bytes for need in needs) / GIB:.1f} GiB a GPU are needed ({sums}), "
-            f"{hardware.usable_bytes / GIB:.1f} are usable; the largest term is {worst.role}'s {term}, {worst.gpu[term] / GIB:.1f} GiB: {SHRINK[term]}"
+            f"{hardware.usable_bytes / GIB:.1f} are usable; "
+            f"the largest term is {worst.role}'s {term}, {worst.gpu[term] / GIB:.1f} GiB: {SHRINK[term]}"
         )
     each: list[list[Actor]] = [[("learner", i), ("rollout", i)] for i in range(num)]
     nums = [t.num_actors if "num_actors" in t.model_fields_set else num for t in teachers]
@@ -227,9 +227,9 @@ def _colocated(parts: _Parts, hardware: Hardware) -> Plan | str:
     teachers = [t.model_copy(update={"num_actors": n}) for t, n in zip(teachers, nums, strict=True)]
     kv = int(needs[1].gpu["KV cache"] + 0.8 * spare)
     engine = replace(needs[1], gpu=needs[1].gpu | {"KV cache": float(kv)})
-    filled = _filled(parts, num, num, 1, teachers)
+    filled = _sharing(_filled(parts, num, num, 1, teachers), hardware, (needs[0], engine, *needs[2:]))
     bundles = tuple(Bundle(1, tuple(actors)) for actors in each)
-    return Plan("colocated", filled, hardware, bundles, (needs[0], engine, *needs[2:]), "ipc", kv)
+    return Plan("colocated", filled, hardware, bundles, (needs[0], engine, *needs[2:]), "ipc")
 
 
 def _filled(parts: _Parts, ranks: int, engines: int, engine_tp: int, teachers: list[TeacherSettings]) -> Job:
@@ -243,11 +243,29 @@ def _filled(parts: _Parts, ranks: int, engines: int, engine_tp: int, teachers: l
     )
 
 
+def _sharing(job: Job, hardware: Hardware, needs: tuple[Need, ...]) -> Job:
+    """Each vLLM engine is told what it may take, instead of measuring what others have not yet taken."""
+
+    def told(need: Need, cache: str, own: dict[str, Any]) -> dict[str, Any]:
+        share = need.gpu_bytes / (hardware.gib * GIB)
+        return {"gpu_memory_utilization": round(share, 3), "engine": {"kv_cache_memory_bytes": int(need.gpu[cache])} | own}
+
+    by_role = {need.role: need for need in needs}
+    teachers = tuple(
+        t.model_copy(update=told(by_role[f"teacher {t.name}"], "teacher KV cache", t.engine))
+        if t.backend == "vllm" and f"teacher {t.name}" in by_role
+        else t
+        for t in job.teacher
+    )
+    rollout = job.rollout.model_copy(update=told(by_role["rollout"], "KV cache", job.rollout.engine))
+    return job.model_copy(update={"rollout": rollout, "teacher": teachers})
+
+
 def _with_parallel(teacher: TeacherSettings, tp: int) -> TeacherSettings:
     return teacher.model_copy(update={"tensor_parallel_size": tp})
 
 
-def _least_parallel(given: int | None, most: int, shape: Shape, fits) -> int | None:  # type: ignore[no-untyped-def]
+def _least_parallel(given: int | None, most: int, shape: Shape, fits: Callable[[int], bool]) -> int | None:
     """The smallest tensor parallelism that fits: a power of two within a node that divides the heads; or the one that was given."""
     sizes = [given] if given else [tp for tp in (1, 2, 4, 8) if tp <= most and shape.num_heads % tp == 0]
     return next((tp for tp in sizes if fits(tp)), None)

@@ -5,7 +5,7 @@ Every term is a product that a person can check; `tests/services/plan/test_memor
 
 from dataclasses import dataclass, field
 
-from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.teacher.settings import PER_TEACHER, TeacherSettings
 from opd_governor.services.job.settings import Job
 from opd_governor.services.plan.shapes import BYTES, Shape, kept_of, shape_of
 
@@ -137,5 +137,9 @@ def teacher_need(teacher: TeacherSettings, shape: Shape, window: int) -> Need:
 
 
 def local_teachers(job: Job) -> list[tuple[TeacherSettings, Shape]]:
-    """The teachers that run on the cluster itself."""
-    return [(t, shape_of(t.model, t.trust_remote_code)) for t in job.teacher if t.means.local]
+    """The teachers that run on the cluster itself; of several that share actors the first."""
+    served: dict[str, TeacherSettings] = {}
+    for teacher in job.teacher:
+        if teacher.means.local:
+            served.setdefault(teacher.model_dump_json(exclude=set(PER_TEACHER)), teacher)
+    return [(teacher, shape_of(teacher.model, teacher.trust_remote_code)) for teacher in served.values()]

@@ -19,11 +19,11 @@ from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.rollout.slots import Request
 from opd_governor.actors.trajectory import LengthLimits, Trajectory
 from opd_governor.services.inputs.resolve import Models
-from opd_governor.services.job.settings import Job, Placement
+from opd_governor.services.job.settings import Job
 from opd_governor.services.record.batch import Sync
-from opd_governor.services.run.cluster import Role, end_processes, role_resources
+from opd_governor.services.run.cluster import end_processes
 from opd_governor.services.run.learner import RunLearner
-from opd_governor.services.run.placement import place
+from opd_governor.services.run.rooms import Rooms
 from opd_governor.services.run.weights import OnTaken, WeightSync, choose_transfer
 
 logger = logging.getLogger(__name__)
@@ -59,28 +59,23 @@ class Fleet:
         self._descendants: dict[int, float] = {}
         """Process id -> create time of every process that a run's actor has started."""
 
-    async def start(self) -> None:
-        """Bring learner and engines up side by side; returns when all of them answer."""
-        has_gpus = bool(ray.cluster_resources().get("GPU", 0))
-        self._weights.transfer = choose_transfer(self._job, has_gpus=has_gpus)
-        learner_places, self._engine_places = await self._reserve(1.0 if has_gpus else 0.0)
-        await asyncio.gather(self.learner.start(learner_places), self.engines.start())
+    async def start(self, rooms: Rooms | None = None) -> None:
+        """Bring learner and engines up side by side; returns when all of them answer. `rooms` None: placed role by role."""
+        rooms = rooms or Rooms(self._job)
+        await asyncio.gather(self.start_learner(rooms), self.start_engines(rooms))
+
+    async def start_learner(self, rooms: Rooms) -> None:
+        """The learner alone, all ranks of it."""
+        await self.learner.start(await rooms.learner())
         self._remember_processes()
 
-    async def _reserve(self, gpu: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Reserve room for learner and engines, once: a replacement takes the place of the actor before it."""
-        job, cluster = self._job, self._job.cluster
-        learner_gpus = gpu if cluster.gpus_per_learner is None else cluster.gpus_per_learner
-        rollout_gpus = gpu if cluster.gpus_per_rollout is None else cluster.gpus_per_rollout
-
-        async def room(role: Role, num_actors: int, strategy: Placement | None, num_gpus: float) -> list[dict[str, Any]]:
-            resources = role_resources(job, role)
-            return await place(role, num_actors, strategy, num_cpus=cluster.cpus_per_actor, num_gpus=num_gpus, resources=resources)
-
-        return (
-            await room("learner", job.learner.num_ranks, cluster.placement_learner, learner_gpus),
-            await room("rollout", job.rollout.num_actors, cluster.placement_rollout, rollout_gpus * job.rollout.tensor_parallel_size),
-        )
+    async def start_engines(self, rooms: Rooms) -> None:
+        """The engines alone."""
+        has_gpus = bool(ray.cluster_resources().get("GPU", 0))
+        self._weights.transfer = choose_transfer(self._job, has_gpus=has_gpus, planned=rooms.transfer)
+        self._engine_places = await rooms.rollout()
+        await self.engines.start()
+        self._remember_processes()
 
     def _create_engine(self, index: int) -> RayEngine:
         job = self._job

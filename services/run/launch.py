@@ -36,6 +36,7 @@ from opd_governor.services.run.fleet import Fleet
 from opd_governor.services.run.golden_pass import golden_pass
 from opd_governor.services.run.held_out import HeldOut
 from opd_governor.services.run.keeper import start_governor
+from opd_governor.services.run.rooms import Rooms, take_rooms
 from opd_governor.services.run.service import RunService
 from opd_governor.services.run.sources import Sources
 from opd_governor.services.run.teachers import start_teachers
@@ -104,8 +105,7 @@ class Run:
 
     async def execute(self) -> None:
         """The whole run, and the end of every process of it, however it ends."""
-        probe = self.sources.ordinary_text(PROBE_TOKENS)
-        fleet = Fleet(self.job, self.sources.models, probe, on_restart=self.journal.restarted, say=self.journal.note)
+        fleet: Fleet | None = None
         async with self.service.serving(self.journal):
             self.say(f"run {self.job.name}: {self.service.url} (token in {self.directory.path / 'token'})")
             with contextlib.ExitStack() as to_the_end:
@@ -115,7 +115,11 @@ class Run:
                     await refuse_taken_name(self.job.name, resume=self.resume)
                     require_roles(self.job, ray.cluster_resources())
                     async with announced(self.job.name, self.service.url, self.service.token, self.directory.path):
-                        await self._with_teachers(fleet)
+                        rooms = await take_rooms(self.job, self.sources.models, self.say)
+                        self.job = rooms.job
+                        probe = self.sources.ordinary_text(PROBE_TOKENS)
+                        fleet = Fleet(self.job, self.sources.models, probe, on_restart=self.journal.restarted, say=self.journal.note)
+                        await self._with_teachers(fleet, rooms)
                         self.journal.monitor.enter("finished")
                 except BaseException as error:
                     if not isinstance(error, TerminatedError):
@@ -124,10 +128,17 @@ class Run:
                 finally:
                     await self._end(fleet)
 
-    async def _with_teachers(self, fleet: Fleet) -> None:
-        pool = await start_teachers(self.job, self.sources, self.journal)
+    async def _with_teachers(self, fleet: Fleet, rooms: Rooms) -> None:
+        if rooms.shared:
+            await fleet.start_learner(rooms)  # on one GPU each measures what is free: in order
+        pool = await start_teachers(rooms, self.sources, self.journal)
         try:
-            _, golden = await asyncio.gather(fleet.start(), self._golden_after(pool))
+            if rooms.shared:
+                await pool.start()
+                await fleet.start_engines(rooms)
+                golden = await self._golden_after(pool)
+            else:
+                _, golden = await asyncio.gather(fleet.start(rooms), self._golden_after(pool))
             await self._train(fleet, pool, golden)
         finally:
             self._ending = True
@@ -173,11 +184,14 @@ class Run:
         if not self._terminated:
             await fleet.learner.save_student(str(self.directory.final), model_card(self.job, self.directory))
 
-    async def _end(self, fleet: Fleet) -> None:
+    async def _end(self, fleet: Fleet | None) -> None:
         """No process of the run is left, and its report lies there."""
         self._ending = True
-        await fleet.close()
-        await asyncio.to_thread(fleet.stop)
+        if fleet is None:  # no room was found for any actor
+            ray.shutdown()
+        else:
+            await fleet.close()
+            await asyncio.to_thread(fleet.stop)
         try:
             write_report(self.directory.path, ended=True)
         except OSError as error:

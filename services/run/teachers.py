@@ -2,26 +2,19 @@
 
 from typing import Any
 
-import ray
-
 from opd_governor.actors.teacher.actor import start_teacher
 from opd_governor.actors.teacher.attempts import Events
 from opd_governor.actors.teacher.pool import Support, TeacherPool
-from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.teacher.settings import PER_TEACHER, TeacherSettings
 from opd_governor.services.inputs.models import weights_identity
-from opd_governor.services.job.settings import Job
 from opd_governor.services.record.journal import Journal
-from opd_governor.services.run.cluster import role_resources
-from opd_governor.services.run.placement import place
+from opd_governor.services.run.rooms import Rooms
 from opd_governor.services.run.sources import Sources
 
-ASKED = {"name", "domains", "weight", "system_prompt", "context", "copied_run_tokens", "template", "render"}
-PER_TEACHER = frozenset({*ASKED, "beams", "length_penalty", "no_repeat_ngram"})
-"""Settings that shape a request or its use, not the actor that serves it: teachers may differ in them and share actors."""
 
-
-async def start_teachers(job: Job, sources: Sources, journal: Journal) -> TeacherPool:
+async def start_teachers(rooms: Rooms, sources: Sources, journal: Journal) -> TeacherPool:
     """Start the actors, which load in the background (`pool.start` waits for them). Needs a connected Ray. Raises JobError."""
+    job = rooms.job
     handles: dict[str, Any] = {}
     teachers = []
     models = sources.models
@@ -29,7 +22,7 @@ async def start_teachers(job: Job, sources: Sources, journal: Journal) -> Teache
         settings = settings.model_copy(update={"model": model})
         same = _served_as(settings)
         if same not in handles:
-            handles[same] = start_teacher(settings, models.stop_ids, job.seed, await _places(job, settings), tokens)
+            handles[same] = start_teacher(settings, models.stop_ids, job.seed, await rooms.teacher(settings), tokens)
         teachers.append((settings, handles[same]))
     needs = job.objective.needs
     return TeacherPool(
@@ -51,18 +44,3 @@ def _served_as(settings: TeacherSettings) -> str:
     """Equal for teachers that can share actors: the same weights, and every setting of the actor the same."""
     served = settings.model_copy(update={"model": weights_identity(settings.model) if settings.means.local else settings.model})
     return served.model_dump_json(exclude=set(PER_TEACHER))
-
-
-async def _places(job: Job, settings: TeacherSettings) -> list[dict[str, Any]]:
-    """Ray options of each of its actors. An actor that asks a server elsewhere holds no GPU and no teacher node."""
-    cluster, local = job.cluster, settings.means.local
-    gpu = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    num_gpus = (gpu if cluster.gpus_per_teacher is None else cluster.gpus_per_teacher) * settings.tensor_parallel_size
-    return await place(
-        "teacher",
-        settings.num_actors,
-        cluster.placement_teacher,
-        num_cpus=cluster.cpus_per_actor,
-        num_gpus=num_gpus if local else 0.0,
-        resources=role_resources(job, "teacher") if local else {},
-    )

@@ -106,11 +106,13 @@ class WeightSync:
         return self._job.cluster.probe_tolerance_nats or (FLOAT32_TOLERANCE_NATS if float32 else BFLOAT16_TOLERANCE_NATS)
 
 
-def choose_transfer(job: Job, *, has_gpus: bool) -> str:
+def choose_transfer(job: Job, *, has_gpus: bool, planned: str | None = None) -> str:
     """How weights travel: cluster.weight_transfer, or what fits the machines."""
     choice = job.cluster.weight_transfer
     if choice != "auto":
         return choice
+    if planned:
+        return planned
     if not has_gpus:
         return "file"
     share = job.cluster.gpus_per_rollout
