@@ -6,7 +6,7 @@ StepSeen --> reference (posted, or the run's own first steps) --> Signals --> la
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -42,32 +42,27 @@ IGNORED_STEPS = 2
 class Reference:
     """How long answers ought to be, tokens, and who says so."""
 
-    mean_tokens: float | None = None
-    p99_tokens: float | None = None
-    """None: nobody has said yet."""
-    source: str = "none yet"
     posted: tuple[float, ...] = ()
     """Lengths of the teacher's or of golden answers."""
     baseline: tuple[float, ...] = ()
-    """Lengths (or, where a trainer logs none, the longest one of each step) in the first steps, until they are enough."""
+    """Lengths (or, where a trainer logs none, the longest one of each step) in the first steps."""
     baseline_means: tuple[float, ...] = ()
     """Mean length in each of those steps."""
+    given_p99_tokens: float | None = None
+    """Given outright: by the policy file, or by a trainer that posts the figure alone."""
+    given_mean_tokens: float | None = None
 
     def learn(self, seen: StepSeen) -> "Reference":
         """With what this step adds."""
         if seen.reference_p99_tokens is not None:
-            return Reference(seen.reference_mean_tokens, seen.reference_p99_tokens, "the reference length that was given")
-        if self.p99_tokens is not None:
+            return replace(self, given_p99_tokens=seen.reference_p99_tokens, given_mean_tokens=seen.reference_mean_tokens)
+        if self.posted or self.given_p99_tokens is not None or len(self.baseline_means) >= BASELINE_STEPS:
             return self
         mean, longest = seen.length_mean_tokens, seen.length_max_tokens
         if mean is None or longest is None or (seen.truncation or 0.0) > BASELINE_TRUNCATION:
             return self
-        baseline = (*self.baseline, *(seen.lengths or (longest,)))[-MAX_REFERENCES:]
-        means = (*self.baseline_means, mean)
-        if len(means) < BASELINE_STEPS:
-            return replace(self, source=f"none yet ({len(means)} of {BASELINE_STEPS} steps)", baseline=baseline, baseline_means=means)
-        p99 = BASELINE_MARGIN * quantile(sorted(baseline), 0.99)
-        return Reference(sum(means) / len(means), p99, f"the run's own first {BASELINE_STEPS} steps")
+        lengths = tuple(map(float, seen.lengths)) or (longest,)
+        return replace(self, baseline=(*self.baseline, *lengths)[-MAX_REFERENCES:], baseline_means=(*self.baseline_means, mean))
 
     def post(self, lengths: Sequence[float]) -> "Reference":
         return replace(self, posted=(*self.posted, *map(float, lengths))[-MAX_REFERENCES:]) if lengths else self
@@ -122,7 +117,7 @@ class Answer:
     """What the trainer was told and did not do; None: nothing of the kind seen."""
 
     def to_json(self) -> dict[str, Any]:
-        limits = flat(self.limits)
+        limits = asdict(self.limits)
         if not self.cap_known:
             limits["cap_tokens"] = None
         kept = {name: getattr(self, name) for name in ("step", "pressure", "action", "signal", "reason", "healthy", "reference", "ignored")}
@@ -173,7 +168,7 @@ class OutsideGovernor:
             signal=self.decision.signal,
             reason=self.decision.reason,
             healthy=self.decision.healthy,
-            reference=self.reference.source,
+            reference=self.reference.words,
             ignored=ignored,
         )
         return self.last
@@ -191,20 +186,19 @@ class OutsideGovernor:
             "reason": decision.reason,
             "healthy": decision.healthy,
             "pressure": decision.after.pressure,
-            "limits": flat(decision.limits),
-            "proposed": flat(decision.proposed),
-            "readings": {name: flat(reading) for name, reading in decision.readings.items()},
-            "signals": {name: value for name, value in flat(decision.signals).items() if value is not None},
-            "reference": self.reference.source,
+            "limits": asdict(decision.limits),
+            "proposed": asdict(decision.proposed),
+            "readings": {name: asdict(reading) for name, reading in decision.readings.items()},
+            "signals": {name: value for name, value in decision.signals.to_json().items() if value is not None},
+            "reference": self.reference.words,
         }
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs, as JSON values."""
-        law = self._started()
         return {
-            "law": flat(law) | {"limits": law.limits and flat(law.limits)},
+            "law": self._started().to_json(),
             "cap_tokens": self.cap_tokens,
-            "reference": flat(self.reference),
+            "reference": {each.name: getattr(self.reference, each.name) for each in fields(self.reference)},
             "ignored_steps": self._ignored_steps,
         }
 
