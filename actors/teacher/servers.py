@@ -155,7 +155,7 @@ class ById(_Vllm):
 
         def read(answer: Any) -> TokenScores:
             try:
-                logps = np.load(io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"])), allow_pickle=False)
+                logps = np.load(io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"])))
             except (LookupError, TypeError, ValueError) as error:
                 raise BadAnswerError(f"no log-probs by id in the answer: {error!r}") from None
             if logps.shape != asked.shape:

@@ -316,7 +316,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder), resume=False)
         telemetry, monitor = Telemetry(job.name), RunMonitor(job.name, num_steps, base_limits(job))
-        fleet = Fleet(job, Models("a", ("b",), (1,), 1024), list(range(48)))
+        fleet = Fleet(job, Models("a", ("b",), (1,), 1024, (None,)), list(range(48)))
         fleet.engines._create = engines.__getitem__
         fleet.learner._group = learner
         pool = TeacherPool(
