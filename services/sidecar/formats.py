@@ -98,12 +98,14 @@ def _is_text(head: bytes) -> bool:
     return head.count(0) == 0 and _text(head).count("�") <= len(head) // 20
 
 
-def flatten(value: Any, prefix: str = "", depth: int = 0) -> Row:
+def flatten(value: dict[str, Any], prefix: str = "", depth: int = 0) -> Row:
     """Nested objects joined by `/`; what is neither number nor text of a number is dropped.
 
     >>> flatten({"step": 3, "data": {"actor/lr": 1e-6}})
     {'step': 3, 'data/actor/lr': 1e-06}
     """
+    if not prefix and not any(isinstance(item, dict | list) or item is None for item in value.values()):
+        return value
     row: Row = {}
     for key, item in value.items():
         if isinstance(item, dict):
@@ -208,8 +210,11 @@ def _is_table(head: bytes) -> bool:
     if not _is_text(head) or len(lines) < 2 or lines[0].lstrip()[:1] in ("{", "["):
         return False
     mark = _delimiter(lines[0])
-    names = next(csv.reader([lines[0]], delimiter=mark), [])
-    cells = next(csv.reader([lines[1]], delimiter=mark), [])
+    try:
+        names = next(csv.reader([lines[0].strip("\r")], delimiter=mark), [])
+        cells = next(csv.reader([lines[1].strip("\r")], delimiter=mark), [])
+    except csv.Error:
+        return False
     return len(names) > 1 and len(names) == len(cells) and not any(map(_number, names)) and any(_number(cell) is not None for cell in cells)
 
 

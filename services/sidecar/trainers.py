@@ -5,7 +5,7 @@ Keys match whole or behind a `/`, so `train/completions/mean_length` is `complet
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,10 @@ STEP_NAMES = (
 SKIPPED = ("eval", "val", "validation", "test")
 """Held-out answers are another population."""
 MAX_TOKENS = 1e9
+MAX_STEPS = 20_000
+"""Steps judged; of a longer log as many, evenly chosen."""
+SAMPLE_ROWS = 5000
+"""Rows looked at to recognise a trainer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +234,9 @@ TRAINERS.add("generic")(
 LENGTH_FIELDS = frozenset({"length_mean_tokens", "length_max_tokens", "length_p95_tokens", "truncation"})
 
 
-def recognise(rows: Iterable[Row]) -> tuple[str, dict[str, str]]:
+def recognise(rows: Sequence[Row]) -> tuple[str, dict[str, str]]:
     """The trainer whose names fit best, and its keys: key of the log -> field of StepSeen. Empty where none fits."""
-    seen: Counter[str] = Counter()
-    for row in rows:
-        seen.update(row.keys())
+    seen = _keys(rows)
     best, found = "generic", dict[str, str]()
     score = (0, 0, False)
     for name, vocabulary in TRAINERS.items():
@@ -274,26 +276,40 @@ def to_steps(rows: Sequence[Row]) -> tuple[str, list[StepSeen]]:
     inverse = {key for key, field in keys.items() if f"1-{key.rpartition('/')[2]}" in vocabulary.names.get(field, ())}
     negative = {key for key in keys if key.rpartition("/")[2] == "ref_kl"}
     step_key = _step_key(rows)
+    numbered = [(index if step_key is None else _whole(row.get(step_key)), row) for index, row in enumerate(rows)]
+    kept = _thinned({step for step, _ in numbered if step is not None})
     merged: dict[int, dict[str, float]] = {}
-    for index, row in enumerate(rows):
+    for step, row in numbered:
+        if step is None or (kept is not None and step not in kept):
+            continue
         told = {}
         for key, field_name in keys.items():
             value = _value(field_name, row.get(key))
             if value is not None:
                 told[field_name] = 1.0 - value if key in inverse else -value if key in negative else value
-        if not told:
-            continue
-        step = index if step_key is None else _whole(row.get(step_key))
-        if step is not None:
+        if told:
             merged.setdefault(step, {}).update(told)
-    steps = [StepSeen(step=step, **told) for step, told in sorted(merged.items())]  # type: ignore[arg-type]
-    return name, steps
+    return name, [StepSeen(step=step, **told) for step, told in sorted(merged.items())]  # type: ignore[arg-type]
+
+
+def _thinned(steps: set[int]) -> frozenset[int] | None:
+    """Of very many steps evenly chosen ones; None: all of them."""
+    if len(steps) <= MAX_STEPS:
+        return None
+    return frozenset(sorted(steps)[:: -(-len(steps) // MAX_STEPS)])
+
+
+def _keys(rows: Sequence[Row]) -> Counter[str]:
+    """How often each key occurs, in a sample from all over the log."""
+    seen: Counter[str] = Counter()
+    for row in rows[:: max(1, len(rows) // SAMPLE_ROWS)]:
+        seen.update(row.keys())
+    return seen
 
 
 def _step_key(rows: Sequence[Row]) -> str | None:
-    seen: Counter[str] = Counter()
-    for row in rows:
-        seen.update(key for key in row if key.rpartition("/")[2].lower() in ("step", "global_step", "_step", "iteration", "iter"))
+    known = ("step", "global_step", "_step", "iteration", "iter")
+    seen = {key: count for key, count in _keys(rows).items() if key.rpartition("/")[2].lower() in known}
     if not seen:
         return None
     ranked = {name: rank for rank, name in enumerate(STEP_NAMES)}
