@@ -65,8 +65,12 @@ def greedy_params(
 
 
 def budget_tokens(prompt: Prompt, limits: LengthLimits, context_tokens: int) -> int:
-    """Most new tokens for this prompt: the cap, or less where the context window leaves less."""
-    return max(1, min(limits.cap_tokens, context_tokens - len(prompt.token_ids)))
+    """Most new tokens for this prompt: the cap, or less where the context window leaves less.
+
+    A teacher that sees more than the student needs room for the answer behind its own, longer view.
+    """
+    view_tokens = max(len(prompt.token_ids), len(prompt.teacher_token_ids or ()))
+    return max(1, min(limits.cap_tokens, context_tokens - view_tokens))
 
 
 def refuse_if_too_long(prompt_tokens: int, context_tokens: int, min_new_tokens: int) -> str | None:

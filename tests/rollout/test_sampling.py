@@ -98,3 +98,9 @@ def test_greedy_answers_have_the_same_budget_and_stops_and_no_shaping() -> None:
     assert (greedy.temperature, greedy.max_tokens, greedy.min_tokens) == (0.0, 56, 0)
     assert (greedy.top_p, greedy.repetition_penalty, greedy.extra_args) == (1.0, 1.0, None)
     assert greedy.stop_token_ids == [1, 3]
+
+
+def test_a_teacher_that_sees_more_needs_room_for_the_answer_too() -> None:
+    prompt = Prompt(0, (5,) * 10, teacher_token_ids=(5,) * 40)
+    assert budget_tokens(prompt, LengthLimits(100), 128) == 88
+    assert budget_tokens(prompt, LengthLimits(50), 128) == 50
