@@ -24,8 +24,8 @@ class Models:
     """The stop event of student and teachers together."""
     context_tokens: int
     """The smallest window of student and local teachers."""
-    tokens: tuple[Vocabularies | None, ...]
-    """Of each teacher with a tokenizer of its own."""
+    tokens: tuple[Vocabularies | None, ...] = ()
+    """For each teacher: None where it reads the student's ids."""
 
 
 def resolve(job: Job) -> tuple[Models, Any]:

@@ -389,7 +389,7 @@ def _resolve_paths(job: Job, base: Path) -> Job:
     return job.model_copy(
         update={
             "student": job.student.model_copy(update={"model": resolve(job.student.model)}),
-            "teacher": tuple(t.model_copy(update={"model": resolve(t.model)}) for t in job.teacher),
+            "teacher": tuple(t.model_copy(update={"model": resolve(t.model), "tokenizer": resolve(t.tokenizer)}) for t in job.teacher),
             "data": data,
         }
     )

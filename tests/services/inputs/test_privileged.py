@@ -1,5 +1,6 @@
 """What only a teacher sees: where it stands, what is refused, and that the student's prompt stays as it is."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from opd_governor.services.inputs.prompts import open_prompts
 from opd_governor.services.inputs.questions import Notes, Question, read_question
 from opd_governor.services.inputs.refusals import DataError, RowError
 from opd_governor.services.job.settings import Job, PromptSource
+from tests.teacher import zoo
 from tests.tiny import tiny_tokenizer
 
 SOURCE = PromptSource(path="p.jsonl")
@@ -146,3 +148,18 @@ def test_a_row_may_weigh_its_teachers(tmp_path: Path) -> None:
 def test_weights_that_are_none_are_refused(weights, words: str) -> None:
     with pytest.raises(RowError, match=words):
         teacher_weights({"teacher_weights": weights}, ["a"])
+
+
+def test_a_teacher_with_tokens_of_its_own_reads_its_own_template_and_ids(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "1+1?"}], "hint": "two"}]
+    student, teacher = tiny_tokenizer(chat=True), zoo.byte_level(900)
+    teacher = copy.deepcopy(teacher)
+    teacher.chat_template = "{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}A:"
+    one = job(tmp_path, rows, name="t", context="{hint}", tokenizer="own")
+    (prompt,) = open_prompts(one, student, 128, {"t": teacher}).prompts()
+    assert student.decode(prompt.token_ids).startswith("<|im_start|>user\n1+1?")
+    assert teacher.decode(prompt.teacher_token_ids) == "Q: two\n\n1+1?\nA:"
+    assert student.decode(prompt.privileged_ids) == "two"
+    teacher.chat_template = None  # the student's form, in the teacher's ids
+    (prompt,) = open_prompts(one, student, 256, {"t": teacher}).prompts()
+    assert teacher.decode(prompt.teacher_token_ids).startswith("<|im_start|>user\ntwo\n\n1+1?<|im_end|>")
