@@ -107,6 +107,7 @@ class Proxy:
         query = scope["query_string"].decode("latin-1")
         target = self._upstream.url + scope.get("raw_path", scope["path"].encode()).decode("latin-1") + (f"?{query}" if query else "")
         assert self._session is not None
+        begun = False
         try:
             async with self._session.request(
                 scope["method"],
@@ -116,8 +117,11 @@ class Proxy:
                 skip_auto_headers=("User-Agent", "Accept", "Content-Type"),
                 allow_redirects=False,
             ) as answer:
+                begun = True
                 await self._answer(answer, turned, send)
-        except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as error:
+        except aiohttp.ClientError as error:
+            if begun:
+                raise  # half an answer: the connection ends, as the server's own did
             await _bad_gateway(send, f"{self._upstream.url} does not answer: {type(error).__name__}")
 
     async def _answer(self, answer: aiohttp.ClientResponse, turned: Turned | None, send: Send) -> None:
