@@ -136,7 +136,7 @@ class _Pages:
             await RedirectResponse(f"{scope.get('root_path', '')}/{name}/")(scope, receive, send)
             return
         root = f"{scope.get('root_path', '')}/{name}"
-        await self._app(run)(scope | {"root_path": root, "path": f"{root}/{rest}"}, receive, send)
+        await self._app(run)({**scope, "root_path": root, "path": f"{root}/{rest}"}, receive, send)
 
     def _app(self, run: OutsideRun) -> FastAPI:
         if run.name not in self._apps:
