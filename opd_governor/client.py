@@ -94,6 +94,16 @@ class GovernorClient:
             self._connection.close()
             self._connection = None
 
+    def __enter__(self) -> "GovernorClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_connection", None) is not None:
+            self.close()
+
     def _post(self, body: bytes) -> tuple[int, dict[str, Any]]:
         headers = {"content-type": "application/json"}
         if self._token:

@@ -88,7 +88,7 @@ def create_app(runs: Runs, token: str | None) -> FastAPI:
     def list_runs() -> Response:
         return respond({"runs": [_line(run) for run in runs.all().values()]})
 
-    described = {"requestBody": {"required": True, "content": {"application/json": {"schema": StepPost.model_json_schema()}}}}
+    described = {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(StepPost.model_json_schema())}}}}
 
     @api.post("/runs/{name}/steps", responses={**_problems(400, 409, 413, 415), 200: {"model": StepAnswer}}, openapi_extra=described)
     async def post_step(name: RunName, request: Request) -> Response:
@@ -136,7 +136,7 @@ class _Pages:
             await RedirectResponse(f"{scope.get('root_path', '')}/{name}/")(scope, receive, send)
             return
         root = f"{scope.get('root_path', '')}/{name}"
-        await self._app(run)(scope | {"root_path": root, "path": f"{root}/{rest}"}, receive, send)
+        await self._app(run)({**scope, "root_path": root, "path": f"{root}/{rest}"}, receive, send)
 
     def _app(self, run: OutsideRun) -> FastAPI:
         if run.name not in self._apps:
@@ -154,6 +154,22 @@ async def _read(request: Request) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             raise Problem(413, f"the step is over {MAX_BODY_BYTES} bytes; send a length_histogram and finish_counts in place of lists")
     return bytes(body)
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema without references into itself: inside an OpenAPI document they would lead nowhere."""
+    definitions = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inline(definitions[node["$ref"].rpartition("/")[2]])
+        return {key: inline(value) for key, value in node.items()}
+
+    return inline(schema)
 
 
 def _validate(document: Any) -> StepPost:

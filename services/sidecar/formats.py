@@ -148,10 +148,10 @@ def _document_rows(path: Path) -> Iterable[Row]:
     try:
         document = json.loads(text)
     except ValueError:
-        rows = list(_salvage(text))
-        if not rows:
+        saved = list(_salvage(text))
+        if not saved:
             raise LogError("is broken JSON, and no whole row can be saved from it") from None
-        return rows
+        return saved
     rows = _find_rows(document)
     if rows is None:
         raise LogError("is JSON without a list of steps (trainer_state.json keeps them under log_history)")
@@ -161,8 +161,7 @@ def _document_rows(path: Path) -> Iterable[Row]:
 def _find_rows(document: Any, depth: int = 0) -> list[dict[str, Any]] | None:
     """The longest list of objects anywhere near the top, or columns of equal length turned into rows."""
     if isinstance(document, list):
-        rows = [item for item in document if isinstance(item, dict)]
-        return rows or None
+        return [item for item in document if isinstance(item, dict)] or None
     if not isinstance(document, dict) or depth > 3:
         return None
     if isinstance(document.get("log_history"), list):
@@ -401,7 +400,7 @@ def _printed_dict(line: str) -> Row | None:
     return row
 
 
-def _verl_pairs(text: str) -> Iterator[tuple[str, Any]] | Row:
+def _verl_pairs(text: str) -> Row:
     row: Row = {}
     for pair in text.split(" - "):
         name, _, value = pair.strip().rpartition(":")

@@ -206,8 +206,8 @@ class OutsideGovernor:
         """Go on where `state` was taken."""
         self.cap_tokens = state["cap_tokens"]
         self._state = State.from_json(state["law"])
-        held = state["reference"]
-        self.reference = Reference(**{name: tuple(value) if isinstance(value, list) else value for name, value in held.items()})
+        held: dict[str, Any] = state["reference"]
+        self.reference = Reference(**held | {name: tuple(held[name]) for name in ("posted", "baseline", "baseline_means")})
         self._ignored_steps = state["ignored_steps"]
 
     def _policy(self) -> Policy:

@@ -63,7 +63,7 @@ class Proxy:
             await send({"type": "websocket.close", "code": 1000})
         elif scope["path"] == INSIDE or scope["path"].startswith(INSIDE + "/"):
             path = scope["path"] if scope["path"] != INSIDE else INSIDE + "/"
-            await self._inside(scope | {"root_path": INSIDE, "path": path}, receive, send)
+            await self._inside({**scope, "root_path": INSIDE, "path": path}, receive, send)
         else:
             await self._pass(scope, receive, send)
 
@@ -90,35 +90,46 @@ class Proxy:
         if scope["method"] == "POST" and path in WEIGHT_UPDATES:
             self._update_seen = True
             self._close_step()
-        turned: Turned | None = None
-        body: Any
-        if route is not None:
-            # Only here the whole body is needed before the first byte of it can go on.
-            turned = turn(await _whole(receive), route, self._run.governor.limits, self._run.governor.cap_tokens)
-            body = turned.body
-            self._note_cap(turned)
-        else:
+        if route is None:
             body = _stream(receive) if scope["method"] not in ("GET", "HEAD") else None
-        headers = [
-            (k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"] if k not in HOP_BY_HOP | {b"host", b"content-length"}
-        ]
-        if route is None and body is not None:
-            headers += [("Content-Length", v.decode()) for k, v in scope["headers"] if k == b"content-length"]
+            await self._forward(scope, body, None, send)
+            return
+        # Only here the whole body is needed before the first byte of it can go on.
+        turned = turn(await _whole(receive), route, self._run.governor.limits, self._run.governor.cap_tokens)
+        if turned.asked_tokens is not None:
+            self._cap = float(turned.asked_tokens)
+        # A trainer that hangs up aborts its request: the server must see that too.
+        forwarding = asyncio.create_task(self._forward(scope, turned.body, turned, send))
+        gone = asyncio.create_task(_hung_up(receive))
+        await asyncio.wait((forwarding, gone), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not forwarding.done():
+            forwarding.cancel()
+            await asyncio.wait((forwarding,))
+            return
+        forwarding.result()
+
+    async def _forward(self, scope: Scope, body: Any, turned: Turned | None, send: Send) -> None:
+        dropped = HOP_BY_HOP | {b"host"} | ({b"content-length"} if turned is not None or body is None else set())
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"] if name not in dropped]
         query = scope["query_string"].decode("latin-1")
         target = self._upstream.url + scope.get("raw_path", scope["path"].encode()).decode("latin-1") + (f"?{query}" if query else "")
         assert self._session is not None
+        asked = self._session.request(
+            scope["method"],
+            URL(target, encoded=True),
+            headers=headers,
+            data=body,
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            allow_redirects=False,
+        )
         try:
-            async with self._session.request(
-                scope["method"],
-                URL(target, encoded=True),
-                headers=headers,
-                data=body,
-                skip_auto_headers=("User-Agent", "Accept", "Content-Type"),
-                allow_redirects=False,
-            ) as answer:
-                await self._answer(answer, turned, send)
-        except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as error:
+            answer = await asked
+        except aiohttp.ClientError as error:
             await _bad_gateway(send, f"{self._upstream.url} does not answer: {type(error).__name__}")
+            return
+        async with answer:
+            await self._answer(answer, turned, send)
 
     async def _answer(self, answer: aiohttp.ClientResponse, turned: Turned | None, send: Send) -> None:
         headers = [(k.lower(), v) for k, v in answer.raw_headers if k.lower() not in HOP_BY_HOP]
@@ -135,11 +146,6 @@ class Proxy:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         if counted is not None and turned is not None:
             self._count(b"".join(counted), turned, answer.headers.get("content-type", ""))
-
-    def _note_cap(self, turned: Turned) -> None:
-        """The trainer's own cap, from what it asks for."""
-        if turned.asked_tokens is not None and self._run.governor.cap_tokens is None:
-            self._cap = float(turned.asked_tokens)
 
     def _count(self, data: bytes, turned: Turned, content_type: str) -> None:
         try:
@@ -169,6 +175,11 @@ async def _whole(receive: Receive) -> bytes:
         body += message.get("body", b"")
         if not message.get("more_body", False):
             return bytes(body)
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _stream(receive: Receive) -> Any:
