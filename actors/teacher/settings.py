@@ -7,7 +7,7 @@ from pydantic import Field
 from opd_governor.actors.settings import Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.backends import TEACHER_BACKENDS, Backend
 
-ASKED = {"name", "domains", "weight", "system_prompt", "context", "copied_run_tokens", "template", "render"}
+ASKED = {"name", "domains", "weight", "system_prompt", "context", "demonstration", "copied_run_tokens", "template", "render"}
 PER_TEACHER = frozenset({*ASKED, "beams", "length_penalty", "no_repeat_ngram"})
 """Settings that shape a request or its use, not the actor that serves it: teachers may differ in them and share actors."""
 
@@ -52,6 +52,10 @@ class TeacherSettings(Settings):
     """What the teacher alone sees of each prompt: text with columns of the row in braces, such as `"Solution:\\n{golden}"`. It stands
     before the prompt with an empty line between (in chat form: in the last user message), or around it where it names {prompt}.
     A row without one of the columns is a bad row. A column `teacher_prompt` takes the prompt's place for teachers."""
+    demonstration: str | None = None
+    """Text with `{demonstration}` that stands before the teacher's view of each rollout: the shortest right answer among the other
+    rollouts of its prompt (needs rollout.samples_per_prompt above 1 and an answer column; right is what data.eval.verifier says).
+    A rollout without one is left out of the loss."""
     copied_run_tokens: Annotated[int, Field(ge=1)] = 8
     """Runs of at least this many tokens of a response that stand in the privileged text, and not in the student's prompt, are counted
     as copied (see objective.copied)."""

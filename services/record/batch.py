@@ -28,6 +28,8 @@ class Batch:
     rollout_s: float
     score_s: float
     """Wait for scores after the last rollout: the scoring that rollouts did not hide."""
+    num_undemonstrated: int = 0
+    """Rollouts left out because no other one of their prompt was right (teacher.demonstration)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,7 @@ def _of_batch(batch: Batch) -> Record:
         "num_admitted": len(batch.scored),
         "num_over_quota": batch.num_over_quota,
         "num_unscored": batch.num_unscored,
+        "num_undemonstrated": batch.num_undemonstrated,
         "cap_tokens": batch.limits.cap_tokens,
         "limits_generation": batch.limits.generation,
         "config_generation": batch.config_generation,

@@ -8,6 +8,7 @@ prompts --fleet.rollout--> finished trajectories --pool.score (at once)--> Batch
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,22 +16,26 @@ from opd_governor.actors.learner.batching import admit
 from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.actors.trajectory import ScoredRollout, TokenScores, Trajectory
 from opd_governor.services.record.batch import Batch, Launch
+from opd_governor.services.run.demonstrations import Demonstrations
 from opd_governor.services.run.fleet import Fleet
 
 
-async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
+async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch, *, demonstrations: Demonstrations | None = None) -> Batch:
     """Sample and score one step's batch. Rollouts that ended in an error are dropped from the batch and counted as unscored.
 
+    With `demonstrations` scoring waits until all have finished, since each is shown to the teacher beside another one.
     The first error of engines or teachers ends it, whatever else is under way.
     """
     started = time.monotonic()
-    sampled = _Sampled(has_quota=launch.limits.admission_quota < 1)
+    sampled = _Sampled(has_quota=launch.limits.admission_quota < 1, together=demonstrations is not None)
+    num_undemonstrated = 0
     requests = [(prompt, sample) for prompt in launch.prompts for sample in range(launch.settings.samples_per_prompt)]
     scores: dict[int, TokenScores | None] = {}
     """Identity of a trajectory -> its scores: comparing trajectories compares their arrays."""
 
-    async def score(group: Sequence[Trajectory]) -> None:
-        scores.update(zip(map(id, group), await pool.score(group), strict=True))
+    async def score(group: Sequence[Trajectory], seen: Sequence[Trajectory] | None = None) -> None:
+        """`seen`: as the teacher sees them, where that is otherwise."""
+        scores.update(zip(map(id, group), await pool.score(group if seen is None else seen), strict=True))
 
     try:
         async with asyncio.TaskGroup() as scoring:
@@ -39,7 +44,13 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
                     scoring.create_task(score(ready))
             rollout_s = time.monotonic() - started
             admitted, refused = admit(sampled.usable, launch.limits.admission_quota)
-            if late := [t for t in admitted if id(t) in sampled.held]:
+            late = [t for t in admitted if id(t) in sampled.held]
+            if demonstrations is not None:
+                prompts = demonstrations.prompts(late)
+                num_undemonstrated = len(late) - len(prompts)
+                late = [t for t in late if id(t) in prompts]
+                scoring.create_task(score(late, [replace(t, prompt=prompts[id(t)]) for t in late]))
+            elif late:
                 scoring.create_task(score(late))
     except* Exception as errors:
         raise first_of(errors) from None
@@ -52,25 +63,27 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch) -> Batch:
         scored=scored,
         nonfinite=sampled.nonfinite,
         num_over_quota=len(refused),
-        num_unscored=len(trajectories) - len(refused) - len(scored),
+        num_unscored=len(trajectories) - len(refused) - len(scored) - num_undemonstrated,
         limits=launch.limits,
         max_new_tokens=launch.settings.max_new_tokens,
         config_generation=launch.config_generation,
         rollout_s=rollout_s,
         score_s=time.monotonic() - started - rollout_s,
+        num_undemonstrated=num_undemonstrated,
     )
 
 
 class _Sampled:
     """Rollouts as they come in, sorted into what may be scored at once, what waits for the quota, what is spoiled."""
 
-    def __init__(self, *, has_quota: bool) -> None:
-        self._has_quota = has_quota
+    def __init__(self, *, has_quota: bool, together: bool) -> None:
+        """`together`: all of them wait."""
+        self._has_quota, self._together = has_quota, together
         self.trajectories: list[Trajectory] = []
         self.usable: list[Trajectory] = []
         self.nonfinite: list[Trajectory] = []
         self.held: set[int] = set()
-        """Identities of truncated ones, which wait until all have finished."""
+        """Identities of those that wait until all have finished."""
 
     def add(self, group: Sequence[Trajectory]) -> list[Trajectory]:
         """Take a group in; returns those that may be scored now."""
@@ -81,7 +94,7 @@ class _Sampled:
                 self.nonfinite.append(trajectory)
             elif trajectory.finish_reason != "error" and trajectory.token_ids:
                 self.usable.append(trajectory)
-                if self._has_quota and trajectory.truncated:
+                if self._together or (self._has_quota and trajectory.truncated):
                     self.held.add(id(trajectory))
                 else:
                     ready.append(trajectory)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.prompts import PromptStream
+from opd_governor.services.run.demonstrations import Demonstrations
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,8 @@ class TrainingData:
     """Names the golden answers: equal keys, equal answers."""
     reference_tokens: float
     """Mean length of a golden answer."""
+    demonstrations: Demonstrations | None = None
+    """None: teachers are shown none of the student's answers."""
 
     def golden_for(self, step: int, num_rollouts: int, ratio: float) -> list[Prompt]:
         """Golden answers to learn from beside `num_rollouts` rollouts: `ratio` of their number, at least one, in turn."""

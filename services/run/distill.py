@@ -98,7 +98,7 @@ class Distillation:
         self._data, self._fleet, self._journal, self._checkpoints = data, actors.fleet, journal, checkpoints
         self._evaluate, self._finish = evaluate, finish
         self._terms = Terms(job, store, actors.governor, journal)
-        self._ahead = Ahead(data.stream, partial(collect, actors.fleet, actors.pool))
+        self._ahead = Ahead(data.stream, partial(collect, actors.fleet, actors.pool, demonstrations=data.demonstrations))
         self._gate = Gate(actors.pool, journal, max(teacher.timeout_s for teacher in job.teacher))
         self._state = RunState(self._terms, self._ahead, actors.fleet.learner, journal, checkpoints, data.golden_key)
         self._recovery = LearnerRecovery(actors.fleet, self._state, journal)

@@ -160,7 +160,7 @@ class Run:
         self._loop = Distillation(
             job,
             self.store,
-            TrainingData(sources.stream, sources.stream.golden(), golden.key, reference.mean_tokens),
+            TrainingData(sources.stream, sources.stream.golden(), golden.key, reference.mean_tokens, sources.demonstrations),
             Actors(fleet, pool, start_governor(job, self.store, self.service, journal)),
             journal,
             Checkpoints(

@@ -5,7 +5,7 @@ job --> Models, tokenizer --> PromptStream, problems --> Sources
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opd_governor.actors.trajectory import Prompt
@@ -13,6 +13,7 @@ from opd_governor.services.inputs.prompts import PromptStream, open_problems, op
 from opd_governor.services.inputs.resolve import Models, resolve, teacher_tokenizers
 from opd_governor.services.inputs.verifiers import Verifier, load_verifier
 from opd_governor.services.job.settings import Job
+from opd_governor.services.run.demonstrations import Demonstrations, demonstrations_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +27,19 @@ class Sources:
     problems: tuple[Prompt, ...]
     """Held out; empty: no evaluation."""
     verify: Verifier | None
+    demonstrations: Demonstrations | None = None
 
     @classmethod
     def read(cls, job: Job) -> "Sources":
         """Raises JobError (DataError) for whatever is wrong with them."""
         models, tokenizer = resolve(job)
         stream = open_prompts(job, tokenizer, models.context_tokens, teacher_tokenizers(job, models))
+        sources = cls(models, tokenizer, stream, (), None)
+        sources = replace(sources, demonstrations=demonstrations_of(job, models, tokenizer, sources.decode))
         if not job.data.eval.path:
-            return cls(models, tokenizer, stream, (), None)
+            return sources
         problems = open_problems(job, tokenizer, models.context_tokens).prompts
-        return cls(models, tokenizer, stream, problems, load_verifier(job.data.eval.verifier))
+        return replace(sources, problems=problems, verify=load_verifier(job.data.eval.verifier))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A response as text, without the stop id at its end."""
