@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help run test check docs bench bench-memory bench-driver bench-speed bench-collapse bench-trl chaos soak setup packages
+.PHONY: help run test check docs bench bench-memory bench-driver bench-speed bench-collapse bench-governor bench-trl chaos soak setup packages
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -61,6 +61,9 @@ bench-speed: $(STAMP) ## overlap, padding, start-up; step time over floor; step 
 	$(BIN)/python tests/bench/speed/bench.py --runs runs/speed
 	$(BIN)/python tests/bench/roofline.py runs/speed/sums runs/speed/smollm2
 	$(BIN)/python -m tests.bench.speed.scaling
+
+bench-governor: $(STAMP) ## the governor's law on runs with a known truth: false alarms, delay, price (under 3 minutes on one core)
+	$(BIN)/python -m tests.bench.governor.bench
 
 chaos: $(STAMP) ## 10 kills of every role of real runs, their books checked (about 30 minutes); table in tests/bench/chaos.json
 	$(BIN)/python -m tests.chaos.kills

@@ -7,6 +7,7 @@ prompts --golden column--> answers --filter: ends with a stop id, no loop--> Gol
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from opd_governor.actors.governor.reference import Answer, LengthModel, fit_lengths
+from opd_governor.actors.governor.reference import TAIL_MARGIN, Answer, LengthModel, fit_lengths
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.prompts import PromptStream
 from opd_governor.services.job.settings import GoldenSettings
@@ -49,6 +50,11 @@ class LengthReference:
     """Of the answers seen, those that end in a loop."""
     model: LengthModel | None = field(default=None, repr=False)
     """Length given the prompt; None: too few answers are complete to say."""
+
+    @property
+    def asked_cap_tokens(self) -> int:
+        """The cap under which the tail of the teacher's own lengths can be seen."""
+        return math.ceil(TAIL_MARGIN * self.p99_tokens)
 
 
 @dataclass(frozen=True, slots=True)

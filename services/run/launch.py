@@ -154,6 +154,11 @@ class Run:
             f"golden pass: {reference.num_answers} answers kept ({reference.kept_share:.0%}), mean {reference.mean_tokens:.0f} "
             f"and p99 {reference.p99_tokens:.0f} tokens, {reference.censored_share:.0%} cut{' (cached)' if golden.cached else ''}"
         )
+        if reference.asked_cap_tokens > job.rollout.max_new_tokens:
+            self.say(
+                f"golden pass: rollout.max_new_tokens {job.rollout.max_new_tokens} hides the tail of the teacher's lengths, so a truncated "
+                f"rollout counts as the tail; its own lengths ask for a cap of {reference.asked_cap_tokens}"
+            )
         self.telemetry.use_reference(reference)
         sources.stream.mark(golden.finished, golden.answers)
         await fleet.set_reference(reference.mean_tokens)

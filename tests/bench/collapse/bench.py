@@ -94,13 +94,16 @@ ARMS: dict[str, tuple[str, ...]] = {
     # the price of governing: a run that stays healthy by itself
     "healthy-off": ("governor.mode=off",),
     "healthy-governed": (ENFORCE,),
+    # prompts change at step 51 (longer ones, known to the teacher), nothing is sick
+    "healthy-prompts-off": ("governor.mode=off",),
+    "healthy-prompts": (ENFORCE,),
     # a teacher that often gets stuck takes over at step 60
     "swap-plain": MIXED,
     "swap-governed": (*MIXED, ENFORCE),
     # a shard scored by a teacher that gets stuck in every answer, steps 80 to 91
     "poison-plain": MIXED,
     "poison-governed": (*MIXED, ENFORCE),
-    "poison-rollback": (*MIXED, ENFORCE, "governor.actuators=[rollback]", "governor.early_rollback=true", "checkpoint.every_steps=10"),
+    "poison-rollback": (*MIXED, ENFORCE, "governor.actuators=[rollback]", "checkpoint.every_steps=10"),
     # a penalty so strong that the student answers nothing: the length collapses (a sampled loss would not see the early stop)
     "terse-plain": (*DENSE, "objective.stop_tilt_nats=16", "objective.stop_tilt_target_tokens=1", "objective.stop_tilt_width_tokens=1"),
 }
@@ -111,11 +114,6 @@ ARMS |= {
     "smollm2-governed": (
         *SMOLLM2,
         ENFORCE,
-        "governor.actuators=[golden_weight, lr_scale, stop_tilt_nats, loop_tail_weight, cap_tokens, admission_quota, rollback]",
-        "governor.pressure_floor=0.9",
-        "governor.max_golden_weight=1.0",
-        "governor.max_stop_tilt_nats=6.0",
-        "objective.golden_ratio=1.0",
     ),
 }
 ARMS["terse-governed"] = (*ARMS["terse-plain"], ENFORCE)
