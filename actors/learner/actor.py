@@ -194,19 +194,15 @@ class Learner:
         return self.weight_version, np.frombuffer(save(tensors), np.uint8)
 
     def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
-        """The same weights to every engine over GPUs: `backend` nccl or ipc. Rank 0 sends, the others help to gather."""
-        from opd_governor.actors.learner.transfer import (  # vllm takes seconds to import and is needed on GPUs only
-            StudentSource,
-            open_trainer,
-        )
+        """The same weights to every engine over GPUs: `backend` nccl or ipc. Every rank takes part."""
+        from opd_governor.actors.learner.transfer import open_trainer  # vllm takes seconds to import and is needed on GPUs only
 
-        rank, _ = rank_and_size()
-        if rank > 0:
-            for _ in StudentSource(self._student.model, getattr(torch, dtype)):
-                pass
-            return
         if actors != self._trainer_actors:  # the first time, or an engine was replaced: form the group again
-            self._trainer = open_trainer(backend, self._student.model, getattr(torch, dtype), actors, workers_per_engine)
+            if self._trainer is not None:
+                self._trainer.shutdown()
+                self._trainer = None
+            model, rank = self._student.model, rank_and_size()[0]
+            self._trainer = open_trainer(backend, model, getattr(torch, dtype), actors, workers_per_engine, rank)
             self._trainer_actors = actors
         self._trainer.send_weights()
 

@@ -36,19 +36,21 @@ def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
     def load(path: str, dtype: str, device: str | None = None) -> CausalLM:
         return CausalLM(path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code)
 
-    def frozen(path: str) -> CausalLM:
-        lm = load(path, settings.dtype)
+    # Models of several ranks are loaded on the CPU: whole, they may not fit one rank's device.
+    device = "cpu" if settings.num_ranks > 1 else None
+
+    def frozen(path: str, device: str | None = None) -> CausalLM:
+        lm = load(path, settings.dtype, device)
         lm.model.requires_grad_(False)
         return lm
 
-    # A student of several ranks is loaded on the CPU: whole, it may not fit one rank's device.
-    student = load(models.student, "float32", device="cpu" if settings.num_ranks > 1 else None)
+    student = load(models.student, "float32", device)
     student.model.train()
     if settings.gradient_checkpointing:
         student.model.gradient_checkpointing_enable()
     if settings.freeze_embeddings:
         student.model.get_input_embeddings().requires_grad_(False)
-    reference = frozen(models.student) if models.with_reference else None
+    reference = frozen(models.student, device) if models.with_reference else None
     teacher_head = frozen(models.teacher).head if models.teacher else None
     if settings.compile:
         for lm in (student, reference):

@@ -90,7 +90,10 @@ class _EagerGradient(torch.autograd.Function):
     def forward(ctx: Any, run: Callable[[Tensor, slice], Tensor], slices: Sequence[slice], hidden_NH: Tensor, *weights: Tensor) -> Tensor:
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         inputs = [hidden_NH.detach(), *weights]
-        ctx.gradients = [torch.zeros_like(tensor) if index in wanted else None for index, tensor in enumerate(inputs)]
+        # In float32 at least: a head in bfloat16 would lose what late chunks add to it.
+        summing = [torch.promote_types(tensor.dtype, torch.float32) for tensor in inputs]
+        ctx.gradients = [torch.zeros_like(t, dtype=summing[i]) if i in wanted else None for i, t in enumerate(inputs)]
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
         totals = []
         for index in slices:
             chunk_CH = hidden_NH[index].detach().requires_grad_(0 in wanted)
@@ -107,7 +110,8 @@ class _EagerGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return None, None, *(None if gradient is None else gradient * upstream for gradient in ctx.gradients)
+        scaled = (None if gradient is None else gradient * upstream for gradient in ctx.gradients)
+        return None, None, *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True))
 
 
 def token_losses(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_governor.actors.causal_lm import CausalLM, decoder_layers
@@ -52,17 +52,19 @@ class Sharded(nn.Module):
         return run()
 
 
-def shard(lm: CausalLM, device: torch.device) -> Callable[[Callable[[], Any]], Any]:
+def shard(lm: CausalLM, device: torch.device, dtype: str = "float32") -> Callable[[Callable[[], Any]], Any]:
     """Cut the model over the group's ranks, layer by layer; returns what every pass over it has to run inside.
 
     Gradients are summed over ranks, not averaged: each token's weight is its share of the whole batch's loss. All ranks must
-    make the same passes in the same order.
+    make the same passes in the same order. `dtype` bfloat16 gathers and multiplies in bfloat16; what a rank keeps, and what gradients
+    are summed in, stays float32. Autocast would gather in float32, and keep a bfloat16 copy of every layer on every rank.
     """
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in decoder_layers(lm.model):
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     # Embeddings, last norm and head stay whole from forward to backward: the loss asks for the head once a chunk.
-    root = fully_shard(Sharded(lm.model), mesh=mesh, reshard_after_forward=False)
+    root = fully_shard(Sharded(lm.model), mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -76,6 +78,28 @@ def shard(lm: CausalLM, device: torch.device) -> Callable[[Callable[[], Any]], A
         return result
 
     return run_inside
+
+
+def shard_frozen(lm: CausalLM, device: torch.device) -> None:
+    """Cut the layers of a model that is never trained: each is gathered for its own turn. Embeddings, last norm and head stay whole.
+
+    Passes over it need nothing around them, but all ranks must make the same ones in the same order.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in decoder_layers(lm.model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    moved: dict[int, Tensor] = {}  # a tied weight stays one
+    for module in lm.model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, held in store.items():
+                if held is not None and not isinstance(held, DTensor):
+                    store[name] = moved.setdefault(id(held), _moved(held, device))
+    lm.device = device
+
+
+def _moved(held: Tensor, device: torch.device) -> Tensor:
+    moved = held.detach().to(device)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(held, nn.Parameter) else moved
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
+from opd_governor.actors.handles import each_handle, plain
 from opd_governor.actors.learner.outgoing import Outgoing
 
 
@@ -64,14 +65,24 @@ class EnginesClient(RayVLLMWeightSyncClient):
             requests.append(WeightTransferInitRequest(init_info=own))
         ray.get([handle.init_weight_transfer_engine.remote(request) for handle, request in zip(self.handles, requests, strict=True)])
 
+    def update_weights(self, update_info: Any) -> None:
+        """Handles of shared GPU memory travel as numbers and bytes."""
+        if isinstance(update_info, dict) and update_info.get("ipc_handles") is not None:
+            update_info = update_info | {"ipc_handles": each_handle(update_info["ipc_handles"], plain)}
+        super().update_weights(update_info)
+
 
 def open_trainer(
-    backend: str, model: Any, dtype: torch.dtype, actors: list[Any], workers_per_engine: int
+    backend: str, model: Any, dtype: torch.dtype, actors: list[Any], workers_per_engine: int, rank: int = 0
 ) -> TrainerWeightTransferEngine[Any]:
-    """Meet the engines; blocks until all of them have joined. `send_weights()` of what is returned is one whole update."""
+    """On every rank of the learner. Rank 0 meets the engines: it blocks until all of them have joined.
+
+    `send_weights()` of what is returned is one whole update; every rank calls it, since all of them gather, and over ipc each shares
+    its own GPU's copy.
+    """
     client = EnginesClient(actors, workers_per_engine)
-    init_info: IPCTrainerInitInfo | NCCLTrainerInitInfo = IPCTrainerInitInfo(rank=0)
+    init_info: IPCTrainerInitInfo | NCCLTrainerInitInfo = IPCTrainerInitInfo(rank=rank)
     if backend == "nccl":
         world_size = 1 + len(actors) * workers_per_engine
-        init_info = NCCLTrainerInitInfo(get_node_ip_address(), get_open_port(), world_size, rank=0)
+        init_info = NCCLTrainerInitInfo(get_node_ip_address(), get_open_port(), world_size, rank=rank)
     return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=StudentSource(model, dtype))

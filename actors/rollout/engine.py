@@ -28,6 +28,8 @@ from opd_governor.actors.rollout.arguments import engine_arguments
 from opd_governor.actors.rollout.logits import LOGITS_PROCESSORS
 from opd_governor.actors.rollout.settings import RolloutSettings
 
+BACKENDS = {"ipc": "opd_ipc"}
+"""The job's name of a transfer -> vLLM's, where the two differ (see ipc.py)."""
 OWNER = "OPD_ENGINE_OWNER"
 """Environment variable: process id of the engine's parent (see worker.py)."""
 
@@ -53,7 +55,7 @@ class Engine:
     def __init__(self, model: str, settings: RolloutSettings, *, weight_transfer: str, seed: int = 0, max_logprobs: int = 20) -> None:
         cpu = current_platform.is_cpu()
         arguments = engine_arguments(model, settings, seed=seed, max_logprobs=max_logprobs, cpu=cpu)
-        arguments["weight_transfer_config"] = WeightTransferConfig(backend=weight_transfer)
+        arguments["weight_transfer_config"] = WeightTransferConfig(backend=BACKENDS.get(weight_transfer, weight_transfer))
         if settings.stop_ramp.strength_nats > 0 or settings.no_repeat_ngram > 0:
             # Only where asked for: vLLM's newer model runner, the default on GPUs, does not load processors of this interface.
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")

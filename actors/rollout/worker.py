@@ -5,6 +5,7 @@ import select
 import threading
 from typing import Any
 
+import opd_governor.actors.rollout.ipc
 import opd_governor.actors.rollout.transfer  # noqa: F401  registers the file back end
 from opd_governor.actors.rollout.engine import OWNER
 

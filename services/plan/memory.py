@@ -97,7 +97,7 @@ def learner_need(job: Job, student: Shape, num_ranks: int) -> Need:
         backward += full.per_layer_token * tokens
     terms |= {"loss": loss} if loss > backward else {"layer under way": backward}
     if with_reference(job):
-        terms["reference"] = itemsize * cut
+        terms["reference"] = itemsize * (student.num_outside + (whole - student.num_outside) / num_ranks)
     snapshot = 12 * cut
     loading = 4 * whole
     return Need("learner", terms, {"snapshot for a checkpoint": snapshot, "loading the student (rank 0)": loading})

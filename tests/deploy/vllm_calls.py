@@ -16,6 +16,7 @@ from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine, WeightTransferEngine
 from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine, NCCLWeightTransferEngine
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -74,13 +75,15 @@ def transfers() -> dict[str, Any]:
     for verb in ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"):
         assert callable(getattr(actor.RolloutActor, verb))
         assert callable(getattr(RayVLLMWeightSyncClient, verb))
-    for backend in ("nccl", "file"):
+    for backend in ("nccl", "file", engine.BACKENDS["ipc"]):
         assert WeightTransferConfig(backend=backend).backend == backend
         assert not inspect.isabstract(WeightTransferEngineFactory._registry[backend]()), backend  # the registry holds loaders
     for abstract in (WeightTransferEngine, TrainerWeightTransferEngine):
         assert abstract.__abstractmethods__
     return {
         "NCCLTrainerInitInfo": used(NCCLTrainerInitInfo, "127.0.0.1", 1, 3, rank=0),
+        "IPCTrainerInitInfo": used(IPCTrainerInitInfo, rank=1),
+        "ipc.parse_update_info": used(IPCWeightTransferEngine.parse_update_info, 0, {}),
         "trainer_init": used(WeightTransferTrainerFactory.trainer_init, 0, client=0, source=0),
         "nccl.trainer_init": used(NCCLTrainerWeightTransferEngine.trainer_init, 0, client=0, source=0),
         "nccl.send_weights": used(NCCLTrainerWeightTransferEngine.send_weights, 0),

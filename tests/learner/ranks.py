@@ -22,6 +22,10 @@ def serve(connection: Connection) -> None:
             learner = Learner(*arguments, **options)
             connection.send(None)
             continue
+        if verb == "apply":
+            function, *rest = arguments
+            connection.send(function(learner, *rest))
+            continue
         try:
             connection.send(getattr(learner, verb)(*arguments, **options))
         except ValueError as error:
