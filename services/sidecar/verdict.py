@@ -250,6 +250,11 @@ def _from_start(series: dict[str, _Series], cap: float | None, facts: list[str])
     if cut.end < FITS_TRUNCATION:
         evidence = [f"truncation fell from {cut.start:.0%} to {cut.end:.0%}: the model has learned to end inside the cap", *facts]
         return _Finding("healthy", None, evidence, "truncation", cut.start - cut.end)
+    if (relapse := _relapse(cut, facts)) is not None:
+        return relapse
+    if cut.end < START_TRUNCATION and cut.end <= cut.start / 2:
+        evidence = [f"truncation fell from {cut.start:.0%} to {cut.end:.0%}: watch that it falls on", *facts]
+        return _Finding("healthy", None, evidence, "truncation", doubt=True)
     first = int(cut.steps[0])
     evidence = [f"truncation is {cut.start:.0%} in the first {cut.edge} steps and {cut.end:.0%} in the last", *facts]
     if loops and loops.start >= 0.3:
@@ -263,6 +268,18 @@ def _from_start(series: dict[str, _Series], cap: float | None, facts: list[str])
     if share >= ENDED_LONG:
         return _Finding("cap_too_low", first, [f"{told}: the rest need more room", *evidence], "truncation")
     return _Finding("never_stops", first, [f"{told}: room is not what the others lack", *evidence], "truncation")
+
+
+def _relapse(cut: _Series, facts: list[str]) -> _Finding | None:
+    """A run that began cut, learned to end its answers, and lost it again."""
+    low = int(cut.smooth.argmin())
+    after = cut.smooth[low:]
+    if cut.smooth[low] >= START_TRUNCATION or cut.end < LOCKED_TRUNCATION:
+        return None
+    line = cut.smooth[low] + 0.25 * (float(after.max()) - cut.smooth[low])
+    since = int(cut.steps[low + int(np.flatnonzero(after >= line)[0])])
+    told = f"truncation {cut.start:.0%} at first, {cut.smooth[low]:.0%} at step {int(cut.steps[low])}, {cut.end:.0%} in the last steps"
+    return _Finding("collapsed", since, [told, *facts], "truncation", cut.end - float(cut.smooth[low]))
 
 
 def _ended_mean(series: dict[str, _Series], cap: float | None) -> float | None:

@@ -71,7 +71,8 @@ def main() -> None:
     print(
         f"{arguments.runs} runs x {arguments.seconds} steps: {len(late)} answered, {len(load.lost)} wrong, {kept} decisions kept, "
         f"{took_s:.1f} s; latency p50 {1e3 * late[len(late) // 2]:.1f} ms, p99 {1e3 * late[int(len(late) * 0.99)]:.1f} ms, "
-        f"longest {1e3 * late[-1]:.0f} ms; the service took {cpu_s:.1f} s of one core; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, "
+        f"longest {1e3 * late[-1]:.0f} ms; the service took {cpu_s:.1f} s of one core; "
+        f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, "
         f"{platform.machine()}, Python {platform.python_version()}"
     )
     for text in load.lost[:5]:

@@ -137,6 +137,19 @@ def test_a_padded_clip_ratio_is_believed_only_where_the_longest_is_the_cap() -> 
     assert diagnose(steps).sick
 
 
+def test_a_run_that_learned_to_stop_and_lost_it_again_has_collapsed() -> None:
+    shares = [1.0] * 8 + [0.5, 0.2] + [0.02] * 20 + [0.4] * 3 + [0.95] * 30
+    diagnosis = diagnose([StepSeen(step=step, truncation=share, length_max_tokens=512.0) for step, share in enumerate(shares)])
+    assert diagnosis.kind == "collapsed"
+    assert 29 <= (diagnosis.since_step or 0) <= 34
+
+
+def test_a_run_that_is_still_learning_to_stop_is_no_longer_sick() -> None:
+    shares = [1.0] * 5 + [0.14 if step % 2 else 0.12 for step in range(40)]
+    diagnosis = diagnose([StepSeen(step=step, truncation=share, length_max_tokens=512.0) for step, share in enumerate(shares)])
+    assert (diagnosis.kind, diagnosis.sure) == ("healthy", "not sure")
+
+
 def test_few_steps_are_too_few() -> None:
     diagnosis = diagnose([StepSeen(step=step, truncation=1.0) for step in range(3)])
     assert (diagnosis.kind, diagnosis.sure, diagnosis.sick) == ("unknown", "not sure", False)
