@@ -58,7 +58,7 @@ def draw_right_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch, 
 
 
 HINTED = Plan(5, 2, 64, 168, 2400, 3e-3, draw_hinted_batches)
-PAIRS = Plan(6, 3, 96, 256, 1200, 3e-3, draw_right_batches)
+PAIRS = Plan(6, 3, 96, 256, 1800, 3e-3, draw_right_batches)
 
 
 def build_pairs_tokenizer() -> PreTrainedTokenizerFast:

@@ -33,7 +33,7 @@ from opd_governor.services.inputs.models import (
 )
 from opd_governor.services.inputs.prompts import PromptStream, describe_refusals, open_problems, open_prompts
 from opd_governor.services.inputs.refusals import DataError
-from opd_governor.services.inputs.tokens import OWN, SAME, comparison, own_tokenizer
+from opd_governor.services.inputs.tokens import SAME, comparison, named_tokenizer, own_tokenizer
 from opd_governor.services.inputs.verifiers import load_verifier
 from opd_governor.services.job.settings import Job, JobError
 
@@ -98,7 +98,7 @@ def check(job: Job, directory: Path) -> list[Check]:
         trusted = settings.trust_remote_code
         if model is not None:
             windows.append(context_tokens(model, trusted))
-        named = model if settings.tokenizer in (None, OWN, SAME) else settings.tokenizer
+        named = named_tokenizer(settings, model)
         if named is None:
             continue
         theirs, found = _load_tokenizer(f"teacher {settings.name}", named, trusted)

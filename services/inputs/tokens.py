@@ -36,6 +36,13 @@ def own_tokenizer(teacher: TeacherSettings, model: str, student: Any) -> str | N
     return model if tokenizer_difference(student, tokenizer_of(model, teacher.trust_remote_code)) else None
 
 
+def named_tokenizer(teacher: TeacherSettings, model: str | None) -> str | None:
+    """Folder or id of a teacher's tokenizer, where there is one to look at. `model`: resolved; None: a server's."""
+    if teacher.tokenizer not in (None, OWN, SAME):
+        return teacher.tokenizer
+    return teacher.model if model is None and teacher.tokenizer == OWN else model
+
+
 def vocabularies(
     job: Job, teacher: TeacherSettings, model: str, student: tuple[str, Any], stop_ids: tuple[int, ...]
 ) -> Vocabularies | None:

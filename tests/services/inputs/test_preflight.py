@@ -196,3 +196,11 @@ def test_a_teacher_with_another_vocabulary_is_compared_by_bytes_and_check_says_s
     full = check(job(teacher=wide, objective={"support": "full"}), tmp_path)
     assert "needs one vocabulary" in found(full, "tokenizer wide").line()
     assert exit_code(full) == 3
+
+
+def test_a_servers_teacher_is_compared_by_the_tokenizer_that_the_job_names(job, models, tmp_path):
+    server = {"backend": "http", "url": "http://127.0.0.1:9", "model": "served"}
+    one = found(check(job(teacher=server | {"tokenizer": str(models / "wide")}), tmp_path), "tokenizer teacher")
+    assert (one.status, "compared by bytes" in one.detail) == ("pass", True)
+    absent = failures(check(job(teacher=server | {"tokenizer": "own", "model": "./absent"}), tmp_path))
+    assert any("teacher teacher tokenizer ./absent" in line for line in absent)
