@@ -30,7 +30,8 @@ class BatchMetrics:
     """The distillation term of the batch's loss: sum of weight x loss."""
     num_tokens_P: np.ndarray
     kl_nats_P: np.ndarray
-    """Reverse KL to the teacher, sampled estimate (see `TokenLosses.kl_N`)."""
+    """Sum of log pS - log pT at the sampled tokens. Its mean is reverse KL where rollouts are sampled at temperature 1 without filters, and
+    the log-ratio of what was sampled elsewhere (see `TokenLosses.kl_N`)."""
     num_masked_tokens: int
     """Rollout tokens of weight 0."""
     num_clipped_tokens: int

@@ -51,8 +51,8 @@ def find_server(client: Client, stop_ids: tuple[int, ...], deadline: float) -> S
     request at all (a wrong model, a missing key)."""
     kind = client.settings.server
     if kind == "auto":
-        information = client.get("/get_model_info")
-        kind = "sglang" if isinstance(information, dict) and "model_path" in information else "vllm"
+        answers = (client.get(path) for path in ("/get_model_info", "/model_info"))  # SGLang's, before and since it was renamed
+        kind = "sglang" if any(isinstance(answer, dict) and "model_path" in answer for answer in answers) else "vllm"
     if kind == "sglang":
         return SglangServer(stop_ids)
     if 0 < (size := _whole_vocabulary(client, stop_ids, deadline)) <= MAX_FULL_VOCABULARY:
@@ -255,7 +255,8 @@ class SglangServer:
             raise BadAnswerError(f"log-probs in another form: {error!r}") from None
 
     def generate(self, client: Client, prompt: Sequence[int], options: GenerateOptions, seed: int, deadline: float) -> tuple[int, ...]:
-        sampling = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "sampling_seed": seed}
+        # No seed: SGLang takes one only when it was started for deterministic inference, and refuses the request otherwise.
+        sampling = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
         plain = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         stops = {"stop_token_ids": list(self.stop_ids), "ignore_eos": True}
         body = {"input_ids": list(prompt), "sampling_params": sampling | plain | stops}
