@@ -4,7 +4,7 @@ data.prompts --open_rows--> rows --open_table--> PromptTable --what fits, what i
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -279,6 +279,8 @@ class Problems:
 
     prompts: tuple[Prompt, ...]
     survey: Survey
+    place: Callable[[int], str]
+    """FILE:LINE of a prompt by its index."""
 
 
 def open_problems(job: Job, tokenizer: Any, context_tokens: int) -> Problems:
@@ -290,4 +292,4 @@ def open_problems(job: Job, tokenizer: Any, context_tokens: int) -> Problems:
     source = job.data.eval.source(job.data.prompts)
     table = open_table(open_rows(source), tokenizer, Terms(source))
     survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, needs_answer=True)
-    return Problems(tuple(PromptStream(table, survey, job.seed, shuffle=False).prompts()), survey)
+    return Problems(tuple(PromptStream(table, survey, job.seed, shuffle=False).prompts()), survey, table.place)

@@ -160,7 +160,7 @@ class Run:
                 f"rollout counts as the tail; its own lengths ask for a cap of {reference.asked_cap_tokens}"
             )
         self.telemetry.use_reference(reference)
-        sources.stream.mark(golden.finished, golden.answers)
+        sources.stream.mark(golden.finished, golden.answers, golden.refused)
         await fleet.set_reference(reference.mean_tokens)
         self._loop = Distillation(
             job,
