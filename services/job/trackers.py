@@ -36,7 +36,7 @@ TRACKERS: Kind[Any] = Kind("tracker")
 
 
 def run_id(run_dir: Path, tracker: str, made: str | None = None) -> tuple[str, bool]:
-    """(id of this run directory's run at the tracker, whether it has been there before). `made`: an id that the tracker gave; None: ours."""
+    """(id of this run directory's run at the tracker, whether there was one before). `made`: an id that the tracker gave, if it does."""
     file = run_dir / f".{tracker}-run"
     if file.exists():
         return file.read_text().strip(), True
