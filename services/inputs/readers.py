@@ -34,7 +34,7 @@ COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
-    ".zst": lambda file: pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd"),
+    ".zst": lambda file: io.BufferedReader(_Rest(b"", pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd"))),
 }
 """End of a file's name -> how it is decompressed."""
 BATCH_ROWS = 1000
@@ -147,7 +147,8 @@ def _object(row: Any) -> Any:
 
 def _separated(file: BinaryIO, separator: str) -> Iterator[Line]:
     csv.field_size_limit(sys.maxsize)  # the default of 131,072 characters is shorter than some prompts
-    rows = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=separator, strict=True)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    rows = csv.DictReader(text, delimiter=separator, strict=True)
     try:
         for row in rows:
             if None in row:
@@ -159,6 +160,8 @@ def _separated(file: BinaryIO, separator: str) -> Iterator[Line]:
                 yield rows.line_num, {name: cell for name, cell in row.items() if cell}
     except csv.Error as error:
         raise RowError(f"line {rows.line_num}: {error}; mend it") from None
+    finally:
+        text.detach()  # the file is its opener's to close
 
 
 def _of_batches(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Line]:

@@ -70,7 +70,7 @@ def facts_of(name: str, where: str, *, trust: bool, tokenizer: str | None = None
             model = find(name)
         except JobError as error:
             raise JobError(f"{where}: {error}") from None
-        whole = whole_config(model, trust)
+        whole = _config(model, where, trust)
         config = whole.get_text_config()
     of = tokenizer or model
     with theirs(where, f"the tokenizer of {of}", "put the tokenizer's files beside the model, or set student.tokenizer", JobError):
@@ -79,6 +79,15 @@ def facts_of(name: str, where: str, *, trust: bool, tokenizer: str | None = None
     with theirs(where, f"model {name}", "mend its generation_config.json and config.json", JobError):
         stops = stop_event_ids(model, loaded, trust)
     return ModelFacts(model, config, whole, loaded, stops, context_tokens(config))
+
+
+def _config(model: str, where: str, trust: bool) -> Any:
+    try:
+        return whole_config(model, trust)
+    except ValueError as error:
+        if trust or "trust_remote_code" not in str(error):
+            raise
+        raise JobError(f"{where}: model {model} brings Python code of its own; set trust_remote_code to true if you trust it") from None
 
 
 def student_facts(settings: StudentSettings, find: Callable[[str], str] = resolve_model) -> ModelFacts:
