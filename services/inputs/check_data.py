@@ -7,7 +7,7 @@ from typing import Any
 from opd_governor.services.inputs.checks import Check
 from opd_governor.services.inputs.prompts import Problems, PromptStream, describe_refusals, open_problems, open_prompts
 from opd_governor.services.inputs.refusals import DataError
-from opd_governor.services.inputs.verifiers import load_verifier
+from opd_governor.services.inputs.verifiers import last_number, load_verifier
 from opd_governor.services.job.settings import Job, JobError
 
 
@@ -29,6 +29,9 @@ def check_data(job: Job, tokenizer: Any, window: int, teacher_tokenizers: Mappin
 
 
 def _check_template_keys(job: Job, tokenizer: Any) -> Iterator[Check]:
+    if job.data.prompts.system_prompt and not job.data.prompts.chat:
+        detail = "data.prompts.system_prompt: goes before text prompts in chat form only, and data.prompts.chat is false: it is not used"
+        yield Check("system prompt", "warn", detail, "set chat to true, or put a system message into each row")
     template = str(tokenizer.chat_template or "")
     for key in job.data.prompts.template:
         if not re.search(rf"\b{re.escape(key)}\b", template):
@@ -41,8 +44,8 @@ def _check_evaluation(job: Job, tokenizer: Any, window: int) -> Check:
     try:
         problems = open_problems(job, tokenizer, window)
         load_verifier(job.data.eval.verifier)
-        if job.data.eval.verifier == "regex":
-            _check_patterns(job, problems)
+        if job.data.eval.verifier in ("regex", "number"):
+            _check_answers(job, problems)
     except JobError as error:
         detail = str(error) if str(error).startswith("data.eval") else f"data.eval: {error}"
         return Check("evaluation", "fail", detail, exit_code=2)
@@ -54,13 +57,17 @@ def _check_evaluation(job: Job, tokenizer: Any, window: int) -> Check:
     return Check("evaluation", "warn" if told else "pass", "; ".join([detail, *told]))
 
 
-def _check_patterns(job: Job, problems: Problems) -> None:
+def _check_answers(job: Job, problems: Problems) -> None:
+    """Whether the verifier can read each answer."""
     for problem in problems.prompts:
-        try:
-            re.compile(problem.answer or "")
-        except re.error as error:
-            place = problems.place(problem.index)
-            raise DataError(f"{place}: answer {problem.answer!r} is no regular expression ({error}); mend it") from None
+        answer, place = problem.answer or "", problems.place(problem.index)
+        if job.data.eval.verifier == "number" and last_number(answer) is None:
+            raise DataError(f"{place}: answer {answer!r} holds no number; mend it, or choose another verifier")
+        if job.data.eval.verifier == "regex":
+            try:
+                re.compile(answer)
+            except re.error as error:
+                raise DataError(f"{place}: answer {answer!r} is no regular expression ({error}); mend it") from None
 
 
 def _check_prompts(job: Job, stream: PromptStream, window: int) -> Iterator[Check]:

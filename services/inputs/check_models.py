@@ -155,6 +155,19 @@ def check_pair(settings: TeacherSettings, student: ModelFacts, read: Any, ends: 
         yield Check(f"stop ids {name}", "warn", f"the student stops on {described[0]}, teacher {name} on {described[1]}", remedy)
 
 
+def check_stop_ids(job: Job, student: ModelFacts) -> Iterator[Check]:
+    """The job's own stop ids: some, and ids that the student can write."""
+    chosen = job.rollout.stop_token_ids
+    if chosen is None:
+        return
+    remedy = "name ids of the student's tokenizer, or leave it out: the models say what they stop on"
+    if not chosen:
+        yield Check("stop ids", "fail", "rollout.stop_token_ids: is empty, so no answer would ever end", remedy, exit_code=2)
+    elif odd := [stop for stop in chosen if not 0 <= stop < student.num_ids]:
+        detail = f"rollout.stop_token_ids: {odd[0]} is no id of the student's tokenizer, which has {student.num_ids}"
+        yield Check("stop ids", "fail", detail, remedy, exit_code=2)
+
+
 def check_pad(tokenizer: Any) -> Iterator[Check]:
     """One token for padding and end: fine here, asked about often."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -18,7 +18,7 @@ from opd_governor.services.inputs.check_machine import (
     check_repeatable,
     check_service,
 )
-from opd_governor.services.inputs.check_models import check_pad, check_pair, check_student, check_teacher
+from opd_governor.services.inputs.check_models import check_pad, check_pair, check_stop_ids, check_student, check_teacher
 from opd_governor.services.inputs.checks import Check, exit_code, failures, render
 from opd_governor.services.inputs.models import resolve_model, split_pruned
 from opd_governor.services.inputs.resolve import ModelFacts, server_tokenizer, student_facts, teacher_facts, window_of
@@ -35,7 +35,7 @@ def check(job: Job, directory: Path) -> list[Check]:
     teachers = [_look_at_teacher(settings, checks) for settings in job.teacher]
     if student is None:
         return checks
-    checks += [*check_student(student), *check_pad(student.tokenizer)]
+    checks += [*check_student(student), *check_stop_ids(job, student), *check_pad(student.tokenizer)]
     others: dict[str, Any] = {}
     for settings, teacher in zip(job.teacher, teachers, strict=True):
         if teacher is not None:

@@ -14,7 +14,7 @@ import io
 import json
 import lzma
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow
@@ -150,6 +150,7 @@ def _separated(file: BinaryIO, separator: str) -> Iterator[Line]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     rows = csv.DictReader(text, delimiter=separator, strict=True)
     try:
+        _check_names(rows.fieldnames or ())
         for row in rows:
             if None in row:
                 yield (
@@ -164,9 +165,15 @@ def _separated(file: BinaryIO, separator: str) -> Iterator[Line]:
         text.detach()  # the file is its opener's to close
 
 
+def _check_names(names: Sequence[str]) -> None:
+    if twice := next((name for name in names if list(names).count(name) > 1), None):
+        raise RowError(f"has two columns called {twice!r}; rename or remove one")
+
+
 def _of_batches(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Line]:
     number = 0
     for batch in batches:
+        _check_names(batch.schema.names)
         for row in batch.to_pylist():
             number += 1
             yield number, row

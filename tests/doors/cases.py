@@ -126,6 +126,11 @@ def feather(folder: Path, job: Tree) -> None:
     job["data"]["prompts"]["path"] = str(folder / "prompts.arrow")
 
 
+def no_cache(folder: Path, job: Tree) -> None:
+    lines(*({"prompt": f"number {n}"} for n in range(21_000)))(folder, job)
+    (folder / "cache").write_text("a file where a folder should be")
+
+
 def saved_dataset(folder: Path, job: Tree) -> None:
     import datasets
 
@@ -133,7 +138,22 @@ def saved_dataset(folder: Path, job: Tree) -> None:
     job["data"]["prompts"]["path"] = str(folder / "saved")
 
 
+def parquet_twice(folder: Path, job: Tree) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([["x"], ["y"]], names=["prompt", "prompt"]), folder / "p.parquet")
+    job["data"]["prompts"]["path"] = str(folder / "p.parquet")
+
+
 READING = [
+    Case("an empty path", 2, ["is no path of a file"], plain_path("")),
+    Case("a path of two lines", 2, ["is no path of a file"], raw("p\n.jsonl", JSONL)),
+    Case("a path with brackets", 0, ["120 prompts"], raw("p[1].jsonl", JSONL)),
+    Case("a folder called like a file", 2, ["no file of a known kind"], lambda f, j: ((f / "p.jsonl").mkdir(), j["data"]["prompts"].update(path=str(f / "p.jsonl")))[0]),
+    Case("an address that does not answer", 2, ["http://127.0.0.1:9/p.jsonl: its file system says"], plain_path("http://127.0.0.1:9/p.jsonl")),
+    Case("csv with two columns of a name", 2, ["has two columns called 'prompt'"], raw("p.csv", b"prompt,prompt\na,b\n")),
+    Case("csv with an open quote", 2, ["unexpected end of data"], raw("p.csv", b'prompt\n"abc\n')),
+    Case("csv with a header alone", 2, ["has no rows"], raw("p.csv", b"prompt\n")),
+    Case("parquet with two columns of a name", 2, ["has two columns called 'prompt'"], parquet_twice),
+    Case("zstandard in two frames", 0, ["240 prompts"], raw("p.jsonl.zst", zst(JSONL) + zst(JSONL))),
     Case("json lines", 0, ["120 prompts"], lines(*GOOD)),
     Case("a BOM and CRLF", 0, ["2 prompts"], raw("p.jsonl", b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')),
     Case("a json array", 0, ["120 prompts"], raw("p.json", json.dumps(GOOD, indent=1).encode())),
@@ -246,6 +266,7 @@ CHAT = [
 ]  # fmt: skip
 
 HELD_OUT = [
+    Case("an answer without a number", 2, ["held.jsonl:1: answer 'abc' holds no number"], held_out({"prompt": "x", "answer": "abc"}, verifier="number")),
     Case("held-out problems", 0, ["1 problems"], held_out({"prompt": "x", "answer": "1"})),
     Case("an over-long problem", 0, ["1 problems", "held.jsonl:2: 300 tokens leave -44 of 256: refused"], held_out({"prompt": "x", "answer": "1"}, {"prompt": LONG, "answer": "1"})),
     Case("a problem without an answer", 2, ["data.eval: ", "held.jsonl:1: no column 'answer' to verify against"], held_out({"prompt": "x"})),
@@ -259,6 +280,12 @@ HELD_OUT = [
 ]  # fmt: skip
 
 JOB = [
+    Case("a stop id beyond the tokenizer", 2, ["rollout.stop_token_ids: 99999 is no id of the student's tokenizer"], setting("rollout", stop_token_ids=[99999])),
+    Case("no stop ids", 2, ["rollout.stop_token_ids: is empty"], setting("rollout", stop_token_ids=[])),
+    Case("a system prompt without chat", 0, ["data.prompts.system_prompt", "it is not used"], lines(*GOOD, system_prompt="be kind")),
+    Case("a server's own template", 2, ["render is own, but the server has its tokenizer"], both(lines({"prompt": [USER]}), lambda f, j: j["teacher"].update(render="own", backend="http", url="http://127.0.0.1:9"))),
+    Case("a teacher's own template that it lacks", 2, ["its tokenizer has no chat template"], both(lines({"prompt": [USER]}), lambda f, j: j["teacher"].update(render="own")), "chat"),
+    Case("a cache that cannot be written", 2, ["the prompts' cache cannot be written", "set OPD_CACHE_DIR"], no_cache),
     Case("a misspelt key", 2, ["data.prompts.colum: unknown key; did you mean column?"], lines({"prompt": "x"}, colum="q")),
     Case("a misspelt group", 2, ["learnr: unknown key; did you mean learner?"], setting("learnr", total_steps=3)),
     Case("a key that nothing is near", 2, ["rollout.zzz: unknown key; remove it; the keys here are"], setting("rollout", zzz=1)),

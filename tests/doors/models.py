@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from tests.doors.cases import GOOD, Case, Tree, Write, lines
+from tests.doors.cases import GOOD, Case, Tree, Write, both, lines
 from tests.tiny import CHATML, build_tiny, tiny_tokenizer
 
 STRICT = (
@@ -109,7 +109,23 @@ def gemma3() -> Any:
     return AutoConfig.for_model("gemma3", text_config={"vocab_size": 85, "max_position_embeddings": 256})
 
 
+def no_end(folder: Path) -> None:
+    config(eos_token_id=None)(folder)
+    (folder / "generation_config.json").write_text("{}")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None}))
+
+
 MODELS = [
+    Case("a student that never ends", 0, ["the student stops on nothing"], changed("student", no_end)),
+    Case("a tokenizer that is missing", 3, ["the tokenizer of"], changed("student", lambda d: [(d / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")])),
+    Case("a tokenizer config that is a list", 3, ["the tokenizer of", "says: 'list' object"], changed("student", text("tokenizer_config.json", "[]"))),
+    Case("a config with words for numbers", 3, ["vocab_size"], changed("student", config(vocab_size="many"))),
+    Case("empty weights", 3, ["model.safetensors says"], changed("student", text("model.safetensors", ""))),
+    Case("a named tokenizer that is missing", 3, ["the tokenizer of ./nope says"], both(lines(*GOOD), lambda f, j: j["student"].update(tokenizer="./nope"))),
+    Case("a template that is no Jinja", 2, ["the student's chat template says: expected token 'in'"], both(lines({"prompt": "x"}, chat=True), lambda f, j: save(Path(j["student"]["model"]), template="{% for x %}"))),
+    Case("a template without end", 2, ["Range too big"], both(lines({"prompt": "x"}, chat=True), lambda f, j: save(Path(j["student"]["model"]), template="{% for i in range(10**9) %}x{% endfor %}"))),
+    Case("a pruned name without a number", 3, ["expected pruned:MODEL:LAYERS"], both(lines(*GOOD), lambda f, j: j["student"].update(model="pruned:x"))),
     Case("a missing model folder", 3, ["student.model: model ./absent: no such folder"], lambda f, j: j["student"].update(model="./absent")),
     Case("a folder without config", 3, ["has no config.json"], changed("student", without("config.json"))),
     Case("pickled weights alone", 3, ["pickled weights are not loaded"], changed("student", lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"))),
