@@ -66,7 +66,7 @@ class Learner:
         loaded = load_models(models, settings)
         self._student = loaded.student
         self._passes = Passes(loaded, settings, objective, stop_ids)
-        self._files = StudentFiles(loaded.student, models.student, models.trust_remote_code)
+        self._files = StudentFiles(loaded.student, models, stop_ids)
         self._optimizer = self._new_optimizer()
         self.weight_version = 0
         self._snapshot: Snapshot | None = None
@@ -208,11 +208,11 @@ class Learner:
 
     # ---- files
 
-    def save_student(self, folder: str, card: str | None = None) -> None:
+    def save_student(self, folder: str, card: str | None = None, dtype: str = "float32") -> None:
         """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card. Rank 0 writes."""
         weights = gather(self._files.weights())
         if rank_and_size()[0] == 0:
-            self._files.write(folder, weights, card)
+            self._files.write(folder, weights, card, dtype)
 
     def snapshot(self) -> None:
         """Copy what `save` will write, between two steps: the next one may run while it is written. Every rank gives, rank 0 keeps."""

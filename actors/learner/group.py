@@ -70,8 +70,8 @@ class LearnerGroup:
         """The first rank writes its snapshot, beside whatever else the ranks do. Raises OSError."""
         await self.ranks[0].save.options(concurrency_group="disk").remote(folder)
 
-    async def save_student(self, folder: str, card: str) -> None:
-        await together(rank.save_student.remote(folder, card) for rank in self.ranks)
+    async def save_student(self, folder: str, card: str, dtype: str) -> None:
+        await together(rank.save_student.remote(folder, card, dtype) for rank in self.ranks)
 
     async def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Every rank reads the checkpoint's folder: it has to be shared where ranks are on several nodes."""

@@ -19,6 +19,8 @@ class LearnerModels:
     teacher: str | None = None
     """A teacher whose output head is loaded, for a support that needs its hidden states."""
     trust_remote_code: bool = False
+    tokenizer: str | None = None
+    """Folder or id of the tokenizer and chat template that the student is trained with. None: the student's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ snapshot (all ranks, between two steps) --> write (rank 0, while the next step r
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
+from opd_governor.actors.learner.models import LearnerModels
 from opd_governor.actors.learner.sharding import gather, of_every_rank, rank_and_size, scatter
 
 COUNTERS = "learner.json"
@@ -37,18 +39,26 @@ class Snapshot:
 class StudentFiles:
     """The student in Hugging Face layout, with its tokenizer. Raises OSError on a full disk, whatever the writers raise."""
 
-    def __init__(self, student: CausalLM, source: str, trust_remote_code: bool) -> None:
-        """`source`: the folder or id that the student was loaded from; tokenizer and generation config are copied from it."""
-        self._student, self._source, self._trust = student, source, trust_remote_code
+    def __init__(self, student: CausalLM, models: LearnerModels, stop_ids: Sequence[int]) -> None:
+        """`models`: what the student was loaded from, which its generation config is made from. `stop_ids`: what it learns to end on."""
+        self._student, self._models, self._trust = student, models, models.trust_remote_code
+        self._stop_ids = sorted(stop for stop in set(stop_ids) if stop < student.vocabulary)
 
-    def write(self, folder: str, weights: dict[str, torch.Tensor], card: str | None = None) -> None:
-        """`card`: a model card, written as README.md."""
+    def write(self, folder: str, weights: dict[str, torch.Tensor], card: str | None = None, dtype: str = "float32") -> None:
+        """The student as it was trained: with its tokenizer, its template, and every stop id, so that it ends by itself when served.
+
+        `card`: a model card, written as README.md. `dtype`: of the weights in the file.
+        """
         with disk_errors(folder):
-            self._student.model.save_pretrained(folder, state_dict=weights)
-            AutoTokenizer.from_pretrained(self._source, trust_remote_code=self._trust).save_pretrained(folder)
-            source = Path(self._source) / "generation_config.json"
-            if source.is_file():
-                shutil.copyfile(source, Path(folder) / source.name)
+            cast = {name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+            self._student.model.save_pretrained(folder, state_dict=cast)
+            _change(Path(folder) / "config.json", dtype=dtype)
+            source = self._models.tokenizer or self._models.student
+            AutoTokenizer.from_pretrained(source, trust_remote_code=self._trust).save_pretrained(folder)
+            generation = Path(folder) / "generation_config.json"
+            if own := cached_file(self._models.student, generation.name, _raise_exceptions_for_missing_entries=False):
+                shutil.copyfile(own, generation)
+            _change(generation, eos_token_id=self._stop_ids[0] if len(self._stop_ids) == 1 else self._stop_ids)
             if card is not None:
                 (Path(folder) / "README.md").write_text(card)
 
@@ -65,6 +75,12 @@ class StudentFiles:
         model = self._student.model
         tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
         return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+
+def _change(file: Path, **values: Any) -> None:
+    """Set keys of a JSON file."""
+    held = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(held | values, indent=2) + "\n")
 
 
 def snapshot(files: StudentFiles, student: CausalLM, optimizer: torch.optim.Optimizer, weight_version: int) -> Snapshot | None:

@@ -26,6 +26,4 @@ class Refusals:
         for trajectory in group:
             if trajectory.refusal and trajectory.refusal not in self._told:
                 self._told.add(trajectory.refusal)
-                self._say(
-                    f"step {step}: the engine refuses prompt {trajectory.prompt.index}, which counts as an error: {trajectory.refusal}"
-                )
+                self._say(f"step {step}: the engine refuses prompt {trajectory.prompt.index}, counted as an error: {trajectory.refusal}")

@@ -44,6 +44,9 @@ def run(
     sets: Sets = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run directory. Default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run directory.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="With --resume: go on though prompts, models, template or objective are others now.")
+    ] = False,
 ) -> None:
     """Run a job in the foreground, on RAY_ADDRESS or a private local Ray.
 
@@ -66,7 +69,9 @@ def run(
     progress = Progress(job.learner.total_steps)
 
     async def whole_run() -> None:
-        async with Run.open(job, directory, resume=resume, say=progress.say, on_step=progress.step) as launched:
+        async with Run.open(
+            job, directory, resume=resume, accept_changes=accept_changes, say=progress.say, on_step=progress.step
+        ) as launched:
             await launched.execute()
 
     try:

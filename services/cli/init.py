@@ -23,6 +23,8 @@ T = TypeVar("T", str, int, bool)
 
 COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "query", "input", "text")
 """Names under which data sets keep the prompt, most usual first."""
+UNBOUNDED_TOKENS = 32768
+"""Window taken for models whose positions have no end."""
 CAP_TOKENS = 1024
 """The cap that is offered where the context window has room for it."""
 WINDOW_STEP_TOKENS = 128
@@ -145,17 +147,17 @@ def settle(flag: str, given: T | None, default: T | None, question: str) -> T:
 
 def read_inputs(student: str, teacher: str | None, prompts: str) -> Inputs:
     """Open the models and the prompt file. `teacher` None: a server has it. Raises JobError, or OSError for an id out of reach."""
-    from opd_governor.services.inputs.models import context_tokens, resolve_model, split_pruned, stop_event_ids, tokenizer_of
+    from opd_governor.services.inputs.models import split_pruned
+    from opd_governor.services.inputs.resolve import facts_of
     from opd_governor.services.inputs.rows import first_row
     from opd_governor.services.job.settings import PromptSource
 
     pruned = split_pruned(student)
-    folders = [resolve_model(name) for name in (pruned[0] if pruned else student, teacher) if name]
-    tokenizer = tokenizer_of(folders[0])
-    stops: dict[int, str] = {}
-    for folder in folders:
-        stops |= stop_event_ids(folder, tokenizer)
-    return Inputs(tokenizer, min(map(context_tokens, folders)), stops, first_row(PromptSource(path=prompts)))
+    models = [("--student", pruned[0] if pruned else student), ("--teacher", teacher)]
+    found = [facts_of(name, flag, trust=False) for flag, name in models if name]
+    stops = {stop: where for facts in found for stop, where in facts.stops.items()}
+    windows = [facts.context_tokens for facts in found if facts.context_tokens is not None]
+    return Inputs(found[0].tokenizer, min(windows, default=UNBOUNDED_TOKENS), stops, first_row(PromptSource(path=prompts)))
 
 
 def survey(inputs: Inputs, prompts: str, column: str, chat: bool) -> tuple[str, int]:

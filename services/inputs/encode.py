@@ -214,7 +214,9 @@ class RowEncoder:
             return None
         (teacher,) = views.values()
         if self._is_apart(teacher):
-            other = self._others[teacher.name]
+            other = self._others.get(teacher.name)
+            if other is None:
+                raise JobError(f"teacher {teacher.name}: render is own, but its tokenizer is not here; name one, or set render to student")
             form = ChatForm(other, self._keys(teacher), f"teacher {teacher.name}")
             if not form.exists and teacher.render == "own":
                 raise JobError(f"teacher {teacher.name}: render is own, but its tokenizer has no chat template; set render to student")

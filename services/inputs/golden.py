@@ -67,9 +67,13 @@ class GoldenSet:
     """Prompt index -> whether the teacher finished it without a loop; prompts with a golden column are not asked."""
     reference: LengthReference
     cached: bool
-    """Read from the cache."""
+    """Every answer was read from the cache."""
     key: str
     """Name of the cache's file: equal for equal answers."""
+    refused: tuple[int, ...] = ()
+    """Prompts whose own golden answer was not kept."""
+    num_silent: int = 0
+    """Prompts that the teacher gave no answer to, for a failure of its own: nothing is known of them, and they are asked again."""
 
 
 def golden_key(prompts: Sequence[Prompt], settings: GoldenSettings, terms: Mapping[str, Any], seed: int) -> str:
@@ -98,22 +102,27 @@ async def collect_golden(
     stop_ids: Collection[int],
     find_loop: FindLoop,
     cache_file: Path,
+    *,
+    needed: bool = False,
 ) -> GoldenSet:
     """Golden answers of `prompts`: from the cache, else from their golden column or, without one, from `generate`.
 
     An answer is kept when it ends with one of `stop_ids` and has no loop. One that was cut still counts for the reference: it is longer
-    than it was let be. With none kept the run has no golden answers, and its lengths are governed on what can be known.
+    than it was let be. With none kept the run has no golden answers, and its lengths are governed on what can be known; `needed`: it
+    is refused instead. The cache holds verdicts alone: a prompt that the teacher gave no answer to is asked again by the next run.
+    Raises DataError where there is no answer at all.
     """
-    cached = cache_file.exists()
-    if not cached:
-        asked = [prompt for prompt in prompts if prompt.golden_ids is None]
+    known = _read_cache(cache_file)
+    fresh = [prompt for prompt in prompts if prompt.index not in known]
+    if fresh:
+        asked = [prompt for prompt in fresh if prompt.golden_ids is None]
         generated = generate(asked) if asked else []
         answers = await generated if inspect.isawaitable(generated) else generated
         assert len(answers) == len(asked), f"{len(answers)} answers to {len(asked)} prompts"
-        pairs = [(prompt, prompt.golden_ids, False) for prompt in prompts if prompt.golden_ids is not None]
-        pairs += [(prompt, answer or (), True) for prompt, answer in zip(asked, answers, strict=True)]
-        rows = [
-            {
+        pairs = [(prompt, prompt.golden_ids, False) for prompt in fresh if prompt.golden_ids is not None]
+        pairs += [(prompt, answer, True) for prompt, answer in zip(asked, answers, strict=True) if answer is not None]
+        known |= {
+            prompt.index: {
                 "index": prompt.index,
                 "token_ids": list(answer),
                 "by_teacher": by_teacher,
@@ -121,18 +130,27 @@ async def collect_golden(
                 "loops": bool(answer) and find_loop(answer) is not None,
             }
             for prompt, answer, by_teacher in pairs
-        ]
-        _write_cache(cache_file, rows)
-    table = pyarrow.parquet.read_table(cache_file).to_pylist()
+        }
+        _write_cache(cache_file, list(known.values()))
+    table = [known[prompt.index] for prompt in prompts if prompt.index in known]
     for row in table:
         row["kept"] = row["complete"] and not row["loops"]
     kept = {row["index"]: tuple(row["token_ids"]) for row in table if row["kept"]}
+    if not table:
+        raise DataError(f"golden pass: the teacher gave no answer to any of {len(prompts)} prompts; see that it runs, and start again")
+    if not kept and needed:
+        raise DataError(
+            f"golden pass: none of {len(prompts)} answers ends with a stop id and without a loop; "
+            "raise data.golden.max_new_tokens, lower data.golden.temperature or check the stop ids with opd check"
+        )
     return GoldenSet(
         answers=kept if settings.enabled else {},
         finished={row["index"]: row["kept"] for row in table if row["by_teacher"]},
         reference=measure_reference(prompts, table),
-        cached=cached,
+        cached=not fresh,
         key=cache_file.stem,
+        refused=tuple(row["index"] for row in table if not row["by_teacher"] and not row["kept"]),
+        num_silent=len(prompts) - len(table),
     )
 
 
@@ -175,6 +193,14 @@ def measure_reference(prompts: Sequence[Prompt], table: Sequence[Mapping[str, An
         reference = replace(reference, p95_tokens=p95, p99_tokens=p99)
     loops = sum(row["loops"] for row in table) / len(table)
     return replace(reference, num_answers=kept, kept_share=kept / len(table), censored_share=censored, loop_share=loops, model=model)
+
+
+def _read_cache(path: Path) -> dict[int, dict[str, Any]]:
+    """Verdicts by prompt index; none where there is no whole file."""
+    try:
+        return {row["index"]: row for row in pyarrow.parquet.read_table(path).to_pylist()}
+    except (OSError, pyarrow.ArrowInvalid, KeyError):
+        return {}
 
 
 def _write_cache(path: Path, rows: list[dict[str, Any]]) -> None:

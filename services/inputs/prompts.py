@@ -4,7 +4,7 @@ data.prompts --open_rows--> rows --open_table--> PromptTable --what fits, what i
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -82,6 +82,8 @@ class PromptStream:
         self._golden: dict[int, tuple[int, ...] | None] = {}
         self._epoch = self._position = 0
         self._order = self._shuffle()
+        self.accept_changes = False
+        """Take a cursor of other prompts: the run goes on as another one."""
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -143,17 +145,21 @@ class PromptStream:
                 "raise data.golden.max_new_tokens or set it to keep"
             )
 
+    def digest(self) -> str:
+        """Equal for equal prompts in equal order, wherever their file lies."""
+        return self._table.digest(self._indices)
+
     def state(self) -> dict[str, int]:
         """The cursor, as JSON."""
         return {"epoch": self._epoch, "position": self._position, "num_prompts": len(self)}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on from a cursor. Raises DataError when the prompts are no longer as many as they were."""
-        if state["num_prompts"] != len(self):
+        """Go on from a cursor. Raises DataError when the prompts are no longer as many as they were, unless `accept_changes`."""
+        if state["num_prompts"] != len(self) and not self.accept_changes:
             raise DataError(
                 f"data.prompts: the checkpoint's run had {state['num_prompts']} prompts, now there are {len(self)}; give the same file"
             )
-        self._epoch, self._position = state["epoch"], state["position"]
+        self._epoch, self._position = state["epoch"], min(state["position"], len(self))
         self._order = self._shuffle()
 
     def at(self, index: int) -> Prompt:
@@ -279,6 +285,8 @@ class Problems:
 
     prompts: tuple[Prompt, ...]
     survey: Survey
+    place: Callable[[int], str]
+    """FILE:LINE of a prompt by its index."""
 
 
 def open_problems(job: Job, tokenizer: Any, context_tokens: int) -> Problems:
@@ -290,4 +298,4 @@ def open_problems(job: Job, tokenizer: Any, context_tokens: int) -> Problems:
     source = job.data.eval.source(job.data.prompts)
     table = open_table(open_rows(source), tokenizer, Terms(source))
     survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, needs_answer=True)
-    return Problems(tuple(PromptStream(table, survey, job.seed, shuffle=False).prompts()), survey)
+    return Problems(tuple(PromptStream(table, survey, job.seed, shuffle=False).prompts()), survey, table.place)

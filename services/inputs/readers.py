@@ -14,7 +14,7 @@ import io
 import json
 import lzma
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow
@@ -34,7 +34,7 @@ COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
-    ".zst": lambda file: pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd"),
+    ".zst": lambda file: io.BufferedReader(_Rest(b"", pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd"))),
 }
 """End of a file's name -> how it is decompressed."""
 BATCH_ROWS = 1000
@@ -147,8 +147,10 @@ def _object(row: Any) -> Any:
 
 def _separated(file: BinaryIO, separator: str) -> Iterator[Line]:
     csv.field_size_limit(sys.maxsize)  # the default of 131,072 characters is shorter than some prompts
-    rows = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=separator, strict=True)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    rows = csv.DictReader(text, delimiter=separator, strict=True)
     try:
+        _check_names(rows.fieldnames or ())
         for row in rows:
             if None in row:
                 yield (
@@ -159,11 +161,19 @@ def _separated(file: BinaryIO, separator: str) -> Iterator[Line]:
                 yield rows.line_num, {name: cell for name, cell in row.items() if cell}
     except csv.Error as error:
         raise RowError(f"line {rows.line_num}: {error}; mend it") from None
+    finally:
+        text.detach()  # the file is its opener's to close
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if twice := next((name for name in names if list(names).count(name) > 1), None):
+        raise RowError(f"has two columns called {twice!r}; rename or remove one")
 
 
 def _of_batches(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Line]:
     number = 0
     for batch in batches:
+        _check_names(batch.schema.names)
         for row in batch.to_pylist():
             number += 1
             yield number, row

@@ -120,6 +120,8 @@ class DatasetRows:
 def open_rows(source: PromptSource) -> Rows:
     """What `source.path` names. Raises DataError where nothing readable is there; the rows themselves are read later."""
     path = source.path
+    if not path.strip() or "\n" in path:
+        raise DataError(f"path {path!r}: is no path of a file; give a file, a folder, a glob, an address or a dataset id")
     if "://" in path:
         return _remote(source)
     place = Path(path).expanduser()

@@ -95,6 +95,16 @@ class PromptTable:
         row = self[index]
         return f"{self.found.files[row['file']]}:{row['line']}"
 
+    def digest(self, indices: np.ndarray) -> str:
+        """Of the token ids of these rows, in their order in the source."""
+        digest, used = hashlib.sha256(), np.zeros(len(self), bool)
+        used[indices] = True
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            ids = batch.column("token_ids").filter(pyarrow.array(used[start : start + batch.num_rows]))
+            for part in (pyarrow.compute.list_value_length(ids), ids.flatten()):
+                digest.update(part.to_numpy(zero_copy_only=False).tobytes())
+        return digest.hexdigest()[:16]
+
     def has_answer(self) -> np.ndarray:
         """For each row: whether it has an answer."""
         valid = [pyarrow.compute.is_valid(batch.column("answer")).to_numpy(zero_copy_only=False) for batch in self._batches]

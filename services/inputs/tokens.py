@@ -11,6 +11,7 @@ from opd_governor.actors.teacher.cross_tokenizer import Vocabularies
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.models import (
     answer_stop,
+    config_of,
     context_tokens,
     end_of_turn,
     stop_event_ids,
@@ -71,7 +72,7 @@ def vocabularies(
         student_stop_ids=stop_ids,
         teacher_stop_ids=tuple(stops),
         answer_stop_id=answer_stop(tokenizer, bool(tokenizer.chat_template), stop_ids),
-        context_tokens=context_tokens(model, teacher.trust_remote_code) if local else None,
+        context_tokens=context_tokens(config_of(model, teacher.trust_remote_code)) if local else None,
         trust_student=job.student.trust_remote_code,
         trust_teacher=teacher.trust_remote_code,
     )

@@ -180,6 +180,8 @@ class CheckpointSettings(Settings):
     """Steps between checkpoints."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept beside the last healthy one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights in `final/`. auto: as the student came. Checkpoints hold float32, which training goes on from."""
     copy_to: Url | None = None
     """Second place for checkpoints and records: any address that an installed fsspec back end serves, such as s3://bucket/runs/x. Each
     checkpoint is copied there; --resume fetches the newest one into an empty run directory."""

@@ -1,7 +1,8 @@
 """What a run learns from beside its own samples: the prompt stream, golden answers, the reference length."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.prompts import PromptStream
@@ -21,6 +22,8 @@ class TrainingData:
     """Mean length of a golden answer."""
     demonstrations: Demonstrations | None = None
     """None: teachers are shown none of the student's answers."""
+    reads: Mapping[str, Any] = field(default_factory=dict)
+    """What the run reads, for its checkpoints (see `reads`)."""
 
     def golden_for(self, step: int, num_rollouts: int, ratio: float) -> list[Prompt]:
         """Golden answers to learn from beside `num_rollouts` rollouts: `ratio` of their number, at least one, in turn."""

@@ -100,7 +100,7 @@ class Distillation:
         self._terms = Terms(job, store, actors.governor, journal)
         self._ahead = Ahead(data.stream, partial(collect, actors.fleet, actors.pool, demonstrations=data.demonstrations))
         self._gate = Gate(actors.pool, journal, max(teacher.timeout_s for teacher in job.teacher))
-        self._state = RunState(self._terms, self._ahead, actors.fleet.learner, journal, checkpoints, data.golden_key)
+        self._state = RunState(self._terms, self._ahead, actors.fleet.learner, journal, checkpoints, data)
         self._recovery = LearnerRecovery(actors.fleet, self._state, journal)
         self._border: Border | None = None
         """Behind the last step; None: it is done."""

@@ -78,12 +78,14 @@ class Fleet:
         self._remember_processes()
 
     def _create_engine(self, index: int) -> RayEngine:
-        job = self._job
+        job, settings = self._job, self._job.rollout
+        if job.student.trust_remote_code:
+            settings = settings.model_copy(update={"engine": {"trust_remote_code": True} | settings.engine})
         rollout_type = ray.remote(RolloutActor).options(max_concurrency=10_000, **self._engine_places[index])
         return RayEngine(
             rollout_type.remote(
                 self._models.student,
-                job.rollout,
+                settings,
                 stop_ids=self._models.stop_ids,
                 reference_tokens=self._reference_tokens,
                 weight_transfer=self._weights.transfer,

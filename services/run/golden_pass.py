@@ -11,6 +11,9 @@ from opd_governor.services.inputs.models import weights_identity
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.sources import Sources
 
+FEW_ANSWERS_SHARE = 0.5
+"""Fewer answers kept than this are said: what healthy lengths are is then known badly."""
+
 
 async def golden_pass(job: Job, sources: Sources, pool: TeacherPool, runs: Path, say: Callable[[str], None]) -> GoldenSet:
     """What the teachers answer to the prompts chosen for it. The cache lies in data.golden.cache_dir, otherwise in `runs`/golden."""
@@ -27,7 +30,16 @@ async def golden_pass(job: Job, sources: Sources, pool: TeacherPool, runs: Path,
         return find_loop(token_ids[:-1], min_repeats=rollout.loop_min_repeats, min_tokens=rollout.loop_min_tokens)
 
     key = _key(job, sources, prompts, max_new_tokens)
-    return await collect_golden(prompts, settings, generate, sources.models.stop_ids, loop_in, folder / f"{key}.parquet")
+    needed = job.objective.golden_weight > 0
+    golden = await collect_golden(prompts, settings, generate, sources.models.stop_ids, loop_in, folder / f"{key}.parquet", needed=needed)
+    if golden.num_silent:
+        say(f"golden pass: the teacher gave no answer to {golden.num_silent} of {len(prompts)} prompts; the next run asks again")
+    if golden.reference.kept_share < FEW_ANSWERS_SHARE:
+        say(
+            f"golden pass: only {golden.reference.kept_share:.0%} of the answers end by themselves and without a loop; "
+            "the reference length is a guess: raise data.golden.max_new_tokens, or check the stop ids with opd check"
+        )
+    return golden
 
 
 def _key(job: Job, sources: Sources, prompts: Sequence[Prompt], max_new_tokens: int) -> str:

@@ -36,6 +36,7 @@ from opd_governor.services.run.fleet import Fleet
 from opd_governor.services.run.golden_pass import golden_pass
 from opd_governor.services.run.held_out import HeldOut
 from opd_governor.services.run.keeper import start_governor
+from opd_governor.services.run.reads import Reads, refuse_other_run, what_it_reads
 from opd_governor.services.run.rooms import Rooms, take_rooms
 from opd_governor.services.run.service import RunService
 from opd_governor.services.run.sources import Sources
@@ -62,6 +63,7 @@ class Run:
     telemetry: Telemetry
     journal: Journal
     service: RunService
+    reads: Reads
     _loop: Distillation | None = None
     _ending: bool = False
     _terminated: bool = False
@@ -69,18 +71,32 @@ class Run:
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
-        cls, job: Job, out: Path, *, resume: bool, say: Say, on_step: Callable[[Record], None] = lambda record: None
+        cls,
+        job: Job,
+        out: Path,
+        *,
+        resume: bool,
+        accept_changes: bool = False,
+        say: Say,
+        on_step: Callable[[Record], None] = lambda record: None,
     ) -> AsyncIterator["Run"]:
         """Read models, prompts and problems, open the run directory and the port. Starts no actor.
 
         Raises JobError (DataError, ServiceError) for every mistake in them. Port and trackers are closed at the end.
         """
         sources = Sources.read(job)
+        for line in sources.notes:
+            say(line)
         directory = RunDirectory(out, resume=resume)
         mirror = Mirror(job.checkpoint.copy_to, directory) if job.checkpoint.copy_to else None
         if mirror and resume:
             for line in mirror.fetch():
                 say(line)
+        reads = what_it_reads(job, sources)
+        if resume:
+            for change in refuse_other_run(directory.checkpoints, reads, accept=accept_changes):
+                say(f"goes on as another run: {change}")
+            sources.stream.accept_changes = accept_changes
         trackers = Trackers(job, out, say)
         store = ConfigStore(job, directory.config)
         telemetry = Telemetry(job.name)
@@ -101,7 +117,7 @@ class Run:
                 on_step=record_step,
                 say=say,
             )
-            yield cls(job, resume, say, sources, directory, mirror, store, telemetry, journal, service)
+            yield cls(job, resume, say, sources, directory, mirror, store, telemetry, journal, service, reads)
 
     async def execute(self) -> None:
         """The whole run, and the end of every process of it, however it ends."""
@@ -160,12 +176,12 @@ class Run:
                 f"rollout counts as the tail; its own lengths ask for a cap of {reference.asked_cap_tokens}"
             )
         self.telemetry.use_reference(reference)
-        sources.stream.mark(golden.finished, golden.answers)
+        sources.stream.mark(golden.finished, golden.answers, golden.refused)
         await fleet.set_reference(reference.mean_tokens)
         self._loop = Distillation(
             job,
             self.store,
-            TrainingData(sources.stream, sources.stream.golden(), golden.key, reference.mean_tokens, sources.demonstrations),
+            TrainingData(sources.stream, sources.stream.golden(), golden.key, reference.mean_tokens, sources.demonstrations, self.reads),
             Actors(fleet, pool, start_governor(job, self.store, self.service, journal)),
             journal,
             Checkpoints(

@@ -54,6 +54,7 @@ class RunLearner:
             with_reference=job.objective.reference_kl_weight > 0 or job.governor.may_move("reference_kl_weight"),
             teacher=models.teachers[0] if job.objective.needs.hidden else None,
             trust_remote_code=job.student.trust_remote_code,
+            tokenizer=models.tokenizer,
         )
         # A checkpoint is written while the next step runs. Ray takes the groups here only, not as an option.
         learner_type = ray.remote(concurrency_groups={"disk": 1})(Learner)
@@ -128,7 +129,9 @@ class RunLearner:
 
     async def save_student(self, folder: str, card: str) -> None:
         """The student alone, in Hugging Face layout, with `card` as its README.md."""
-        await self._ask("save_student", folder, card)
+        chosen = self._job.checkpoint.dtype
+        dtype = chosen if chosen != "auto" else self._models.dtype or "float32"
+        await self._ask("save_student", folder, card, dtype)
 
     async def restore(self, folder: str, *, rollback: bool = False) -> int:
         """Back to a checkpoint; `rollback`: its weights alone. Returns the weight version in force."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opd_governor.actors.trajectory import Prompt
-from opd_governor.services.inputs.prompts import PromptStream, open_problems, open_prompts
+from opd_governor.services.inputs.prompts import PromptStream, Survey, describe_refusals, open_problems, open_prompts
 from opd_governor.services.inputs.resolve import Models, resolve, teacher_tokenizers
 from opd_governor.services.inputs.verifiers import Verifier, load_verifier
 from opd_governor.services.job.settings import Job
@@ -28,6 +28,8 @@ class Sources:
     """Held out; empty: no evaluation."""
     verify: Verifier | None
     demonstrations: Demonstrations | None = None
+    notes: tuple[str, ...] = ()
+    """Rows that were left out or taken otherwise than they stood, one line a kind."""
 
     @classmethod
     def read(cls, job: Job) -> "Sources":
@@ -37,9 +39,10 @@ class Sources:
         sources = cls(models, tokenizer, stream, (), None)
         sources = replace(sources, demonstrations=demonstrations_of(job, models, tokenizer, sources.decode))
         if not job.data.eval.path:
-            return sources
-        problems = open_problems(job, tokenizer, models.context_tokens).prompts
-        return replace(sources, problems=problems, verify=load_verifier(job.data.eval.verifier))
+            return replace(sources, notes=told("data.prompts", stream.survey, job))
+        held_out = open_problems(job, tokenizer, models.context_tokens)
+        notes = told("data.prompts", stream.survey, job) + told("data.eval", held_out.survey, job)
+        return replace(sources, problems=held_out.prompts, verify=load_verifier(job.data.eval.verifier), notes=notes)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A response as text, without the stop id at its end."""
@@ -50,3 +53,11 @@ class Sources:
         """Ids of ordinary text: the first prompts, one after the other, no more than the window holds."""
         ids = itertools.chain.from_iterable(prompt.token_ids for prompt in itertools.cycle(self.stream.prompts()))
         return list(itertools.islice(ids, min(num_tokens, self.models.context_tokens - 1)))
+
+
+def told(where: str, survey: Survey, job: Job) -> tuple[str, ...]:
+    """What a person should know about the rows."""
+    notes = list(survey.notes)
+    if survey.num_refused:
+        notes.append(describe_refusals(survey.refused, job.rollout.min_new_tokens, survey.num_refused))
+    return tuple(f"{where}: {note}" for note in notes)

@@ -11,6 +11,7 @@ from opd_governor.services.record.journal import Journal
 from opd_governor.services.record.rundir import Record
 from opd_governor.services.run.ahead import Ahead
 from opd_governor.services.run.checkpoints import Checkpoints
+from opd_governor.services.run.data import TrainingData
 from opd_governor.services.run.learner import RunLearner
 from opd_governor.services.run.terms import Terms
 
@@ -19,11 +20,11 @@ class RunState:
     """Everything that later steps depend on, except what the learner itself keeps."""
 
     def __init__(
-        self, terms: Terms, ahead: Ahead, learner: RunLearner, journal: Journal, checkpoints: Checkpoints, golden_key: str
+        self, terms: Terms, ahead: Ahead, learner: RunLearner, journal: Journal, checkpoints: Checkpoints, data: TrainingData
     ) -> None:
-        """`golden_key` names the golden answers in the prompt stream; a resumed run should have the same."""
+        """`data` names the golden answers in the prompt stream and what the run reads; a resumed run should have the same."""
         self._terms, self._ahead, self._learner, self._journal = terms, ahead, learner, journal
-        self._checkpoints, self._golden_key = checkpoints, golden_key
+        self._checkpoints, self._data = checkpoints, data
         self._first: Record = {}
         self.step = 0
         """The last step that is learned."""
@@ -63,7 +64,7 @@ class RunState:
         self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
         self._ahead.restore(self.step, state["cursor"])
         await self._terms.restore(state)
-        if state["golden_key"] != self._golden_key:
+        if state["golden_key"] != self._data.golden_key:
             self._journal.note("the golden answers are not those that the checkpoint's run had: teacher, prompts or their settings differ")
         self._journal.restore(state["telemetry"], state["records"])
         self.begun = folder is not None
@@ -90,7 +91,8 @@ class RunState:
             "cursor": self._ahead.cursor(),
             **await self._terms.state(),
             "skipped_in_a_row": self.skipped_in_a_row,
-            "golden_key": self._golden_key,
+            "golden_key": self._data.golden_key,
+            "reads": dict(self._data.reads),
             "telemetry": self._journal.telemetry_state(),
             "records": sizes,
         }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load
 from tiny import ARCHITECTURES, Architecture, build_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd_governor.actors.learner.actor import Learner
 from opd_governor.actors.learner.checkpoint import newest_checkpoint, partial_folder, seal_checkpoint
@@ -246,6 +247,20 @@ def test_a_snapshot_is_written_as_the_model_itself_would_be(tmp_path: Path) -> N
         saved, student = tmp_path / f"saved-{tied}/student", tmp_path / f"student-{tied}"
         assert (saved / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
         assert not [path for path in saved.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_what_is_written_is_what_was_trained(tmp_path: Path) -> None:
+    student = build_tiny(tmp_path / "base", eos=1)
+    tokenizer = build_tiny(tmp_path / "chat", chat=True, eos=3)
+    models = LearnerModels(str(student), tokenizer=str(tokenizer))
+    actor = Learner(models, LearnerSettings(), ObjectiveSettings(), stop_ids=(1, 3, 5000), max_new_tokens=16)
+    actor.save_student(str(tmp_path / "final"), "# card", "bfloat16")
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert final.dtype == torch.bfloat16
+    assert final.generation_config.eos_token_id == [1, 3], "both ends that it was trained on, none that it cannot write"
+    assert "<|im_end|>" in AutoTokenizer.from_pretrained(tmp_path / "final").chat_template
+    size = (tmp_path / "base/model.safetensors").stat().st_size
+    assert (tmp_path / "final/model.safetensors").stat().st_size < 0.6 * size
 
 
 def test_dropout_goes_on_where_it_was(folders: tuple[Path, Path], tmp_path: Path) -> None:

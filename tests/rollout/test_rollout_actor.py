@@ -149,7 +149,7 @@ async def test_a_request_that_the_engine_refuses_is_an_error_of_its_own(monkeypa
     assert {t.prompt.index: t.finish_reason for t in answers} == {0: "stop", 1: "error", 2: "stop", 3: "error"}
     told: list[str] = []
     Refusals(told.append).tell(sorted(answers, key=lambda t: t.prompt.index), step=1)
-    assert told == ["step 1: the engine refuses prompt 1, which counts as an error: the prompt is longer than the window of 3"]
+    assert told == ["step 1: the engine refuses prompt 1, counted as an error: the prompt is longer than the window of 3"]
 
 
 class DyingEngine(PickyEngine):

@@ -231,7 +231,7 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
     from opd_governor.actors.packing import like_lengths
     from opd_governor.actors.teacher.scorers import GenerateOptions, TorchScorer
     from opd_governor.actors.teacher.settings import TeacherSettings
-    from opd_governor.services.inputs.models import context_tokens, stop_event_ids
+    from opd_governor.services.inputs.models import config_of, context_tokens, stop_event_ids
     from opd_governor.services.inputs.prompts import open_problems
     from opd_governor.services.job.settings import load_job
 
@@ -240,7 +240,7 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(work.student)
     heldout = job.data.eval.model_copy(update={"path": str(ROOT / work.heldout), "limit": work.heldout_prompts})
     job = job.model_copy(update={"data": job.data.model_copy(update={"eval": heldout})})
-    problems = open_problems(job, tokenizer, context_tokens(work.student)).prompts
+    problems = open_problems(job, tokenizer, context_tokens(config_of(work.student)) or 0).prompts
     prompts = [problem.token_ids for problem in problems] * work.heldout_answers
     stop_ids = stop_event_ids(work.student, tokenizer)
     sampler = TorchScorer(TeacherSettings(model=student, batch_tokens=1 << 20), tuple(stop_ids))

@@ -42,8 +42,8 @@ async def collect(teacher, tmp_path, prompts=PROMPTS, **settings):
 async def test_only_answers_that_end_without_a_loop_are_kept(tmp_path):
     golden = await collect(FakeTeacher(unfinished={0}, silent={1}, loops={2}), tmp_path)
     assert golden.answers == {3: (9, 9, 9, 9, STOP), 4: (9,) * 5 + (STOP,), 5: (9,) * 6 + (STOP,)}
-    assert golden.finished == {0: False, 1: False, 2: False, 3: True, 4: True, 5: True}
-    assert golden.reference.kept_share == 0.5
+    assert golden.finished == {0: False, 2: False, 3: True, 4: True, 5: True}, "nothing is known of a prompt without an answer"
+    assert golden.reference.kept_share == 0.6
     assert golden.reference.mean_tokens == 6
 
 
@@ -126,3 +126,37 @@ def test_length_reference_counts_the_stop_token():
     assert (reference.mean_tokens, reference.max_tokens, reference.kept_share) == (50.5, 100, 0.5)
     assert 95 <= reference.p95_tokens <= 96
     assert 99 <= reference.p99_tokens <= 100
+
+
+async def test_a_teacher_s_outage_is_no_verdict_and_those_prompts_are_asked_again(tmp_path):
+    first = await collect(FakeTeacher(silent={1, 4}), tmp_path)
+    assert (first.num_silent, first.cached) == (2, False)
+    teacher = FakeTeacher()
+    second = await collect(teacher, tmp_path)
+    assert teacher.asked == [1, 4]
+    assert set(second.answers) == set(range(6))
+    third = FakeTeacher()
+    assert (await collect(third, tmp_path)).cached
+    assert third.asked == []
+    with pytest.raises(DataError, match="no answer to any of 6 prompts"):
+        await collect_golden(PROMPTS, GoldenSettings(), FakeTeacher(silent=set(range(6))), {STOP}, loop_of_eights, tmp_path / "b.parquet")
+
+
+async def test_where_nothing_needs_golden_answers_a_pass_without_any_goes_on(tmp_path):
+    teacher = FakeTeacher(unfinished=set(range(6)))
+    golden = await collect_golden(PROMPTS, GoldenSettings(), teacher, {STOP}, loop_of_eights, tmp_path / "golden.parquet", needed=False)
+    assert golden.answers == {}
+    assert (golden.reference.kept_share, golden.reference.num_answers, golden.reference.mean_tokens) == (0.0, 0, 4.5)
+
+
+async def test_a_golden_column_that_the_pass_refuses_is_not_learned(tmp_path):
+    rows = [{"prompt": "one", "golden": "1"}, {"prompt": "two", "golden": "2"}]
+    stream = open_prompts(job_of(write_lines(tmp_path / "p.jsonl", rows)), tiny_tokenizer(), 256)
+    assert len(stream.golden()) == 2
+    stream.mark({}, {0: (9, STOP)}, refused=[1])
+    assert [p.golden_ids for p in stream.golden()] == [(9, STOP)]
+
+
+async def test_a_torn_cache_is_made_again(tmp_path):
+    (tmp_path / "golden.parquet").write_bytes(b"PAR1 torn")
+    assert len((await collect(FakeTeacher(), tmp_path)).answers) == 6

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from opd_governor.services.inputs.models import (
     build_once,
+    config_of,
     context_tokens,
     end_of_turn,
     resolve_model,
@@ -65,7 +66,7 @@ def test_stop_ids_are_found_in_each_place_and_say_where(tmp_path, architecture):
         5: "config",
         3: "chat template",
     }
-    assert context_tokens(str(folder)) == 256
+    assert context_tokens(config_of(str(folder))) == 256
 
 
 def test_stop_ids_need_no_generation_config(tmp_path):
@@ -84,8 +85,9 @@ def test_the_end_of_turn_is_read_off_the_template():
 
 def test_tokenizers_differ_at_the_first_id_that_does():
     assert tokenizer_difference(tiny_tokenizer(), tiny_tokenizer(chat=True)) is None
-    difference = tokenizer_difference(tiny_tokenizer(), tiny_tokenizer(extra=("é",)))
-    assert difference == "id 85 is nothing for the student and 'é' for the teacher (85 and 86 tokens)"
+    difference = tokenizer_difference(tiny_tokenizer(extra=("é",)), tiny_tokenizer())
+    assert difference == "id 85 is 'é' for the student and nothing for the teacher (86 and 85 tokens)"
+    assert tokenizer_difference(tiny_tokenizer(), tiny_tokenizer(extra=("é",))) is None, "the student never writes what it lacks"
 
 
 def test_weights_identity_follows_the_weights_not_the_folder(tmp_path):

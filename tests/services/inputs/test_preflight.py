@@ -52,6 +52,12 @@ def test_a_sound_job_passes_every_check(job, tmp_path):
     assert json.loads(json.dumps([c.to_json() for c in checks]))[0]["name"] == "output folder"
 
 
+def test_a_teacher_with_more_tokens_is_fine_where_all_of_the_student_s_agree(job, models, tmp_path):
+    checks = check(job(teacher={"model": str(models / "wide")}), tmp_path)
+    assert found(checks, "tokenizer teacher").detail == "the same 85 tokens; the teacher has 1 more, which the student never writes"
+    assert exit_code(checks) == 0
+
+
 def test_models_that_stop_on_different_ids_get_a_warning_that_names_both(job, models, tmp_path):
     checks = check(job(teacher={"model": str(models / "end_of_turn"), "name": "chatty"}), tmp_path)
     stops = found(checks, "stop ids chatty")
@@ -76,7 +82,7 @@ def test_failures_are_one_line_each_that_names_the_field_and_the_remedy(job, mod
 
     assert "student.model: model" in failed(student="./absent")
     assert "teacher teacher: model: model" in failed(teacher={"model": str(models)})
-    assert "id 85 is nothing for the student and 'é'" in failed(teacher={"model": str(models / "wide"), "tokenizer": "same"})
+    assert "id 85 is 'é' for the student and nothing for the teacher" in failed(student="wide", teacher={"tokenizer": "same"})
     chat = {"prompts": {"path": "unused.jsonl", "chat": True}}
     assert "data.prompts.chat: the student's tokenizer has no chat template" in failed(data=chat)
     assert "service.prometheus_url http://127.0.0.1:9" in failed(service={"prometheus_url": "http://127.0.0.1:9"})
@@ -128,9 +134,9 @@ def test_mistakes_in_the_job_s_own_files_have_a_code_of_their_own(job, tmp_path,
 
 def test_compiled_layers_without_a_compiler_are_warned_of(job, tmp_path, monkeypatch):
     asked = job(learner={"compile": True})
-    monkeypatch.setattr("opd_governor.services.inputs.preflight.shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr("opd_governor.services.inputs.check_machine.shutil.which", lambda name: f"/bin/{name}")
     assert "compiler" not in {c.name for c in check(asked, tmp_path)}
-    monkeypatch.setattr("opd_governor.services.inputs.preflight.shutil.which", lambda name: None)
+    monkeypatch.setattr("opd_governor.services.inputs.check_machine.shutil.which", lambda name: None)
     warning = found(check(asked, tmp_path), "compiler")
     assert warning.status == "warn"
     assert "learner.compile: true, and none of" in warning.detail
@@ -184,17 +190,16 @@ def test_a_strict_job_is_told_what_stands_against_an_exact_resume(job, tmp_path)
 
 
 def test_a_teacher_with_another_vocabulary_is_compared_by_bytes_and_check_says_so(job, models, tmp_path):
-    wide = {"model": str(models / "wide"), "name": "wide"}
-    one = found(check(job(teacher=wide), tmp_path), "tokenizer wide")
+    one = found(check(job(student="wide"), tmp_path), "tokenizer teacher")
     assert one.status == "pass"
-    assert "id 85 is nothing for the student and 'é'" in one.detail
-    assert "compared by bytes, 100% of the student's tokens are single tokens there too" in one.detail
+    assert "id 85 is 'é' for the student and nothing" in one.detail
+    assert "compared by bytes, 99% of the student's tokens are single tokens there too" in one.detail
     own = found(check(job(teacher={"tokenizer": "own"}), tmp_path), "tokenizer teacher")
     assert own.detail.startswith("teacher teacher reads tokens of its own: compared by bytes")
-    dense = found(check(job(teacher=wide, objective={"support": "teacher"}), tmp_path), "tokenizer wide")
+    dense = found(check(job(student="wide", objective={"support": "teacher"}), tmp_path), "tokenizer teacher")
     assert (dense.status, dense.remedy.partition(":")[0]) == ("warn", "set objective.tail_bucket")
-    full = check(job(teacher=wide, objective={"support": "full"}), tmp_path)
-    assert "needs one vocabulary" in found(full, "tokenizer wide").line()
+    full = check(job(student="wide", objective={"support": "full"}), tmp_path)
+    assert "needs one vocabulary" in found(full, "tokenizer teacher").line()
     assert exit_code(full) == 3
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +23,14 @@ class FakeModule:
     def __init__(self, broken: bool = False) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.broken = broken
+        self.options: list[dict[str, Any]] = []
+
+    step = 0
+    """The next one, as W&B knows it from its server."""
 
     def init(self, **options: Any) -> "FakeModule":
-        self.calls.append(("init", options["name"]))
+        self.calls.append(("init", options["name"].partition("-")[0]))
+        self.options.append(options)
         return self
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -38,8 +44,10 @@ class FakeModule:
     def set_experiment(self, name: str) -> None:
         self.calls.append(("experiment", name))
 
-    def start_run(self, run_name: str) -> None:
-        self.calls.append(("init", run_name))
+    def start_run(self, **options: str) -> Any:
+        self.calls.append(("init", options.get("run_name", "")))
+        self.options.append(options)
+        return SimpleNamespace(info=SimpleNamespace(run_id="given-by-the-server"))
 
     def log_dict(self, document: dict[str, Any], name: str) -> None:
         self.calls.append(("dict", name))
@@ -118,6 +126,41 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("length_mean")] == [(1, 61.0), (2, 62.0)]
     assert "kl_by_position/0-15" in events.Tags()["scalars"]
+
+
+def test_a_resumed_run_goes_on_as_the_same_run_at_every_tracker(modules: dict[str, FakeModule], tmp_path: Path) -> None:
+    for _ in range(2):
+        with Trackers(job("wandb", "trackio", "mlflow"), tmp_path, print) as trackers:
+            trackers.log(make_step(1))
+    with Trackers(job("wandb", "trackio"), tmp_path / "another", print):
+        pass
+    first, second, other = modules["wandb"].options
+    assert first["id"] == second["id"] != other["id"]
+    assert second["resume"] == "allow"
+    first, second, other = modules["trackio"].options
+    assert first["name"] == second["name"] != other["name"]
+    assert (first["resume"], second["resume"]) == ("never", "must")
+    assert modules["mlflow"].options == [{"run_name": "sums"}, {"run_id": "given-by-the-server"}]
+
+
+def test_w_and_b_is_rewound_to_where_steps_are_taken_again(modules: dict[str, FakeModule], tmp_path: Path) -> None:
+    modules["wandb"].step = 41
+    with Trackers(job("wandb"), tmp_path, print) as trackers:
+        trackers.log(make_step(31))
+    first, second = modules["wandb"].options
+    assert second["resume_from"] == f"{first['id']}?_step=30"
+
+
+def test_tensorboard_replaces_steps_that_are_taken_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in ((1, 2, 3), (2, 3), (3, 2)):
+        with Trackers(job("tensorboard"), tmp_path, print) as trackers:
+            for step in steps:
+                trackers.log(make_step(step))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("length_mean")] == [1, 2]
 
 
 OUTSIDE = """
