@@ -21,6 +21,7 @@ import pyarrow.parquet
 from opd_governor.actors.governor.reference import TAIL_MARGIN, Answer, LengthModel, fit_lengths
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.prompts import PromptStream
+from opd_governor.services.inputs.refusals import DataError
 from opd_governor.services.job.settings import GoldenSettings
 
 Answers = Sequence[tuple[int, ...] | None]

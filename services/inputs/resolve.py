@@ -14,7 +14,7 @@ from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.models import context_tokens, resolve_model, stop_event_ids, tokenizer_of, whole_config
 from opd_governor.services.inputs.prune import resolve_student
 from opd_governor.services.inputs.refusals import theirs
-from opd_governor.services.inputs.tokens import named_tokenizer, own_tokenizer, vocabularies
+from opd_governor.services.inputs.tokens import OWN, SAME, named_tokenizer, own_tokenizer, vocabularies
 from opd_governor.services.job.settings import Job, JobError, StudentSettings
 
 

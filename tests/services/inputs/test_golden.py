@@ -6,6 +6,7 @@ import pytest
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.golden import choose_prompts, collect_golden, golden_key, measure_lengths
 from opd_governor.services.inputs.prompts import open_prompts
+from opd_governor.services.inputs.refusals import DataError
 from opd_governor.services.job.settings import GoldenSettings
 from tests.services.inputs.test_prompts import job_of, write_lines
 from tests.tiny import tiny_tokenizer
