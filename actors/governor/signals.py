@@ -37,7 +37,7 @@ class Signal:
     title: str
     """A few words, as in a sentence: "rollouts beyond the teacher's longest"."""
     unit: str
-    """Of value and bound: `share`, `nats`."""
+    """Of value and bound: `share`, `nats` (a log ratio), `log nats` (the log of a number of nats)."""
     help: str
     """One sentence for dashboards and documentation."""
     disease: Disease
@@ -172,8 +172,8 @@ SIGNALS.add("short")(
 )
 SIGNALS.add("kl")(
     Signal(
-        title="KL over its running level",
-        unit="nats",
+        title="KL to the teacher, over its running level,",
+        unit="log nats",
         help="Log of mean KL against its running level. It also rises when prompts change: alone it moves the brake only, half way.",
         disease="drift",
         test=MeanTest(sign=1.0, slack=math.log(2.5), half_life_steps=25.0, floor=0.15, alternatives=(0.3, 1.0)),
