@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 WITHIN_STEP_CORRELATION = 0.01
 """Between two rollouts of a step: n rollouts count as n / (1 + (n - 1) x this)."""
-MAX_STEP_NATS = 6.0
-"""Most evidence that one step may bring to one alternative: no single step proves anything."""
+MAX_STEP_NATS = 13.0
+"""Most evidence that one step may bring to one alternative: a single step begins to press, a second one decides."""
 MAX_RELIEF_NATS = 2.0
 """Most evidence that one step may take away."""
 BASELINE_ROLLOUTS = 128

@@ -295,4 +295,6 @@ def _measured(name: str, reading: Reading, signals: Signals) -> str:
     if SIGNALS[name].unit == "nats":
         factor, most = (math.exp(min(50.0, max(-50.0, nats))) for nats in (reading.value, reading.bound))
         return f"by a factor of {factor:.3g} over {num:.0f} rollouts (bound {most:.3g})"
+    if SIGNALS[name].unit == "log nats":
+        return f"is {math.exp(reading.value):.3g} nats a token, where a healthy run has at most {math.exp(reading.bound):.3g}"
     return f"{reading.value:.3g} {SIGNALS[name].unit} against {reading.bound:.3g}"

@@ -1,7 +1,8 @@
 """How long the teacher's answer to a prompt is: the reference that each rollout is measured against. Pure.
 
 Log length is taken as normal given the prompt: an intercept per domain (shrunk toward the common one), a slope in log prompt length,
-one spread. Answers that were cut are censored ("at least this long"), fitted by EM as in Tobin's model (Econometrica 1958). A prompt
+one spread. Answers that were cut are censored ("at least this long"), fitted by EM as in Tobin's model (Econometrica 1958); answers in
+which the teacher got stuck (a loop, or cut far beyond what the others take) are left out: to get stuck is no length to aim at. A prompt
 with a complete answer of its own lies half way between that answer and the fit.
 """
 
@@ -28,6 +29,8 @@ DOMAIN_PRIOR = 4.0
 """Answers' worth of pull of a domain toward the common intercept."""
 CLIP = 4.0
 """Excesses are clipped to this many spreads: one answer is one answer."""
+NEVER_ENDS = 3.0
+"""A cut answer that was let be this many spreads longer than expected says that the teacher got stuck, not how long its answers are."""
 EM_STEPS = 60
 NORMAL = NormalDist()
 
@@ -43,6 +46,8 @@ class Answer:
     num_tokens: int
     complete: bool
     """Ended by itself, without a loop; else it is only known to be longer."""
+    stuck: bool = False
+    """Ends in a loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,39 +144,43 @@ def fit_lengths(answers: Sequence[Answer]) -> LengthModel | None:
     if complete.sum() < MIN_COMPLETE:
         return None
     log_prompt = np.log([max(1, a.prompt_tokens) for a in answers])
+    observed = np.log([max(1, a.num_tokens) for a in answers])
     centre = float(log_prompt.mean())
     names = sorted({a.domain for a in answers})
     has_slope = float(log_prompt.std() > 0.05)
     columns = [np.ones(len(answers)), has_slope * (log_prompt - centre)]
     columns += [np.array([float(a.domain == name) for a in answers]) for name in names if len(names) > 1]
-    x_NC = np.stack(columns, axis=1)
-    prior_CC = np.diag([0.0, 1e-3, *[DOMAIN_PRIOR] * (x_NC.shape[1] - 2)])
-    observed = np.log([max(1, a.num_tokens) for a in answers])
-    filled, variance = observed.copy(), np.zeros(len(answers))
-    spread = max(MIN_SPREAD_NATS, float(observed[complete].std()))
-    for _ in range(EM_STEPS if not complete.all() else 2):
-        beta = np.linalg.solve(x_NC.T @ x_NC + prior_CC, x_NC.T @ filled)
-        mu = x_NC @ beta
-        spread = max(MIN_SPREAD_NATS, float(np.sqrt(np.mean((filled - mu) ** 2 + variance))))
-        for i in np.flatnonzero(~complete):
-            z = (observed[i] - mu[i]) / spread
-            above = _mean_above(z)
-            filled[i] = mu[i] + spread * above
-            variance[i] = spread**2 * max(0.0, 1 + z * above - above**2)
-    residual = observed - x_NC @ beta
+    beta, spread = _fit_censored(np.stack(columns, axis=1), observed, complete, np.array([a.stuck for a in answers], dtype=bool))
+    residual = observed - np.stack(columns, axis=1) @ beta
     highest = float(np.quantile(residual[complete], 1 - TAIL_SHARE))
-    tail_nats = max(-NORMAL.inv_cdf(TAIL_SHARE) * spread, highest) + math.log(TAIL_MARGIN)
     return LengthModel(
         intercept=float(beta[0]),
         slope=float(beta[1]) * has_slope,
         mean_log_prompt=centre,
         spread_nats=spread,
-        tail_nats=tail_nats,
+        tail_nats=max(-NORMAL.inv_cdf(TAIL_SHARE) * spread, highest) + math.log(TAIL_MARGIN),
         domains={name: float(value) for name, value in zip(names, beta[2:], strict=False)},
         own={a.index: float(r) for a, r in zip(answers, residual, strict=True) if a.complete},
         censored_share=float(1 - complete.mean()),
         num_answers=len(answers),
     )
+
+
+def _fit_censored(x_NC: np.ndarray, observed_N: np.ndarray, complete_N: np.ndarray, stuck_N: np.ndarray) -> tuple[np.ndarray, float]:
+    """(coefficients [C], spread). Begins with the complete answers; each round fills in the cut ones with what is expected of them."""
+    prior_CC = np.diag([0.0, 1e-3, *[DOMAIN_PRIOR] * (x_NC.shape[1] - 2)])
+    filled_N, variance_N, used_N = observed_N.copy(), np.zeros(len(observed_N)), complete_N
+    for _ in range(2 if complete_N.all() else EM_STEPS):
+        x, y = x_NC[used_N], filled_N[used_N]
+        beta = np.linalg.solve(x.T @ x + prior_CC, x.T @ y)
+        spread = max(MIN_SPREAD_NATS, float(np.sqrt(np.mean((y - x @ beta) ** 2 + variance_N[used_N]))))
+        z_N = (observed_N - x_NC @ beta) / spread
+        used_N = complete_N | (~stuck_N & (z_N < NEVER_ENDS))
+        for i in np.flatnonzero(~complete_N & used_N):
+            above = _mean_above(float(z_N[i]))
+            filled_N[i] = observed_N[i] + spread * (above - z_N[i])
+            variance_N[i] = spread**2 * max(0.0, 1 + z_N[i] * above - above**2)
+    return beta, spread
 
 
 def without_own(model: LengthModel) -> LengthModel:

@@ -22,6 +22,8 @@ LARGEST = 1e15
 """No length, count or rate of a run comes near this: beyond it a number is a fault of the source."""
 KL_FLOOR_NATS = 0.05
 """KL below this is next to nothing, and ratios of it are noise."""
+MAX_EXPECTED_LOOPS = 0.05
+"""A teacher that loops more often than this is no excuse for its student."""
 STOP_MASS_FLOOR = 1e-6
 
 Disease = Literal["long", "short", "drift"]
@@ -35,7 +37,7 @@ class Signal:
     title: str
     """A few words, as in a sentence: "rollouts beyond the teacher's longest"."""
     unit: str
-    """Of value and bound: `share`, `nats`."""
+    """Of value and bound: `share`, `nats` (a log ratio), `log nats` (the log of a number of nats)."""
     help: str
     """One sentence for dashboards and documentation."""
     disease: Disease
@@ -88,7 +90,7 @@ def _truncation(growth: Growth) -> Observation | None:
 def _loops(growth: Growth) -> Observation | None:
     num, _ = _ends(growth)
     share = ratio(growth.of("opd_rollout_loops_total"), num)
-    expected = growth.current.gauge("opd_length_reference_loops_ratio") or 0.0
+    expected = min(MAX_EXPECTED_LOOPS, growth.current.gauge("opd_length_reference_loops_ratio") or 0.0)
     return None if share is None or num is None else Observation(share, num, expected)
 
 
@@ -143,7 +145,7 @@ SIGNALS.add("loops")(
         unit="share",
         help="Share that ends in a loop.",
         disease="long",
-        test=ShareTest(slack=0.005, max_baseline=0.1),
+        test=ShareTest(slack=0.005, max_baseline=MAX_EXPECTED_LOOPS),
         read=_loops,
     )
 )
@@ -170,8 +172,8 @@ SIGNALS.add("short")(
 )
 SIGNALS.add("kl")(
     Signal(
-        title="KL over its running level",
-        unit="nats",
+        title="KL to the teacher, over its running level,",
+        unit="log nats",
         help="Log of mean KL against its running level. It also rises when prompts change: alone it moves the brake only, half way.",
         disease="drift",
         test=MeanTest(sign=1.0, slack=math.log(2.5), half_life_steps=25.0, floor=0.15, alternatives=(0.3, 1.0)),

@@ -177,7 +177,14 @@ def measure_reference(prompts: Sequence[Prompt], table: Sequence[Mapping[str, An
     """
     by_index = {prompt.index: prompt for prompt in prompts}
     answers = [
-        Answer(row["index"], len(by_index[row["index"]].token_ids), by_index[row["index"]].domain, len(row["token_ids"]), row["kept"])
+        Answer(
+            index=row["index"],
+            prompt_tokens=len(by_index[row["index"]].token_ids),
+            domain=by_index[row["index"]].domain,
+            num_tokens=len(row["token_ids"]),
+            complete=row["kept"],
+            stuck=row["loops"],
+        )
         for row in table
         if row["token_ids"]
     ]

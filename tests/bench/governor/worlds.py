@@ -1,15 +1,13 @@
 """Synthetic runs with a known truth: lengths drawn step by step, healthy or sick from a known step on.
 
-Log length is a prompt's own mean plus normal noise (or recorded residuals, drawn again), so that the teacher's answers and the student's
+Log length is a prompt's own mean plus normal noise so that the teacher's answers and the student's
 come from one law until something happens. The reference is fitted on a golden pass of the same world, with its error.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +17,6 @@ ONSET = 40
 """Step at which sick worlds fall ill."""
 NUM_GOLDEN = 256
 DOMAINS = ("maths", "writing", "code")
-RESIDUALS = Path(__file__).parent / "smollm2_residuals.json"
 
 Course = Callable[[int], float]
 
@@ -53,10 +50,7 @@ class World:
     """Standard deviation of what all rollouts of a step share, nats."""
     same_prompt: int = 1
     """Samples a prompt."""
-    residuals: tuple[float, ...] = ()
-    """Recorded log residuals, drawn instead of normal ones."""
     num_steps: int = 300
-    reference: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,8 +97,6 @@ class Run:
         return np.asarray(1.5 + 0.8 * np.log(self._prompt_N) + 0.7 * self._domain_N + own)
 
     def _noise(self, num: int) -> np.ndarray:
-        if self.world.residuals:
-            return self._rng.choice(np.array(self.world.residuals), num)
         return self._rng.normal(0, self.world.sigma, num)
 
     def step(self, number: int) -> Step:
@@ -166,10 +158,6 @@ def null_worlds() -> list[World]:
         World("student a fifth longer than its teacher", sigma=0.5, shift=lambda _: math.log(1.2)),
         World("student becomes as long as its teacher", sigma=0.5, shift=lambda step: -0.7 * math.exp(-step / 40)),
     ]
-    if RESIDUALS.exists():
-        residuals = tuple(json.loads(RESIDUALS.read_text())["residuals_nats"])
-        sigma = float(np.std(residuals))
-        worlds += [World(f"SmolLM2's own lengths, batch {n}", sigma=sigma, batch=n, residuals=residuals) for n in (8, 64)]
     return worlds
 
 
