@@ -31,7 +31,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3, tied": {"tie_word_embeddings": True},
     "qwen3, 8 layers, small vocabulary": {"num_hidden_layers": 8, "vocab_size": 1000},
     "llama, wide": {
-        "arch": "llama", "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 2000,
+        "arch": "llama", "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "vocab_size": 2000,
     },
 }  # fmt: skip
 LEARNERS: tuple[tuple[str, bool, int, int], ...] = (
