@@ -167,7 +167,8 @@ class ClusterSettings(Settings):
     weight_transfer: Literal["auto", "file", "nccl", "ipc"] = "auto"
     """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node)."""
     probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None
-    """Largest engine-learner gap on the probe after a sync. None: 0.01 when both are float32, else 0.5."""
+    """Largest engine-learner gap on the probe after a sync; two misses in a row end the run. None: 0.01 when both are float32, else three
+    times what bfloat16 does to the learner's own log-probs on the probe, and at least 0.5."""
     deadline_floor_s: Annotated[float, Field(gt=0)] = FLOOR_S
     """A silent actor counts as hung, and is replaced, after ten times what work of this size took lately, and never before this many
     seconds."""
