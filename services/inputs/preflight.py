@@ -19,6 +19,7 @@ from opd_governor.services.inputs.check_machine import (
     check_service,
 )
 from opd_governor.services.inputs.check_models import check_pad, check_pair, check_stop_ids, check_student, check_teacher
+from opd_governor.services.inputs.check_servers import check_server
 from opd_governor.services.inputs.checks import Check, exit_code, failures, render
 from opd_governor.services.inputs.models import resolve_model, split_pruned
 from opd_governor.services.inputs.resolve import ModelFacts, server_tokenizer, student_facts, teacher_facts, window_of
@@ -40,6 +41,8 @@ def check(job: Job, directory: Path) -> list[Check]:
     for settings, teacher in zip(job.teacher, teachers, strict=True):
         if teacher is not None:
             checks += check_teacher(settings, teacher)
+        elif not settings.means.local and settings.url:
+            checks += check_server(settings, student, job)
         read = teacher.tokenizer if teacher is not None else _server_tokenizer(settings, checks)
         if read is not None:
             checks += check_pair(settings, student, read, teacher.stops if teacher is not None else {}, job)
