@@ -70,8 +70,10 @@ class OutsideRun:
     def observe(self, seen: StepSeen, reference_lengths: Any = (), digest: str = "") -> Record:
         """Decide on a step, keep it, answer."""
         with self._lock:
-            generation = self._take_config()
-            answer = self.governor.observe(seen, reference_lengths)
+            generation, news = self._take_config()
+            if self._answer is not None and seen.step < self.step:
+                news = f"the trainer went back to step {seen.step}"
+            answer = self.governor.observe(seen, reference_lengths, news)
             asked = list(self._asked)
             document = answer.to_json() | {"asked": asked}
             decision = self.governor.record() | {"config_generation": generation}
@@ -83,14 +85,16 @@ class OutsideRun:
             self.totals.add(seen, answer, self.governor)
             return document
 
-    def _take_config(self) -> int:
+    def _take_config(self) -> tuple[int, str]:
+        """The generation in force, and what a person changed since the last step, in words."""
         if self._store is None:
-            return 0
+            return 0, ""
         generation, settings = self._store.in_force()
+        news = "settings changed" if self._store.observed_generation not in (0, generation) else ""
         self.governor.policy = settings.governor
         self.governor.cap_tokens = settings.cap_tokens or self.governor.cap_tokens
         self._store.observe(generation)
-        return generation
+        return generation, news
 
     # ---- the records
 

@@ -8,19 +8,11 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from opd_governor.actors.governor.actuators import metric_of, movable, value_of
 from opd_governor.services.sidecar.governing import Answer, OutsideGovernor
 from opd_governor.services.sidecar.seen import StepSeen
 
 NUM_BUCKETS = 64
-LIMIT_GAUGES = {
-    "opd_governor_cap_tokens": "cap_tokens",
-    "opd_governor_stop_tilt": "stop_tilt_nats",
-    "opd_governor_golden_weight": "golden_weight",
-    "opd_governor_reference_kl_weight": "reference_kl_weight",
-    "opd_governor_admission_quota": "admission_quota",
-    "opd_governor_lr_scale": "lr_scale",
-}
-"""Gauge -> field of the limits."""
 COUNTERS = {
     "opd_rollout_tokens_total": "Response tokens sampled.",
     "opd_rollout_loops_total": "Rollouts that end in a loop.",
@@ -58,17 +50,18 @@ class Totals:
         self.decisions[answer.action, answer.signal] += 1
         self._observe(seen, governor.cap_tokens)
         self.gauges |= {"opd_governor_pressure": answer.pressure, "opd_heartbeat_timestamp_seconds": time.time()}
-        for gauge, name in LIMIT_GAUGES.items():
-            if name != "cap_tokens" or answer.cap_known:
-                self.gauges[gauge] = float(getattr(answer.limits, name))
-        for gauge, value in (
+        for name in movable():
+            value = value_of(answer.limits, name)
+            if value is not None and (name != "cap_tokens" or answer.cap_known):
+                self.gauges[metric_of(name)] = value
+        for gauge, figure in (
             ("opd_rollout_length_max_tokens", seen.length_max_tokens),
             ("opd_student_entropy_nats", seen.entropy_nats),
             ("opd_learner_loss", seen.loss),
             ("opd_learner_grad_norm", seen.grad_norm),
         ):
-            if value is not None:
-                self.gauges[gauge] = value
+            if figure is not None:
+                self.gauges[gauge] = figure
         for stat, reference in (("mean", governor.reference.mean_tokens), ("p99", governor.reference.p99_tokens)):
             if reference is not None:
                 self.reference[stat] = reference

@@ -15,17 +15,18 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
+from opd_governor.actors.governor.actuators import ACTUATORS
 from opd_governor.actors.governor.policy import Policy
 from opd_governor.actors.trajectory import LengthLimits
 from opd_governor.client import GovernorClient
-from opd_governor.services.sidecar.governing import Answer, OutsideGovernor
+from opd_governor.services.sidecar.governing import OutsideGovernor, without
 from opd_governor.services.sidecar.knobs import KNOBS
 from opd_governor.services.sidecar.seen import StepSeen, ends_in_loop
 
 log = logging.getLogger(__name__)
 
-DEFAULT_ACTUATORS = ("golden_weight", "lr_scale", "reference_kl_weight", "cap_tokens", "rollback")
-"""What a TRL trainer has a knob for. The rest of a policy's actuators would be promised and never moved."""
+NEEDS = {"cap_tokens": "cap", "golden_weight": "lmbda", "reference_kl_weight": "beta"}
+"""Actuator -> the knob that it needs. The learning rate every trainer has; a rollback needs checkpoints; the rest no TRL trainer has."""
 
 
 class Adviser(Protocol):
@@ -37,8 +38,11 @@ class Adviser(Protocol):
 
 class _Here:
     def __init__(self, policy: Policy) -> None:
-        actuators = tuple(name for name in DEFAULT_ACTUATORS if policy.may_move(name))
-        self.governor = OutsideGovernor(policy.model_copy(update={"actuators": actuators}))
+        self.governor = OutsideGovernor(policy)
+
+    def leave(self, *actuators: str) -> None:
+        """What this trainer has no knob for would be promised and never moved."""
+        self.governor.policy = without(self.governor.policy, *actuators)
 
     def advise(self, seen: StepSeen, finish_reasons: Sequence[str], reference_lengths: Sequence[float]) -> dict[str, Any]:
         return self.governor.observe(seen, reference_lengths).to_json()
@@ -97,6 +101,7 @@ class LengthGovernorCallback(TrainerCallback):
         self._loops = 0
         self._step = 0
         self._lr_scale = 1.0
+        self._rewarded = False
         self._healthy_at = 0
         self._checkpoints: list[tuple[int, str]] = []
         self._rollback_to: str | None = None
@@ -119,6 +124,12 @@ class LengthGovernorCallback(TrainerCallback):
                 f"{type(trainer).__name__} of this TRL has no method through which completions pass; use `opd govern --proxy` instead"
             )
         self._held = {name: value for name, knob in KNOBS.items() if (value := knob.reads(trainer)) is not None}
+        self._rewarded = hasattr(trainer, "reward_funcs")
+        if isinstance(self._adviser, _Here):
+            has = {actuator for actuator, knob in NEEDS.items() if knob in self._held} | {"lr_scale"}
+            if str(getattr(trainer.args, "save_strategy", "no")).rpartition(".")[2].lower() != "no":
+                has.add("rollback")
+            self._adviser.leave(*(name for name in ACTUATORS if name not in has))
 
     def train(self, trainer: Any, **arguments: Any) -> Any:
         """`trainer.train()`, and again from the last healthy checkpoint when the governor asks for a rollback."""
@@ -159,7 +170,8 @@ class LengthGovernorCallback(TrainerCallback):
             reasons,
             cap_tokens=cap,
             loops=loops / len(lengths),
-            kl_nats=last.get("kl"),
+            # A distillation trainer's loss is its divergence from the teacher; a rewarded one logs its KL apart.
+            kl_nats=last.get("kl", None if self._rewarded else last.get("loss")),
             learning_rate=last.get("learning_rate"),
         )
         references, self._references = self._references, []
@@ -223,11 +235,13 @@ class LengthGovernorCallback(TrainerCallback):
         self._lr_scale = limits.lr_scale
         if answer["healthy"]:
             self._healthy_at = self._step
-        if answer["action"] == "stop":
+        if "checkpoint" in answer.get("asked", ()):
+            control.should_save = True
+        if answer["action"] == "stop" or "stop" in answer.get("asked", ()):
             log.warning("length governor: stop: %s", answer["reason"])
             control.should_training_stop = True
-        elif answer["action"] == "rollback" and self._checkpoints:
-            self._rollback_to = self._checkpoints[-1][1]
+        elif answer["action"] == "rollback" and (kept := [path for _, path in self._checkpoints if Path(path).is_dir()]):
+            self._rollback_to = kept[-1]
             control.should_training_stop = True
         elif answer["action"] == "rollback":
             log.warning("length governor: a rollback is due and no healthy checkpoint was saved; save_strategy='steps' keeps some")
@@ -284,6 +298,3 @@ def _stop_ids(trainer: Any) -> frozenset[int]:
     tokenizer = getattr(trainer, "processing_class", None)
     stops = stops if stops is not None else getattr(tokenizer, "eos_token_id", None)
     return frozenset([stops] if isinstance(stops, int) else stops or ())
-
-
-__all__ = ["Answer", "LengthGovernorCallback"]

@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
+from opd_governor.actors.governor.actuators import metric_of, movable
 from opd_governor.client import GovernorClient, GovernorError
 from opd_governor.services.cli.app import app
 from opd_governor.services.record.telemetry import METRICS
@@ -43,7 +44,7 @@ def test_inflation_is_answered_with_limits_and_a_reason(tmp_path: Path) -> None:
             answer = client.step(step, **inflating(step))
         assert answer["pressure"] > 0.5
         assert answer["limits"]["cap_tokens"] < 512
-        assert answer["limits"]["lr_scale"] < 1.0
+        assert answer["limits"]["golden_weight"] > 0.0
         assert answer["reason"]
         assert client.trouble is None
 
@@ -119,7 +120,7 @@ def test_each_run_has_the_routes_of_our_own_runs(tmp_path: Path) -> None:
 
 @pytest.mark.integration
 def test_metrics_have_the_names_and_labels_of_our_own_runs(tmp_path: Path) -> None:
-    declared = {metric.name: metric for metric in METRICS}
+    labels = {metric.name: metric.labels for metric in METRICS} | {metric_of(name): () for name in movable()}
     with govern(tmp_path) as (url, _):
         client = GovernorClient(url, run="a", token=TOKEN)
         for step in range(1, 4):
@@ -129,8 +130,8 @@ def test_metrics_have_the_names_and_labels_of_our_own_runs(tmp_path: Path) -> No
     assert samples
     for sample in samples:
         name = re.sub(r"_(bucket|count|sum)$", "", sample.name) if "length_tokens" in sample.name else sample.name
-        assert name in declared, name
-        assert set(sample.labels) - {"le"} == {"run", *declared[name].labels}, name
+        assert name in labels, name
+        assert set(sample.labels) - {"le"} == {"run", *labels[name]}, name
     total = {s.labels["finish_reason"]: s.value for s in samples if s.name == "opd_rollouts_total"}
     assert total["stop"] == 96
 
@@ -185,7 +186,7 @@ def test_a_wrong_token_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        ("governor: {target_truncatoin: 0.1}", ["target_truncatoin", "target_truncation"]),
+        ("governor: {length_facter: 1}", ["length_facter", "length_factor"]),
         ("cap_tokens: 0", ["cap_tokens"]),
         ("governer: {}", ["governer", "governor"]),
         ("- a\n- b", ["dictionary"]),
