@@ -87,7 +87,7 @@ def _config(model: str, where: str, trust: bool) -> Any:
     except ValueError as error:
         if trust or "trust_remote_code" not in str(error):
             raise
-        raise JobError(f"{where}: model {model} brings Python code of its own; set trust_remote_code to true if you trust it") from None
+        raise JobError(f"{where}: model {model} brings custom code of its own; set trust_remote_code to true if you trust it") from None
 
 
 def student_facts(settings: StudentSettings, find: Callable[[str], str] = resolve_model) -> ModelFacts:
@@ -110,7 +110,7 @@ def server_tokenizer(settings: TeacherSettings) -> Any:
         if settings.render == "own":
             raise JobError(f"teacher {settings.name}: render is own, but the server has its tokenizer; name one, or set render to student")
         return None
-    with theirs(f"teacher {settings.name}: tokenizer", named, "give a folder or id with its files", JobError):
+    with theirs("", f"teacher {settings.name} tokenizer {named}", "give a folder or id with its files", JobError):
         return tokenizer_of(named, settings.trust_remote_code)
 
 
