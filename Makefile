@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help run test check docs bench bench-memory bench-driver bench-speed bench-collapse bench-governor bench-trl chaos soak setup packages
+.PHONY: help run test check docs bench bench-memory bench-driver bench-speed bench-collapse bench-governor bench-trl gpu chaos soak setup packages
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -64,6 +64,11 @@ bench-speed: $(STAMP) ## overlap, padding, start-up; step time over floor; step 
 
 bench-governor: $(STAMP) ## the governor's law on runs with a known truth: false alarms, delay, price (under 3 minutes on one core)
 	$(BIN)/python -m tests.bench.governor.bench
+
+gpu: $(STAMP) ## on one GPU (EXTRA=gpu), some minutes: a colocated run, memory against the estimate, MFU; says what it leaves out
+	@echo "left out: nccl between GPUs, tensor parallelism, mixtures of experts, tokens per second beside vLLM alone"
+	$(BIN)/python -m pytest -q tests/gpu
+	$(BIN)/python tests/bench/gpu.py
 
 chaos: $(STAMP) ## 10 kills of every role of real runs, their books checked (about 30 minutes); table in tests/bench/chaos.json
 	$(BIN)/python -m tests.chaos.kills

@@ -38,8 +38,8 @@ class TeacherSettings(Settings):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of a GPU's memory that one actor may take (back end `vllm`)."""
     max_model_len: Annotated[int, Field(ge=8)] | None = None
-    """Longest sequence it scores, tokens (back end `vllm`): the KV cache must hold one. None: the longest prompt and the cap, at most
-    the model's own window, which for many models is 131,072 tokens and 17 GB."""
+    """Longest sequence it scores, tokens (back end `vllm`): the KV cache must hold one, at 131,072 tokens 17 GB of an 8B model. None:
+    the window that all models of the job share; the model's own where this teacher has prompts of its own."""
     engine: dict[str, Any] = Field(default={})
     """More arguments of vLLM's EngineArgs by name (quantization: fp8, kv_cache_dtype: fp8), back end `vllm`. They win."""
     system_prompt: str | None = None

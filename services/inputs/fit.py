@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from opd_governor.services.inputs.preflight import Check, check_job_alone
+from opd_governor.services.inputs.models import resolve_model
+from opd_governor.services.inputs.preflight import Check, check_job_alone, stand_in
 from opd_governor.services.job.settings import Job, JobError
 from opd_governor.services.plan.hardware import Hardware
 from opd_governor.services.plan.layout import plan
-from opd_governor.services.plan.shapes import shape_of
 
 
 def local_hardware() -> Hardware | None:
@@ -23,14 +23,17 @@ def local_hardware() -> Hardware | None:
 def check_fit(job: Job, hardware: Hardware) -> list[Check]:
     """The plan on this hardware, or why there is none. Reads configs alone."""
     try:
-        student = shape_of(job.student.model, job.student.trust_remote_code)
-        found = plan(job, hardware)
+        found = plan(_readable(job), hardware)
     except JobError as error:
         return [Check("plan", "fail", str(error))]
-    checks = [Check("plan", "pass", line) for line in found.lines()]
-    checks += _check_experts(student.num_experts)
-    checks += _check_precision(job)
-    return checks
+    return [*(Check("plan", "pass", line) for line in found.lines()), *_check_precision(job)]
+
+
+def _readable(job: Job) -> Job:
+    """Models by folders or ids that have a config: a pruned student is planned for as the model it is cut from. Raises JobError."""
+    student = job.student.model_copy(update={"model": stand_in(job.student.model)})
+    teachers = tuple(t.model_copy(update={"model": resolve_model(t.model)}) if t.means.local else t for t in job.teacher)
+    return job.model_copy(update={"student": student, "teacher": teachers})
 
 
 def check_dry(job: Job, hardware: Hardware) -> list[Check]:
@@ -64,15 +67,6 @@ def _nearest(name: str, known: set[str]) -> str:
 
     near = get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else "see vLLM's engine arguments"
-
-
-def _check_experts(num_experts: int) -> Iterator[Check]:
-    if num_experts:
-        detail = (
-            f"student.model: a mixture of {num_experts} experts; vLLM's layer-wise reload leaves wrong expert weights in its engines, "
-            "which the probe after the first sync would refuse"
-        )
-        yield Check("student", "fail", detail, "distil into a dense student; a mixture as teacher is fine")
 
 
 def _check_precision(job: Job) -> Iterator[Check]:

@@ -57,7 +57,7 @@ def check(job: Job, directory: Path) -> list[Check]:
 
 def _look_at_student(job: Job, checks: list[Check]) -> ModelFacts | None:
     try:
-        facts = student_facts(job.student, find=_stand_in)
+        facts = student_facts(job.student, find=stand_in)
     except JobError as error:
         checks.append(Check("student model", "fail", str(error)))
         return None
@@ -91,8 +91,8 @@ def check_job_alone(job: Job) -> list[Check]:
     return [*check_objective(job), *check_repeatable(job)]
 
 
-def _stand_in(model: str) -> str:
+def stand_in(model: str) -> str:
     """The model itself, or the full one of a `pruned:` name: it is made at the run's start, and shares tokenizer and window."""
     if pruned := split_pruned(model):
-        return _stand_in(pruned[0])
+        return stand_in(pruned[0])
     return resolve_model(model)

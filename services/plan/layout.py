@@ -92,6 +92,11 @@ def plan(job: Job, hardware: Hardware) -> Plan:
     Raises JobError in one line where nothing fits: which role, its largest term, the setting that shrinks it.
     """
     student = shape_of(job.student.model, job.student.trust_remote_code)
+    if student.num_experts:
+        raise JobError(
+            f"student.model: a mixture of {student.num_experts} experts; vLLM's layer-wise reload leaves wrong expert weights in its "
+            "engines; distil into a dense student, a mixture as teacher is fine"
+        )
     teachers = local_teachers(job)
     parts = _Parts(job, student, teachers, window_tokens(job, student, *(shape for _, shape in teachers)))
     wanted = job.cluster.layout

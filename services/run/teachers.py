@@ -7,6 +7,7 @@ from opd_governor.actors.teacher.attempts import Events
 from opd_governor.actors.teacher.pool import Support, TeacherPool
 from opd_governor.actors.teacher.settings import PER_TEACHER, TeacherSettings
 from opd_governor.services.inputs.models import weights_identity
+from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.record.journal import Journal
 from opd_governor.services.run.rooms import Rooms
 from opd_governor.services.run.sources import Sources
@@ -19,7 +20,7 @@ async def start_teachers(rooms: Rooms, sources: Sources, journal: Journal) -> Te
     teachers = []
     models = sources.models
     for settings, model, tokens in zip(job.teacher, models.teachers, models.tokens, strict=True):
-        settings = settings.model_copy(update={"model": model})
+        settings = settings.model_copy(update={"model": model, "max_model_len": settings.max_model_len or _longest(settings, models)})
         same = _served_as(settings)
         if same not in handles:
             handles[same] = start_teacher(settings, models.stop_ids, job.seed, await rooms.teacher(settings), tokens)
@@ -44,3 +45,9 @@ def _served_as(settings: TeacherSettings) -> str:
     """Equal for teachers that can share actors: the same weights, and every setting of the actor the same."""
     served = settings.model_copy(update={"model": weights_identity(settings.model) if settings.means.local else settings.model})
     return served.model_dump_json(exclude=set(PER_TEACHER))
+
+
+def _longest(settings: TeacherSettings, models: Models) -> int | None:
+    """Tokens that it can be asked to score: the common window, unless its prompts are its own. None: its model's window."""
+    own_prompt = settings.system_prompt or settings.context or settings.demonstration or settings.template or settings.render == "own"
+    return None if own_prompt or settings.backend != "vllm" else models.context_tokens
