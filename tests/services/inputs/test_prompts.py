@@ -222,3 +222,16 @@ def test_held_out_problems_need_an_answer(tmp_path):
     assert opened(limit=1)[0].answer == "2"
     with pytest.raises(DataError, match=r"eval.jsonl:2: no column 'answer'"):
         opened()
+
+
+def test_an_over_long_problem_is_refused_by_line_and_the_others_are_as_without_it(tmp_path):
+    rows = [{"prompt": f"{n}+{n}?", "answer": str(2 * n)} for n in range(9)]
+    plain = write_lines(tmp_path / "plain.jsonl", rows)
+    longer = write_lines(tmp_path / "longer.jsonl", [*rows[:4], {"prompt": "x" * 300, "answer": "1"}, *rows[4:]])
+
+    def opened(path):
+        return open_problems(job_of("unused", data={"eval": {"path": str(path)}}), PLAIN, 256)
+
+    with_it, without = opened(longer), opened(plain)
+    assert [(p.token_ids, p.answer) for p in with_it.prompts] == [(p.token_ids, p.answer) for p in without.prompts]
+    assert with_it.survey.refused == (f"{longer}:5: 300 tokens leave -44 of 256",)
