@@ -10,12 +10,14 @@ When the service is away or slow the trainer goes on with its last limits: `step
 A mistake in what was posted is another matter: it raises GovernorError.
 """
 
-import http.client
 import json
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
+
+if TYPE_CHECKING:
+    import http.client
 
 AT_REST: dict[str, Any] = {
     "cap_tokens": None,
@@ -73,6 +75,8 @@ class GovernorClient:
         lengths, finish_reasons, reference_lengths, cap_tokens, loops, kl_nats, learning_rate and the rest of the service's schema.
         Raises GovernorError when the service refuses the step.
         """
+        import http.client  # with what it pulls most of this module's import time
+
         if time.monotonic() < self._asleep_until_s:
             return self._old()
         body = json.dumps({"step": step} | {name: value for name, value in fields.items() if value is not None}).encode()
@@ -105,6 +109,8 @@ class GovernorClient:
             self.close()
 
     def _post(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        import http.client
+
         headers = {"content-type": "application/json"}
         if self._token:
             headers["authorization"] = f"Bearer {self._token}"

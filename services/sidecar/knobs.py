@@ -51,9 +51,12 @@ KNOBS.add("cap")(Knob(_read_cap, _write_cap, lambda limits, held: min(held, limi
 
 
 def _read_beta(trainer: Any) -> float | None:
-    """GRPO's weight of KL to the reference. At 0 no reference model was built, so there it cannot be raised."""
+    """GRPO's weight of KL to the reference. At 0 no reference model was built, so there it cannot be raised.
+
+    In distillation trainers `beta` says which divergence is taken: that is never moved.
+    """
     has_reference = getattr(trainer, "ref_model", None) is not None or getattr(trainer, "beta", 0.0) > 0
-    return float(trainer.beta) if hasattr(trainer, "num_generations") and has_reference and hasattr(trainer, "beta") else None
+    return float(trainer.beta) if hasattr(trainer, "reward_funcs") and has_reference and hasattr(trainer, "beta") else None
 
 
 KNOBS.add("beta")(

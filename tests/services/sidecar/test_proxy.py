@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -110,6 +111,40 @@ def test_answers_that_inflate_are_asked_for_less(server: ThreadingHTTPServer, tm
     assert set(caps[:13]) == {64}
     assert min(caps[13:]) < 40, caps
     assert sent["repetition_detection"]["min_count"] == 8
+
+
+def test_a_trainer_that_hangs_up_hangs_up_at_the_server(tmp_path: Path) -> None:
+    """An aborted rollout must not go on in the engine."""
+
+    async def scenario() -> bool:
+        gone = asyncio.Event()
+
+        async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    writer.write(b"7\r\ndata: x\r\n")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+            writer.close()
+            gone.set()
+
+        listening = await asyncio.start_server(endless, "127.0.0.1", 0)
+        direct = "http://127.0.0.1:{}".format(listening.sockets[0].getsockname()[1])
+        with contextlib.ExitStack() as stack:
+            url, _ = await asyncio.to_thread(stack.enter_context, govern(tmp_path, "--proxy", direct))
+            async with (
+                httpx.AsyncClient(trust_env=False) as http,
+                http.stream("POST", f"{url}/v1/completions", json={"max_tokens": 9}) as answer,
+            ):
+                await answer.aiter_raw().__anext__()
+            await asyncio.wait_for(gone.wait(), 10)
+            await asyncio.to_thread(stack.close)
+        listening.close()
+        return gone.is_set()
+
+    assert asyncio.run(scenario())
 
 
 def test_a_server_that_is_away_is_a_bad_gateway(tmp_path: Path) -> None:
