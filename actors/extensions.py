@@ -12,13 +12,16 @@ installed distribution lists under the entry-point group `opd_governor.extension
 variable OPD_EXTENSIONS, so a file must lie at the same path on every node, like a model folder.
 """
 
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +36,8 @@ GROUP = "opd_governor.extensions"
 """Entry-point group of installed distributions."""
 
 _loaded: set[str] = set()
+_added: list[tuple["Kind[Any]", str]] = []
+"""Every part in the order it was added, so that those of a file that fails half-way are taken back."""
 
 
 class ExtensionError(ValueError):
@@ -49,18 +54,22 @@ class Kind(Mapping[str, T]):
     4
     """
 
-    def __init__(self, what: str) -> None:
-        """`what`: the kind in a person's words, for messages."""
+    def __init__(self, what: str, pattern: str = r"\S+", reserved: Sequence[str] = ()) -> None:
+        """`what`: the kind in a person's words, for messages. `pattern`: what a name must match. `reserved`: names no part may have."""
         self.what = what
+        self._pattern, self._reserved = pattern, frozenset(reserved)
         self._parts: dict[str, T] = {}
 
     def add(self, name: str) -> Callable[[T], T]:
-        """A decorator (or a plain call) that lists a part. Raises ExtensionError where another part has the name."""
+        """A decorator (or a plain call) that lists a part. Raises ExtensionError for a name that is taken, reserved or malformed."""
 
         def put(part: T) -> T:
-            if name in self._parts:
+            if not re.fullmatch(self._pattern, name):
+                raise ExtensionError(f"{self.what} {name!r}: a name must match {self._pattern}; give yours such a name")
+            if name in self._parts or name in self._reserved:
                 raise ExtensionError(f"{self.what} {name!r} exists already; give yours another name")
             self._parts[name] = part
+            _added.append((self, name))
             return part
 
         return put
@@ -107,6 +116,8 @@ class Key:
 
 def use_extensions(names: Sequence[str]) -> None:
     """Import these modules and .py files in this process, and in every actor it starts. Raises ExtensionError."""
+    for name in names:
+        _refuse_bad_name(name)
     held = [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
     os.environ[VARIABLE] = os.pathsep.join(dict.fromkeys([*held, *names]))
     load_extensions()
@@ -116,21 +127,42 @@ def load_extensions() -> None:
     """Import what the environment and installed distributions name, each once a process. Raises ExtensionError."""
     for name in [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]:
         _load(name, lambda name=name: _import(name))  # type: ignore[misc]
-    if GROUP not in _loaded:
-        _loaded.add(GROUP)
-        for entry in importlib.metadata.entry_points(group=GROUP):
-            _load(entry.value, entry.load)
+    for entry in _installed():
+        _load(f"{entry.value} (entry point {entry.name})", entry.load)
+
+
+@cache
+def _installed() -> tuple[importlib.metadata.EntryPoint, ...]:
+    return tuple(importlib.metadata.entry_points(group=GROUP))
+
+
+def _refuse_bad_name(name: str) -> None:
+    """Raises ExtensionError for a name that is neither a module's nor a file's, or that the environment variable cannot carry."""
+    if os.pathsep in name:
+        raise ExtensionError(f"extensions: {name}: a path must not contain {os.pathsep!r}; move the file")
+    if not name.endswith(".py") and not all(part.isidentifier() for part in name.split(".")):
+        raise ExtensionError(f"extensions: {name!r} names no module; give a .py file, or a module such as package.parts")
 
 
 def _load(name: str, load: Callable[[], object]) -> None:
     if name in _loaded:
         return
     _loaded.add(name)  # before it is imported: an extension reads the kinds it adds to
+    num_before = len(_added)
     try:
         load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _loaded.discard(name)
-        raise ExtensionError(f"extensions: {name} does not load ({type(error).__name__}: {error}); mend or remove it") from error
+        _take_back(num_before)  # a mended file is read again, and finds its names free
+        why = str(error) if isinstance(error, ExtensionError) else f"{type(error).__name__}: {error}"
+        raise ExtensionError(f"extensions: {name} does not load ({' '.join(why.split())}); mend or remove it") from error
+
+
+def _take_back(num_kept: int) -> None:
+    """Remove the parts that were added last, down to the first `num_kept`."""
+    for kind, name in _added[num_kept:]:
+        del kind._parts[name]
+    del _added[num_kept:]
 
 
 def _import(name: str) -> None:
@@ -140,9 +172,15 @@ def _import(name: str) -> None:
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError("no such file")
-    spec = importlib.util.spec_from_file_location(f"opd_extension_{path.stem}", path)
+    # The same name in every process, so that pickled objects find it; another one for a file of the same name in another folder.
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"opd_extension_{path.stem}_{place}", path)
     assert spec is not None, path
     assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that what it defines can be pickled and inspected
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise

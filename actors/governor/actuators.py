@@ -48,8 +48,17 @@ class Actuator:
     is_value: bool = True
     """False: a command, with no value in force."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a declaration that the law cannot follow."""
+        start, full = self.stage
+        if not 0 <= start < full <= 1:
+            raise ValueError(f"actuator {self.title!r}: stage {self.stage} must be two pressures, 0 <= start < full <= 1")
+        if self.in_recovery is not None and not 0 <= self.in_recovery <= 1:
+            raise ValueError(f"actuator {self.title!r}: in_recovery {self.in_recovery} is outside [0, 1]")
 
-ACTUATORS: Kind[Actuator] = Kind("actuator")
+
+ACTUATORS: Kind[Actuator] = Kind("actuator", pattern="[a-z][a-z0-9_]*", reserved=("generation", "extra"))
+"""By name, which is also a field of LengthLimits or a key of its `extra`, and part of a metric's name."""
 
 ACTUATORS.add("cap_tokens")(
     Actuator(

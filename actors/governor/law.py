@@ -106,7 +106,7 @@ def _blind(state: State, signals: Signals, policy: Policy) -> Outcome:
 def _weigh(state: State, signals: Signals, policy: Policy) -> Outcome:
     steps = min(max(1.0, signals.steps_spanned or 1.0), MAX_STEPS_SPANNED)
     tracks, readings = _test(state, signals, policy, steps)
-    missing = [name for name in sorted(state.tracks) if SIGNALS[name].required and name not in signals.observations]
+    missing = [name for name in sorted(tracks) if SIGNALS[name].required and name not in signals.observations]
     worst = max(readings, key=lambda name: readings[name].pressure, default="")
     worst = worst if worst and readings[worst].pressure > 0 else ""
     moved = replace(
@@ -121,7 +121,7 @@ def _weigh(state: State, signals: Signals, policy: Policy) -> Outcome:
     quiet = worst == "" and not missing
     return Outcome(
         moved,
-        _describe(readings, worst, missing, signals),
+        _describe(readings, worst, missing, signals) + "".join(f"; {name} not read ({why})" for name, why in signals.faults.items()),
         readings=readings,
         worst=worst,
         command=command,
@@ -135,7 +135,8 @@ def _weigh(state: State, signals: Signals, policy: Policy) -> Outcome:
 def _test(state: State, signals: Signals, policy: Policy, steps: float) -> tuple[dict[str, Track], dict[str, Reading]]:
     """Each signal's test, brought up to date where it was measured."""
     threshold = threshold_nats(policy.false_alarm_steps, len(SIGNALS))
-    tracks, readings = dict(state.tracks), {}
+    # A resumed run may have lost a signal: its job names the extension no more.
+    tracks, readings = {name: track for name, track in state.tracks.items() if name in SIGNALS}, {}
     for name, signal in SIGNALS.items():
         track, seen = tracks.get(name, Track()), signals.observations.get(name)
         bound = None

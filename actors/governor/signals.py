@@ -50,7 +50,7 @@ class Signal:
     """Without it, once it was measured, nobody can say that a run is healthy."""
 
 
-SIGNALS: Kind[Signal] = Kind("signal")
+SIGNALS: Kind[Signal] = Kind("signal", pattern="[a-z][a-z0-9_]*")
 
 
 def _lengths(growth: Growth) -> Observation | None:
@@ -200,6 +200,8 @@ class Signals:
     """Rollouts that came to an end other than an error."""
     observations: Mapping[str, Observation] = field(default_factory=dict)
     """Name of the signal -> what it read."""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """Name of a signal whose reading failed -> the error."""
     length_mean_tokens: float | None = None
     length_p95_tokens: float | None = None
     length_max_tokens: float | None = None
@@ -256,12 +258,13 @@ def compute(previous: Snapshot, current: Snapshot) -> Signals:
     mean = ratio(growth.of("opd_rollout_tokens_total"), num_rollouts)
     kept_share = None if ended_early is None else 1.0 - ended_early
     has_rollouts = num_rollouts is not None and num_rollouts > 0
-    seen = {name: signal.read(growth) for name, signal in SIGNALS.items()} if has_rollouts else {}
+    seen, faults = _read_all(growth) if has_rollouts else ({}, {})
     lengths, longest = "opd_rollout_length_tokens", current.gauge("opd_rollout_length_max_tokens")
     return Signals(
         steps_spanned=growth.of("opd_learner_steps_total"),
         num_rollouts=num_rollouts,
-        observations={name: each for name, each in seen.items() if each is not None},
+        observations=seen,
+        faults=faults,
         length_mean_tokens=mean,
         length_p95_tokens=growth.quantile(lengths, 0.95),
         length_max_tokens=growth.longest(lengths, longest) if has_rollouts else None,
@@ -280,6 +283,22 @@ def compute(previous: Snapshot, current: Snapshot) -> Signals:
         eval_truncation=current.gauge("opd_eval_truncation_ratio", decoding="greedy"),
         staleness_steps=growth.ratio("opd_sample_staleness_steps_sum", "opd_sample_staleness_steps_count"),
     )
+
+
+def _read_all(growth: Growth) -> tuple[dict[str, Observation], dict[str, str]]:
+    """What each signal reads, and the errors. A signal that raises is not measured, and the decision says so; the run goes on."""
+    seen: dict[str, Observation] = {}
+    faults: dict[str, str] = {}
+    for name, signal in SIGNALS.items():
+        try:
+            observation = signal.read(growth)
+            if observation is not None and not isinstance(observation, Observation):
+                raise TypeError(f"read returned {type(observation).__name__}, not an Observation")
+        except Exception as error:
+            faults[name] = " ".join(f"{type(error).__name__}: {error}".split())
+        else:
+            seen |= {} if observation is None else {name: observation}
+    return seen, faults
 
 
 def _is_sound(seen: Observation) -> bool:

@@ -144,9 +144,9 @@ UNITS = {"tokens": TOKENS, "nats": NATS, "share": "percentunit", "factor": "suff
 
 
 def knobs() -> tuple[Panel, ...]:
-    """A panel for each actuator that has a value."""
+    """A panel for each actuator that has a value; the help of its metric describes it."""
     return tuple(
-        Panel(each.title.capitalize(), each.help, UNITS.get(each.unit, f"suffix: {each.unit}"), ((of(metric_of(name)), "{{run}}"),))
+        Panel(each.title.capitalize(), "", UNITS.get(each.unit, f"suffix: {each.unit}"), ((of(metric_of(name)), "{{run}}"),))
         for name, each in movable().items()
     )
 

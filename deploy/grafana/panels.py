@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from opd_governor.services.record.telemetry import declared
+from opd_governor.services.record.telemetry import Metric, declared
 
-DECLARED = {metric.name: metric for metric in declared()}
 FOREIGN_METRICS = {
     "ray_actors": "Ray: actors by state.",
     "ray_node_cpu_utilization": "Ray: CPU in use on a node, percent.",
@@ -48,10 +47,16 @@ DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 # ---- PromQL
 
 
+def _declared() -> dict[str, Metric]:
+    """By name; read when a panel is made, so that parts of extensions are among them."""
+    return {metric.name: metric for metric in declared()}
+
+
 def of(name: str, **labels: str) -> str:
     """A selector over the chosen runs: of("opd_weight_version", role="rollout"). A histogram's part is named by its suffix."""
     base = re.sub(r"_(bucket|sum|count)$", "", name)
-    if name not in DECLARED and not (base in DECLARED and DECLARED[base].kind == "histogram"):
+    metrics = _declared()
+    if name not in metrics and not (base in metrics and metrics[base].kind == "histogram"):
         raise ValueError(f"{name} is not declared in services/record/telemetry.py: declare it or correct the name")
     matchers = ['run=~"$run"', *(f'{key}="{value}"' for key, value in labels.items())]
     return f"{name}{{{','.join(matchers)}}}"
@@ -164,7 +169,7 @@ class Panel:
     def _described(self) -> str:
         """The panel's own words, then what each of its series is by its declaration."""
         text = " ".join(expression for expression, _ in self.queries).replace("[:_]", ":")
-        helps = {name: metric.help for name, metric in DECLARED.items()} | RECORDED | FOREIGN_METRICS
+        helps = {name: metric.help for name, metric in _declared().items()} | RECORDED | FOREIGN_METRICS
         used = [name for name in helps if re.search(rf"(?<![\w:]){name}(_bucket|_sum|_count)?(?![\w:])", text)]
         return "\n\n".join([self.description] * bool(self.description) + [f"`{name}`: {helps[name]}" for name in used])
 

@@ -90,7 +90,9 @@ def init(
     column: Annotated[str | None, typer.Option(help="Column with the prompt. Default: found in the first row.")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Put text prompts through the student's chat template.")] = None,
     eval_path: Annotated[str | None, typer.Option("--eval", help="Held-out problems with an `answer` column. Default: none.")] = None,
-    verifier: Annotated[str, typer.Option(help="How held-out answers are judged: exact, regex or file.py:function.")] = "exact",
+    verifier: Annotated[
+        str, typer.Option(help="How held-out answers are judged: exact, regex, number, math-verify or file.py:function.")
+    ] = "exact",
     max_new_tokens: Annotated[int | None, typer.Option(help="The longest answer, tokens. Default: 1024 or what fits.", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="Learner steps. Default: 100.", min=1)] = None,
     name: Annotated[str | None, typer.Option(help="The run's name. Default: made from the student's.")] = None,

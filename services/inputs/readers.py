@@ -28,7 +28,7 @@ Line = tuple[int, Any]
 """Line or row number from 1, and the row: a dict, or the RowError that says what is wrong with the line."""
 Reader = Callable[[BinaryIO], Iterator[Line]]
 
-READERS: Kind[Reader] = Kind("prompt reader")
+READERS: Kind[Reader] = Kind("prompt reader", pattern=r"\.[a-z0-9._-]+")
 
 COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),

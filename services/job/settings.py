@@ -105,8 +105,8 @@ class EvalSettings(Settings):
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows."""
     verifier: str = "exact"
-    """A verifier by name (exact, regex: the answer is a pattern, number, math), or `file.py:function` / `module:function` called with
-    (response, answer)."""
+    """A verifier by name (exact, regex: the answer is a pattern, number, math-verify), or `file.py:function` / `module:function`
+    called with (response, answer)."""
     sampled: bool = True
     """Answer each problem twice: greedily, and sampled as rollouts are. Both on the settings in force, so a changed temperature or cap
     counts; the governor's own cap does not."""
@@ -298,7 +298,7 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     for override in overrides:
         _apply_override(tree, override)
     try:
-        use_extensions(_extensions(tree, path.resolve().parent))
+        use_extensions_of(tree, path.resolve().parent)
     except ExtensionError as error:
         raise JobError(f"{path}: {error}") from None
     try:
@@ -308,13 +308,15 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     return _resolve_paths(job, path.resolve().parent)
 
 
-def _extensions(tree: dict[str, Any], base: Path) -> list[str]:
-    """The tree's `extensions` with .py files resolved against the job file's folder; written back, so that job.yaml names them for good."""
+def use_extensions_of(tree: dict[str, Any], base: Path) -> None:
+    """Import what a job's `extensions` name, with .py files resolved against `base`. Raises ExtensionError.
+
+    The paths are written back into the tree, so that a run's job.yaml names them for good. A malformed list is left to validation.
+    """
     named = tree.get("extensions") or []
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        return []  # validation names the mistake
-    tree["extensions"] = [str((base / name).resolve()) if name.endswith(".py") else name for name in named]
-    return tree["extensions"]
+    if isinstance(named, list) and all(isinstance(name, str) for name in named):
+        tree["extensions"] = [str((base / name).resolve()) if name.endswith(".py") else name for name in named]
+        use_extensions(tree["extensions"])
 
 
 def describe_errors(error: ValidationError, root: type[Settings] | None = None) -> list[str]:
@@ -330,7 +332,8 @@ def describe_errors(error: ValidationError, root: type[Settings] | None = None) 
         elif item["type"] == "secret":
             lines.append(f"{where}: {item['msg']}")
         else:
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})")
+            message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+            lines.append(f"{where}: {message} (got {item['input']!r})")
     return lines
 
 

@@ -21,6 +21,7 @@ from opd_governor.actors.governor.reference import Aim, LengthModel
 from opd_governor.actors.learner.metrics import POSITION_BUCKETS
 from opd_governor.actors.trajectory import FinishReason, LengthLimits, Trajectory
 from opd_governor.services.inputs.golden import LengthReference
+from opd_governor.services.job.settings import JobError
 
 Kind = Literal["counter", "gauge", "histogram"]
 Series = list[Any]
@@ -138,9 +139,17 @@ REFERENCE_GAUGES = (
 
 
 def declared() -> tuple[Metric, ...]:
-    """All metrics: those above and a gauge for each actuator of the governor, those of extensions included."""
-    values = (Metric(metric_of(name), "gauge", each.help) for name, each in movable().items())
-    return (*METRICS, *values)
+    """All metrics: those above and a gauge for each actuator of the governor, those of extensions included.
+
+    Raises JobError for an actuator whose gauge another metric has.
+    """
+    metrics = {metric.name: metric for metric in METRICS}
+    for name, each in movable().items():
+        gauge = metric_of(name)
+        if gauge in metrics:
+            raise JobError(f"extensions: actuator {name!r}: metric {gauge} exists already; give it another name, or set its `metric`")
+        metrics[gauge] = Metric(gauge, "gauge", each.help)
+    return tuple(metrics.values())
 
 
 OWN_GAUGES = frozenset({*REFERENCE_GAUGES, "opd_run_paused", "opd_heartbeat_timestamp_seconds"})
@@ -267,9 +276,9 @@ class Telemetry:
     def restore(self, state: Iterable[Series]) -> None:
         """Go on from a checkpoint's values, also in a process that has gone beyond it; restarts of actors are never forgotten.
 
-        A histogram whose edges have changed starts from zero.
+        A histogram whose edges have changed starts from zero. The gauge of an actuator that the job has no more is left out.
         """
-        known = {(name, tuple(labels.values())): value for name, labels, value in state}
+        known = {(name, tuple(labels.values())): value for name, labels, value in state if name in self._metrics}
         for name, values in known.keys() | {(name, values) for name, values, _ in self._series()}:
             metric: Any = self._metrics[name]
             value, child = known.get((name, values)), metric.labels(self.run, *values)

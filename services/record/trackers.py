@@ -20,8 +20,10 @@ def load_packages(job: Job) -> dict[str, Any]:
     for name in job.service.trackers:
         try:
             modules[name] = importlib.import_module(TRACKERS[name].package)
-        except ImportError:
-            raise JobError(f"service.trackers: {name} is not installed here; pip install {name}, or take it off the list") from None
+        except ImportError as error:
+            missing = (error.name or name).partition(".")[0]
+            it = "it" if missing == name else name
+            raise JobError(f"service.trackers: {missing} is not installed here; pip install {missing}, or take {it} off the list") from None
     return modules
 
 
@@ -35,7 +37,14 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
 
     def __enter__(self) -> "Trackers":
-        self._open = {name: TRACKERS[name](module, self._job, self._run_dir) for name, module in self._modules.items()}
+        """Raises JobError for a tracker that cannot be opened: nobody has waited for a step yet."""
+        for name, module in self._modules.items():
+            try:
+                self._open[name] = TRACKERS[name](module, self._job, self._run_dir)
+            except Exception as error:
+                self.__exit__()
+                why = " ".join(f"{type(error).__name__}: {error}".split())
+                raise JobError(f"service.trackers: {name} does not open ({why}); set it up, or take it off the list") from error
         return self
 
     def __exit__(self, *_: object) -> None:

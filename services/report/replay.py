@@ -19,7 +19,7 @@ from opd_governor.actors.governor.policy import Policy
 from opd_governor.actors.governor.signals import SIGNALS, Signals
 from opd_governor.actors.governor.state import State
 from opd_governor.actors.trajectory import LengthLimits
-from opd_governor.services.job.settings import describe_errors
+from opd_governor.services.job.settings import describe_errors, use_extensions_of
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ def replay(run_dir: Path, policy: Policy | None = None) -> list[ReplayRow]:
     """Decide again on the signals in `run_dir`/decisions.jsonl.
 
     Without `policy` under the recorded policies, each from the recorded state before it; with one, that policy carries its own
-    state from the first record on. Raises ValueError with file and line for a record that cannot be read.
+    state from the first record on. The run's own extensions are imported first. Raises ValueError with file and line for a record that
+    cannot be read, and for an extension that does not load.
     """
+    _use_extensions(run_dir / "job.yaml")
     rows = []
     own: State | None = None
     for record, recorded_policy, base in _records(run_dir / "decisions.jsonl"):
@@ -61,7 +63,10 @@ def replay(run_dir: Path, policy: Policy | None = None) -> list[ReplayRow]:
 
 
 def load_policy(path: Path) -> Policy:
-    """Governor settings from YAML: alone, or under `governor` as in a job file. Raises ValueError, one line per mistake."""
+    """Governor settings from YAML: alone, or under `governor` as in a job file, whose extensions are imported.
+
+    Raises ValueError, one line per mistake.
+    """
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -69,6 +74,7 @@ def load_policy(path: Path) -> Policy:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {getattr(error, 'problem', error)}") from None
     if isinstance(tree, dict) and "governor" in tree:
+        use_extensions_of(tree, path.resolve().parent)
         tree = tree["governor"]
     try:
         return Policy.model_validate(tree)
@@ -109,6 +115,17 @@ def explain(rows: Sequence[ReplayRow], step: int) -> str:
     limits = decision["limits"] | decision["limits"]["extra"]
     lines += [f"{each.title} {limits[name]:g}" for name, each in movable().items() if limits.get(name) is not None]
     return "\n".join(lines)
+
+
+def _use_extensions(job_file: Path) -> None:
+    """Raises ValueError."""
+    try:
+        tree = yaml.safe_load(job_file.read_text())
+    except FileNotFoundError:  # decisions replay without a job
+        return
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{job_file}: {' '.join(str(error).split())}") from None
+    use_extensions_of(tree if isinstance(tree, dict) else {}, job_file.resolve().parent)
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], Policy, LengthLimits]]:

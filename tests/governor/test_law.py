@@ -41,7 +41,7 @@ HEALTHY = signals()
 LOST_RUN = signals(tail=0.9, length=1.2, loops=0.5, cut=0.8)
 SHORT = signals(length=-2.0)
 BLIND = Signals(blind=True, blind_reason="down", data_age_s=1.0)
-NUMBERS = [f.name for f in fields(Signals) if f.name not in ("blind", "blind_reason", "observations")]
+NUMBERS = [f.name for f in fields(Signals) if f.name not in ("blind", "blind_reason", "observations", "faults")]
 
 unit = st.floats(0, 1)
 numbers = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True), st.floats(0, 300), unit, st.integers(0, 10**6))

@@ -111,6 +111,7 @@ def test_nothing_measured_is_none_and_never_zero():
     signals = compute(Snapshot(), Snapshot())
     measured = {name: value for name, value in signals.to_json().items() if name not in ("data_age_s", "blind", "blind_reason")}
     assert measured.pop("observations") == {}
+    assert measured.pop("faults") == {}
     assert set(measured.values()) == {None}
 
 
