@@ -8,7 +8,7 @@ with a complete answer of its own lies half way between that answer and the fit.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import numpy as np
@@ -75,7 +75,7 @@ class LengthModel:
     """Log length given the prompt.
 
     >>> model = fit_lengths([Answer(i, 20, "", 30 + i, True) for i in range(20)])
-    >>> 30 < model.median_tokens(Answer(0, 20, "", 0, False)) < 50
+    >>> 30 < math.exp(model.mu(index=-1, prompt_tokens=20, domain="")) < 50
     True
     """
 
@@ -100,9 +100,6 @@ class LengthModel:
             return mu
         mu += math.log(aim.factor)
         return mu if aim.budget_tokens is None else min(mu, math.log(aim.budget_tokens))
-
-    def median_tokens(self, answer: Answer) -> float:
-        return math.exp(self.mu(-1, answer.prompt_tokens, answer.domain))
 
     def quantile_tokens(self, answers: Sequence[Answer], share: float) -> float:
         """Of lengths over these prompts, by the model."""
@@ -181,11 +178,6 @@ def _fit_censored(x_NC: np.ndarray, observed_N: np.ndarray, complete_N: np.ndarr
             filled_N[i] = observed_N[i] + spread * (above - z_N[i])
             variance_N[i] = spread**2 * max(0.0, 1 + z_N[i] * above - above**2)
     return beta, spread
-
-
-def without_own(model: LengthModel) -> LengthModel:
-    """The fit alone."""
-    return replace(model, own={})
 
 
 def _mean_above(z: float) -> float:
