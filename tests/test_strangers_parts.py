@@ -20,8 +20,9 @@ from opd_governor.actors.learner.supports import SUPPORTS
 from opd_governor.actors.teacher.backends import TEACHER_BACKENDS
 from opd_governor.services.inputs.rows import open_rows
 from opd_governor.services.inputs.verifiers import Response, load_verifier, summarise
+from opd_governor.services.job.load import load_job
 from opd_governor.services.job.reference import render
-from opd_governor.services.job.settings import Job, JobError, load_job
+from opd_governor.services.job.settings import Job, JobError
 from opd_governor.services.record.journal import Journal
 from opd_governor.services.record.monitor import RunMonitor
 from opd_governor.services.record.rundir import RunDirectory, read_records

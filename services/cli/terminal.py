@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from opd_governor.services.cli.plain import AsJson, fail
-from opd_governor.services.job.settings import Job, JobError, load_job
+from opd_governor.services.job.load import load_job
+from opd_governor.services.job.settings import Job, JobError
 
 __all__ = ["AsJson", "JobFile", "Sets", "fail", "load", "quiet_environment", "versions"]
 

@@ -19,7 +19,7 @@ from opd_governor.actors.governor.policy import Policy
 from opd_governor.actors.governor.signals import SIGNALS, Signals
 from opd_governor.actors.governor.state import State
 from opd_governor.actors.trajectory import LengthLimits
-from opd_governor.services.job.settings import describe_errors, use_extensions_of
+from opd_governor.services.job.load import describe_errors, use_extensions_of
 
 
 @dataclass(frozen=True)

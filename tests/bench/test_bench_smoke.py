@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_governor.services.job.settings import load_job
+from opd_governor.services.job.load import load_job
 from opd_governor.services.record.rundir import RunDirectory
 
 HERE = Path(__file__).parent

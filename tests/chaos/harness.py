@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from opd_governor.services.inputs.prompts import open_prompts
 from opd_governor.services.inputs.resolve import resolve
-from opd_governor.services.job.settings import load_job
+from opd_governor.services.job.load import load_job
 from opd_governor.services.record.rundir import read_records
 from opd_governor.services.record.steps import CLOCK_FIELDS
 from opd_governor.services.run.cluster import end_processes

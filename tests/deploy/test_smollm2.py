@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from opd_governor.services.inputs.prompts import open_problems, open_prompts
-from opd_governor.services.job.settings import load_job
+from opd_governor.services.job.load import load_job
 from tests.tiny import tiny_tokenizer
 
 JOB = Path("deploy/jobs/smollm2.yaml")

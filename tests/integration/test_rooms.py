@@ -12,7 +12,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from opd_governor.services.inputs.resolve import Models
-from opd_governor.services.job.settings import Job, JobError, load_job
+from opd_governor.services.job.load import load_job
+from opd_governor.services.job.settings import Job, JobError
 from opd_governor.services.run.rooms import Rooms, take_rooms
 
 pytestmark = pytest.mark.integration

@@ -16,7 +16,7 @@ from opd_governor.actors.extensions import use_extensions
 from opd_governor.actors.learner.settings import ObjectiveSettings
 from opd_governor.actors.teacher.scorers import ScoreRequest, TorchScorer
 from opd_governor.actors.teacher.settings import TeacherSettings
-from opd_governor.services.job.settings import load_job
+from opd_governor.services.job.load import load_job
 
 MINE = '''
 from opd_governor.actors.learner.divergences import LOSSES

@@ -13,7 +13,8 @@ from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.services.inputs.models import config_of, resolve_model
 from opd_governor.services.inputs.preflight import check
 from opd_governor.services.inputs.resolve import resolve
-from opd_governor.services.job.settings import JobError, load_job
+from opd_governor.services.job.load import load_job
+from opd_governor.services.job.settings import JobError
 from opd_governor.services.record.rundir import RunDirectory
 from tests.tiny import build_tiny
 

@@ -36,7 +36,7 @@ from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.models import build_once
 from opd_governor.services.inputs.prompts import open_problems
 from opd_governor.services.inputs.resolve import resolve
-from opd_governor.services.job.settings import load_job
+from opd_governor.services.job.load import load_job
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]

@@ -161,7 +161,7 @@ def prepare(work: Workload, scratch: Path) -> Workload:
     """Models resolved and the prompts of every step written down, in the order in which our side draws them."""
     from opd_governor.services.inputs.prompts import open_prompts
     from opd_governor.services.inputs.resolve import resolve
-    from opd_governor.services.job.settings import load_job
+    from opd_governor.services.job.load import load_job
 
     job = load_job(ROOT / work.job, tuple(our_overrides(work)))
     models, tokenizer = resolve(job)
@@ -233,7 +233,7 @@ def heldout_kl(student: str, work: Workload) -> dict[str, float]:
     from opd_governor.actors.teacher.settings import TeacherSettings
     from opd_governor.services.inputs.models import config_of, context_tokens, stop_event_ids
     from opd_governor.services.inputs.prompts import open_problems
-    from opd_governor.services.job.settings import load_job
+    from opd_governor.services.job.load import load_job
 
     torch.set_num_threads(2)
     job = load_job(ROOT / work.job, tuple(our_overrides(work)))

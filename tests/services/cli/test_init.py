@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from opd_governor.services.cli.app import app
 from opd_governor.services.cli.init import scalar, slug, window_for
-from opd_governor.services.job.settings import load_job
+from opd_governor.services.job.load import load_job
 from tests.tiny import ARCHITECTURES, Architecture, build_tiny
 
 

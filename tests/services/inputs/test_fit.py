@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from opd_governor.services.inputs.fit import check_dry, check_engine_arguments, check_fit
-from opd_governor.services.job.settings import Job, load_job
+from opd_governor.services.job.load import load_job
+from opd_governor.services.job.settings import Job
 from opd_governor.services.plan.hardware import parse_gpus
 
 JOBS = Path(__file__).parents[3] / "deploy/jobs"

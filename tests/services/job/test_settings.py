@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_governor.services.job.settings import JobError, load_job
+from opd_governor.services.job.load import load_job
+from opd_governor.services.job.settings import JobError
 
 MINIMAL = "name: x\nstudent: {model: a}\nteacher: {model: b}\ndata: {prompts: {path: p.jsonl}}\n"
 

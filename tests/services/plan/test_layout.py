@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_governor.services.job.settings import Job, JobError, load_job
+from opd_governor.services.job.load import load_job
+from opd_governor.services.job.settings import Job, JobError
 from opd_governor.services.plan.forecast import forecast
 from opd_governor.services.plan.hardware import Hardware, parse_gpus
 from opd_governor.services.plan.layout import Plan, plan

@@ -191,7 +191,7 @@ def test_a_tracker_from_a_file_outside_the_package_is_named_in_a_job_fed_and_clo
     )
     script = (
         "import sys; from pathlib import Path\n"
-        "from opd_governor.services.job.settings import load_job\n"
+        "from opd_governor.services.job.load import load_job\n"
         "from opd_governor.services.record.trackers import Trackers\n"
         "with Trackers(load_job(Path('job.yaml')), Path('.'), print) as trackers:\n"
         "    trackers.log({'step': 3, 'time': 0.0, 'length_mean': 61.0})\n"

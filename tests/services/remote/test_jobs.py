@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from opd_governor.services.cli.app import app
 from opd_governor.services.control.app import create_app
 from opd_governor.services.control.server import ControlServer, bind
-from opd_governor.services.job.settings import load_job
+from opd_governor.services.job.load import load_job
 from opd_governor.services.job.tunables import ConfigStore
 from opd_governor.services.record.rundir import ADDRESS
 from opd_governor.services.remote import jobs
