@@ -133,8 +133,8 @@ class TokenScores:
     """[T, H] the teacher's last hidden states, which its head turns into logits over the whole vocabulary: float32, or the bits of
     bfloat16 as uint16. With them the log-probs above are NaN: they are left to whoever has the head."""
     span_T: np.ndarray | None = field(default=None, repr=False)
-    """[T] int32, rising, from a teacher with another tokenizer: tokens with one number are a span, whose log-prob is the sum of
-    theirs; -1: nothing to compare, the token is left out of the loss. None: every token is a span of its own."""
+    """[T] int32, rising, from a teacher with another tokenizer: tokens with one number are a span, the smallest piece of text that
+    both tokenizers cut out; -1: nothing to compare, the token is left out of the loss. None: it reads the student's ids."""
     sampled_only_T: np.ndarray | None = field(default=None, repr=False)
     """[T] bool: no support stands at this token, which takes the sampled estimator (spans of several tokens on either side)."""
     canonical: bool = True

@@ -165,8 +165,6 @@ def _rollout_row(
         "overlong_N": overlong_T,
         "tail_weight_N": tail_weight_T,
     }
-    if scores.span_T is not None:
-        fields["span_start_N"] = (scores.span_T < 0) | (np.diff(scores.span_T, prepend=-2) != 0)
     if scores.sampled_only_T is not None:
         fields["sampled_only_N"] = scores.sampled_only_T
     support = SUPPORTS[settings.support]
@@ -213,7 +211,6 @@ def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
         "sampled_ids_N": np.asarray(response_ids, np.int64),
         "position_N": np.arange(num_tokens),
         "rollout_N": np.zeros(num_tokens, bool),
-        "span_start_N": np.ones(num_tokens, bool),
         "sampled_only_N": np.zeros(num_tokens, bool),
     } | {f"{name}_N": np.zeros(num_tokens) for name in names}
 

@@ -49,8 +49,6 @@ class TokenFields:
     """The teacher's raw log-probs at them."""
     teacher_hidden_NH: Tensor | None = None
     """The teacher's hidden states, for a support that needs them; zeros on golden tokens."""
-    span_start_N: Tensor | None = None
-    """False: the token goes on with the span of the one before it (a teacher with another tokenizer); None: True everywhere."""
     sampled_only_N: Tensor | None = None
     """True: a dense loss has no classes here and gives way to the sampled estimator; None: False everywhere."""
     proximal_logp_N: Tensor | None = None

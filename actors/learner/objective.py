@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from opd_governor.actors.learner.divergences import LOSSES
 from opd_governor.actors.learner.fields import LOWEST_LOGP, LazyLogits, TokenFields, TokenLosses, pick
 from opd_governor.actors.learner.sampled import policy_gradient, reference_kl
-from opd_governor.actors.learner.spans import chunks, reward_to_go
 from opd_governor.actors.learner.supports import SUPPORTS, Positions, close
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def chunked_objective(
         parts.append(losses)
         return total
 
-    slices = chunks(len(fields), chunk_tokens, fields.span_start_N)
+    slices = [slice(start, start + chunk_tokens) for start in range(0, max(len(fields), 1), chunk_tokens)]
     total = _EagerGradient.apply(run, slices, student.hidden_NH, *student.weights)
     return total, TokenLosses.cat(parts)
 
@@ -143,8 +142,8 @@ def token_losses(
         loss_C = LOSSES[settings.loss](student_CX, teacher_CX, p_CX, settings)
     sampled_C = torch.ones_like(at_stop_C) if support.classes is None else fields.sampled_only_N
     if sampled_C is not None and sampled_C.any():
-        advantage_C = reward_to_go(gap_C + tilt_C * at_stop_C - log_tilt_sum_C, action_logp_C.detach(), fields.span_start_N)
-        estimate_C, estimate_clipped_C = policy_gradient(advantage_C, logp_C, action_logp_C, fields, settings)
+        tilted_gap_C = gap_C + tilt_C * at_stop_C - log_tilt_sum_C
+        estimate_C, estimate_clipped_C = policy_gradient(tilted_gap_C, logp_C, action_logp_C, fields, settings)
         loss_C, clipped_C = torch.where(sampled_C, estimate_C, loss_C), torch.where(sampled_C, estimate_clipped_C, clipped_C)
 
     with torch.no_grad():

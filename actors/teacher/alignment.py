@@ -33,6 +33,12 @@ class Alignment:
     span_T: np.ndarray = field(repr=False)
     """[T] int32, rising; UNALIGNED where there is nothing to compare."""
     span_J: np.ndarray = field(repr=False)
+    end_T: np.ndarray = field(repr=False)
+    """[T] int64: marks on the ruler, bytes."""
+    start_J: np.ndarray = field(repr=False)
+    end_J: np.ndarray = field(repr=False)
+    event_J: np.ndarray = field(repr=False)
+    """[J] bool: an event, or a token that does not spell the student's bytes."""
     canonical: bool
     """Whether the student sampled the very tokens that its own tokenizer makes of the text."""
     num_unaligned_bytes: int
@@ -84,7 +90,10 @@ class Aligner:
         common = np.intersect1d(end_T, np.concatenate([end_J, ruler.lost_ends()]))
         span_T, span_J = spans_of(end_T, common), spans_of(end_J, common)
         span_T[np.isin(span_T, span_T[ruler.is_lost(end_T)])] = UNALIGNED
-        return Alignment(tuple(ruler.ids_J), span_T, span_J, canonical, ruler.num_lost_bytes)
+        starts_J, events_J = np.array(ruler.start_J, np.int64), np.array(ruler.event_J, bool)
+        return Alignment(
+            tuple(ruler.ids_J), span_T, span_J, end_T, starts_J, end_J, events_J, canonical, ruler.num_lost_bytes
+        )  # fmt: skip
 
     def _add_run(self, ruler: "_Ruler", run: list[int], last: bool) -> bool:
         """The student's tokens between two events; returns whether they are what its own tokenizer makes of their text."""
@@ -139,7 +148,9 @@ class _Ruler:
 
     def __init__(self) -> None:
         self.end_T: list[int] = []
+        self.start_J: list[int] = []
         self.end_J: list[int] = []
+        self.event_J: list[bool] = []
         self.ids_J: list[int] = []
         self._lost: list[tuple[int, int]] = []
         self._mark_T = self._mark_J = 0
@@ -148,24 +159,29 @@ class _Ruler:
         self.end_T += list(accumulate(lengths, initial=self._mark_T))[1:]
         self._mark_T += sum(lengths)
 
-    def add_teacher(self, ids: Sequence[int], lengths: Sequence[int]) -> None:
+    def add_teacher(self, ids: Sequence[int], lengths: Sequence[int], *, event: bool = False) -> None:
+        marks = list(accumulate(lengths, initial=self._mark_J))
         self.ids_J += ids
-        self.end_J += list(accumulate(lengths, initial=self._mark_J))[1:]
+        self.start_J += marks[:-1]
+        self.end_J += marks[1:]
+        self.event_J += [event] * len(ids)
         self._mark_J += sum(lengths)
 
     def add_lost(self, length: int, ids: Sequence[int]) -> None:
         """A stretch that the teacher spells in some other way, or not at all: its tokens all end where the stretch does."""
         self._lost.append((self._mark_J, self._mark_J + length))
-        self._mark_J += length
         self.ids_J += ids
+        self.start_J += [self._mark_J] * len(ids)
+        self._mark_J += length
         self.end_J += [self._mark_J] * len(ids)
+        self.event_J += [True] * len(ids)
 
     def add_event(self, twin: int | None) -> None:
         self.add_student([1])
         if twin is None:
             self.add_lost(1, ())
         else:
-            self.add_teacher([twin], [1])
+            self.add_teacher([twin], [1], event=True)
 
     @property
     def num_lost_bytes(self) -> int:

@@ -1,11 +1,9 @@
 """Scores of one response by several teachers: which are usable, and what they come to together."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from opd_governor.actors.teacher.alignment import NO_STOP_LOGP
 from opd_governor.actors.trajectory import TokenScores
 
 
@@ -35,14 +33,10 @@ def is_finite(scores: TokenScores) -> bool:
 def blend_scores(scores: Sequence[TokenScores], weights: Sequence[float]) -> TokenScores:
     """The log-probs of the mixture sum_i w_i p_i, weights normalised; supports must stand on the same ids.
 
-    An id that one teacher's vocabulary lacks (-1) has probability 0 there. Teachers with tokenizers of their own are mixed on the
-    spans that all of them have: the smallest pieces of text that each of them gives a probability.
+    An id that one teacher's vocabulary lacks (-1) has probability 0 there. What one teacher cannot compare, none does.
     """
     if len(scores) == 1:
         return scores[0]
-    if any(score.span_T is not None for score in scores):
-        scores = on_common_spans(scores)
-    size_T = span_sizes(scores[0])
     log_weights = np.log(np.asarray(weights, np.float32) / sum(weights))
 
     def mix(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -54,58 +48,27 @@ def blend_scores(scores: Sequence[TokenScores], weights: Sequence[float]) -> Tok
     assert all(((ids == ids_TK) | (ids < 0)).all() for ids, _ in supports), "supports on different ids"
     return TokenScores(
         teacher="+".join(s.teacher for s in scores),
-        sampled_logp_T=mix([s.sampled_logp_T * size_T for s in scores]) / size_T,
+        sampled_logp_T=mix([s.sampled_logp_T for s in scores]),
         stop_logp_T=mix([s.stop_logp_T for s in scores]),
         support_ids_TK=ids_TK,
         support_logp_TK=mix([logp for _, logp in supports]) if supports else None,
-        span_T=scores[0].span_T,
-        sampled_only_T=None if scores[0].span_T is None else np.logical_or.reduce([_sampled_only(s) for s in scores]),
+        span_T=_common_spans([s.span_T for s in scores if s.span_T is not None]),
+        sampled_only_T=_any([s.sampled_only_T for s in scores if s.sampled_only_T is not None]),
         canonical=all(s.canonical for s in scores),
         num_unaligned_bytes=max(s.num_unaligned_bytes for s in scores),
     )
 
 
-def on_common_spans(scores: Sequence[TokenScores]) -> list[TokenScores]:
-    """The same scores on the spans whose ends all of them have; a span that one of them cannot compare is compared by none.
-
-    Log-probs of a joined span are summed and shared out evenly to its tokens. Between two of a teacher's own spans the chain rule
-    holds, so the sum is its log-prob of the joined piece.
-    """
-    num_tokens = len(scores[0].sampled_logp_T)
-    spans = [np.arange(num_tokens) if s.span_T is None else s.span_T for s in scores]
-    ends_T = np.logical_and.reduce([np.append(span_T[1:] != span_T[:-1], True) | (span_T < 0) for span_T in spans])
-    joined_T = np.concatenate([[0], np.cumsum(ends_T)[:-1]]).astype(np.int32) if num_tokens else np.zeros(0, np.int32)
-    lost = np.unique(joined_T[np.logical_or.reduce([span_T < 0 for span_T in spans])])
-    sizes = np.bincount(joined_T)
-    starts_T = np.diff(joined_T, prepend=-1) != 0
-    single_T = sizes[joined_T] == 1
-    common_T = np.where(np.isin(joined_T, lost), -1, joined_T).astype(np.int32)
-    moved = []
-    for score in scores:
-        shared_T = (np.bincount(joined_T, weights=score.sampled_logp_T.astype(np.float64)) / np.maximum(sizes, 1))[joined_T]
-        moved.append(
-            replace(
-                score,
-                sampled_logp_T=shared_T.astype(np.float32),
-                stop_logp_T=np.where(starts_T, score.stop_logp_T, NO_STOP_LOGP).astype(np.float32),
-                span_T=common_T,
-                sampled_only_T=_sampled_only(score) | ~single_T,
-            )
-        )
-    return moved
+def _any(flags: Sequence[np.ndarray]) -> np.ndarray | None:
+    return np.logical_or.reduce(flags) if flags else None
 
 
-def span_sizes(scores: TokenScores) -> np.ndarray:
-    """[T] float32: the number of tokens in each token's span; 1 without spans and where nothing is compared."""
-    size_T = np.ones(len(scores.sampled_logp_T), np.float32)
-    if scores.span_T is not None and (scores.span_T >= 0).any():
-        compared_T = scores.span_T >= 0
-        size_T[compared_T] = np.bincount(scores.span_T[compared_T])[scores.span_T[compared_T]]
-    return size_T
-
-
-def _sampled_only(scores: TokenScores) -> np.ndarray:
-    return np.zeros(len(scores.sampled_logp_T), bool) if scores.sampled_only_T is None else scores.sampled_only_T
+def _common_spans(spans: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Those of the teacher that cuts coarsest, without what any of them cannot compare; None: all of them read the student's ids."""
+    if not spans:
+        return None
+    coarsest = min(spans, key=lambda span_T: int(span_T.max(initial=-1)))
+    return np.where(np.minimum.reduce(spans) < 0, -1, coarsest).astype(np.int32)
 
 
 def union_of_supports(scores: Sequence[TokenScores]) -> np.ndarray:

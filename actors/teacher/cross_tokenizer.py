@@ -1,6 +1,6 @@
 """A teacher with another tokenizer behind the interface of one with the student's own: ids in and out are the student's.
 
-    student ids --Aligner--> teacher ids, spans --the teacher's own scorer--> log-probs --> sums by span --> student tokens
+    student ids --Aligner--> teacher ids --the teacher's own scorer--> its log-probs --conditionals--> the student's tokens
 
 Where it is exact and where it approximates stands in this folder's README.
 
@@ -9,15 +9,22 @@ Shapes: T = the student's tokens of one response, J = the teacher's, K = support
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 from transformers import AutoTokenizer
 
 from opd_governor.actors.teacher.alignment import NO_STOP_LOGP, UNALIGNED, Aligner, Alignment
 from opd_governor.actors.teacher.byte_tokens import ByteTokenizer
+from opd_governor.actors.teacher.prefixes import Other, OwnTokens, conditionals
 from opd_governor.actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest
 from opd_governor.actors.teacher.scoring import PAD_ID
 from opd_governor.actors.trajectory import TokenScores
+
+PREFIX_TOP_K = 16
+"""Of a teacher's likeliest tokens at each position; vLLM servers give up to 20 unless told otherwise."""
+LEAST_LOGP = -20.0
+"""Less likely ones change nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +79,20 @@ def look_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
 class CrossTokenizerScorer:
     """A `Scorer` in the student's ids around one in the teacher's. Prompts are the teacher's own ids on both sides.
 
-    A span's log-prob is the sum over the teacher's tokens of it (chain rule), shared out evenly to the student's tokens of it. The
-    stop is one event: at a sampled stop, and wherever a span begins, it is the mass of all the teacher's stop ids. A support stands
-    where a span is one token on both sides, on the ids whose bytes are equal; elsewhere its ids are padding.
+    A token's log-prob is the teacher's conditional probability of its bytes (`prefixes.py`); over a finished response they add up to
+    the log-prob of the teacher's own tokenisation. The stop is one event: at a sampled stop, and wherever a token of the teacher
+    begins too, it is the mass of all the teacher's stop ids. A support stands where a span is one token on both sides, on the ids
+    whose bytes are equal; elsewhere its ids are padding.
     """
 
-    def __init__(self, inner: Scorer, terms: Vocabularies) -> None:
+    def __init__(self, inner: Scorer, terms: Vocabularies, *, prefix_top_k: int = PREFIX_TOP_K) -> None:
+        """`prefix_top_k`: of the teacher's own likeliest tokens, those that are looked at for other ways to write the text."""
+        self._prefix_top_k = prefix_top_k
         load = AutoTokenizer.from_pretrained
         self._student = ByteTokenizer(load(terms.student, trust_remote_code=terms.trust_student))
         self._teacher = ByteTokenizer(load(terms.teacher, trust_remote_code=terms.trust_teacher))
         self._inner, self._terms = inner, terms
+        self._known_cuts: dict[int, frozenset[int]] = {}
         self.twins = Twins(self._student, self._teacher, terms)
         self._aligner = Aligner(self._student, self._teacher, self.twins.events)
 
@@ -108,7 +119,16 @@ class CrossTokenizerScorer:
             return alignment
         first_cut = alignment.span_J[room_tokens]
         span_T = np.where(alignment.span_T >= first_cut, UNALIGNED, alignment.span_T).astype(np.int32)
-        return replace(alignment, token_ids=alignment.token_ids[:room_tokens], span_T=span_T, span_J=alignment.span_J[:room_tokens])
+        room = slice(room_tokens)
+        return replace(
+            alignment,
+            token_ids=alignment.token_ids[room],
+            span_T=span_T,
+            span_J=alignment.span_J[room],
+            start_J=alignment.start_J[room],
+            end_J=alignment.end_J[room],
+            event_J=alignment.event_J[room],
+        )
 
     def _asked(self, request: ScoreRequest, alignment: Alignment) -> ScoreRequest:
         """The same question in the teacher's tokens."""
@@ -117,26 +137,32 @@ class CrossTokenizerScorer:
             at_T, at_J = singles(alignment)
             given_JK = np.full((len(alignment.token_ids), request.support_ids_TK.shape[1]), PAD_ID, np.int64)
             given_JK[at_J] = look_up(self.twins.teacher_of, request.support_ids_TK[at_T])
-        return replace(request, token_ids=alignment.token_ids, support_ids_TK=given_JK)
+        top_k = max(request.top_k, self._prefix_top_k)
+        return replace(request, token_ids=alignment.token_ids, support_ids_TK=given_JK, top_k=top_k)
 
     def _in_students_tokens(self, request: ScoreRequest, alignment: Alignment, scored: TokenScores) -> TokenScores:
-        logp_J = scored.sampled_logp_T.copy()
-        if request.token_ids and request.token_ids[-1] in self._terms.student_stop_ids and alignment.span_T[-1] >= 0:
-            logp_J[-1] = scored.stop_logp_T[-1]
-        sampled_logp_T, stop_logp_T = by_span(alignment, logp_J, scored.stop_logp_T)
+        lost_T = alignment.span_T < 0
+        logp_T, own_T = conditionals(alignment.end_T, lost_T, self._own_tokens(request, alignment, scored))
+        # Wherever a token of the teacher begins too, what it says there counts as far as it would have cut the text so far there.
+        stop_T = np.full(len(lost_T), NO_STOP_LOGP, np.float32)
+        begins_T = np.flatnonzero(~np.isnan(own_T))
+        starts_T = np.concatenate([[0], alignment.end_T[:-1]])
+        stop_T[begins_T] = scored.stop_logp_T[np.searchsorted(alignment.start_J, starts_T[begins_T])] + own_T[begins_T]
         at_T, at_J = singles(alignment)
-        sampled_only_T = np.ones(len(request.token_ids), bool)
+        sampled_only_T = np.ones(len(lost_T), bool)
         sampled_only_T[at_T] = False
         ids_TK = logps_TK = None
-        if scored.support_ids_TK is not None and scored.support_logp_TK is not None:
-            shape = (len(request.token_ids), scored.support_ids_TK.shape[1])
+        if scored.support_ids_TK is not None and scored.support_logp_TK is not None and _columns(request):
+            columns = slice(_columns(request))
+            shape = (len(lost_T), scored.support_ids_TK[:, columns].shape[1])
             ids_TK, logps_TK = np.full(shape, PAD_ID, np.int32), np.full(shape, -np.inf, np.float32)
-            ids_TK[at_T] = look_up(self.twins.student_of, scored.support_ids_TK[at_J])
-            logps_TK[at_T] = np.where(ids_TK[at_T] >= 0, scored.support_logp_TK[at_J], -np.inf)
+            ids_TK[at_T] = look_up(self.twins.student_of, scored.support_ids_TK[at_J, columns])
+            theirs = scored.support_logp_TK[at_J, columns] + own_T[at_T][:, None]
+            logps_TK[at_T] = np.where(ids_TK[at_T] >= 0, theirs, -np.inf)
         return TokenScores(
             teacher=scored.teacher,
-            sampled_logp_T=sampled_logp_T,
-            stop_logp_T=stop_logp_T,
+            sampled_logp_T=logp_T.astype(np.float32),
+            stop_logp_T=stop_T,
             support_ids_TK=ids_TK,
             support_logp_TK=logps_TK,
             span_T=alignment.span_T,
@@ -144,6 +170,31 @@ class CrossTokenizerScorer:
             canonical=alignment.canonical,
             num_unaligned_bytes=alignment.num_unaligned_bytes,
         )
+
+    def _own_tokens(self, request: ScoreRequest, alignment: Alignment, scored: TokenScores) -> OwnTokens:
+        logp_J = scored.sampled_logp_T.astype(np.float64)
+        if request.token_ids and request.token_ids[-1] in self._terms.student_stop_ids and alignment.span_T[-1] >= 0:
+            logp_J[-1] = scored.stop_logp_T[-1]
+        others: list[list[Other]] = [[] for _ in alignment.token_ids]
+        if scored.support_ids_TK is not None and scored.support_logp_TK is not None:
+            likely_JK = (scored.support_ids_TK >= 0) & (scored.support_logp_TK > LEAST_LOGP)
+            likely_JK &= scored.support_ids_TK != np.array(alignment.token_ids, np.int64)[:, None]
+            for place, column in zip(*np.nonzero(likely_JK), strict=True):
+                token_id = int(scored.support_ids_TK[place, column])
+                if piece := self._teacher.bytes_of(token_id):
+                    others[place].append(Other(piece, float(scored.support_logp_TK[place, column]), self._cuts(token_id, piece)))
+        pieces = [self._teacher.bytes_of(token_id) or b"" for token_id in alignment.token_ids]
+        return OwnTokens(alignment.start_J, alignment.end_J, alignment.event_J, pieces, logp_J, others)
+
+    def _cuts(self, token_id: int, piece: bytes) -> frozenset[int]:
+        if token_id not in self._known_cuts:
+            try:
+                ids = self._student.encode(piece.decode())
+            except ValueError:  # half a character, or one that the student cannot spell
+                ids = []
+            ends = accumulate(len(self._student.bytes_of(one) or b"") for one in ids)
+            self._known_cuts[token_id] = frozenset({*ends, len(piece)})
+        return self._known_cuts[token_id]
 
     def _translated(self, answer: Sequence[int], max_new_tokens: int) -> tuple[int, ...]:
         finished = bool(answer) and answer[-1] in self._terms.teacher_stop_ids
@@ -167,6 +218,11 @@ class CrossTokenizerScorer:
         return tuple(ids[:max_new_tokens])
 
 
+def _columns(request: ScoreRequest) -> int:
+    """Of the support that was asked for: the given ids, then the top ones."""
+    return request.top_k + (0 if request.support_ids_TK is None else request.support_ids_TK.shape[1])
+
+
 def singles(alignment: Alignment) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the spans that are one token on both sides: the student's, and the teacher's beside them."""
     num_spans = int(max(alignment.span_T.max(initial=-1), alignment.span_J.max(initial=-1))) + 1
@@ -176,22 +232,3 @@ def singles(alignment: Alignment) -> tuple[np.ndarray, np.ndarray]:
     at_T = np.flatnonzero(np.isin(alignment.span_T, spans))
     at_J = np.flatnonzero(np.isin(alignment.span_J, spans))
     return at_T, at_J
-
-
-def by_span(alignment: Alignment, logp_J: np.ndarray, stop_logp_J: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[T] float32 twice: the log-prob of each token's span, shared out evenly; the stop's, where a span begins.
-
-    Where nothing is aligned the first is 0; the second is NO_STOP_LOGP there and inside spans.
-    """
-    span_T, span_J = alignment.span_T, alignment.span_J
-    assert (span_J >= 0).all(), "a token of the teacher past the student's end"
-    num_spans = int(max(span_T.max(initial=-1), span_J.max(initial=-1))) + 1
-    aligned_T, aligned_J = span_T >= 0, span_J >= 0
-    logp_S = np.bincount(span_J[aligned_J], weights=logp_J[aligned_J].astype(np.float64), minlength=num_spans)
-    counts_S = np.bincount(span_T[aligned_T], minlength=num_spans)
-    shared_T, stop_T = np.zeros(len(span_T), np.float32), np.full(len(span_T), NO_STOP_LOGP, np.float32)
-    shared_T[aligned_T] = (logp_S / np.maximum(counts_S, 1))[span_T[aligned_T]]
-    first_J = np.searchsorted(span_J, np.arange(num_spans))
-    begins_T = aligned_T & (np.diff(span_T, prepend=-2) != 0)
-    stop_T[begins_T] = stop_logp_J[first_J[span_T[begins_T]]]
-    return shared_T, stop_T

@@ -4,7 +4,7 @@
 
 hinted/  as under-trained as the student, but taught that letters before a prompt say its digits (a for 0, ..., j for 9): with such a
          hint it answers right. prompts_hinted.jsonl holds the training prompts with their hints.
-pairs/   as good as the teacher, with a tokenizer that merges pairs of characters and numbers them in an order of its own.
+pairs/   taught as the teacher, with a tokenizer that merges pairs of characters and numbers them in an order of its own.
 
 Seeded, one thread, float32, like recipe.py.
 """
@@ -19,7 +19,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from deploy.sums.recipe import CONFUSED, SLIPPED, WINDOW_TOKENS, Batch, Plan, build, draw_growing, train
+from deploy.sums.recipe import CONFUSED, SLIPPED, WINDOW_TOKENS, Batch, Plan, build, draw_growing, draw_teacher_batches, train
 from deploy.sums.task import ALPHABET, PAD, STOP, Terms, is_correct, misread, prompt_files, render_answer, render_prompt
 from deploy.sums.tokenizer import build_tokenizer
 
@@ -51,14 +51,8 @@ def draw_hinted_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch,
         yield Batch(hinted), Batch(plain)
 
 
-def draw_right_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch, ...]]:
-    """Correct answers."""
-    for problems in draw_growing(rng, steps):
-        yield (Batch([render_prompt(terms) + render_answer(terms) for terms in problems]),)
-
-
 HINTED = Plan(5, 2, 64, 168, 2400, 3e-3, draw_hinted_batches)
-PAIRS = Plan(6, 3, 96, 256, 1800, 3e-3, draw_right_batches)
+PAIRS = Plan(6, 3, 96, 256, 1800, 3e-3, draw_teacher_batches)
 
 
 def build_pairs_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""Sums over spans against the log-prob of the teacher's own tokenisation, on random strings and every pair of tokenizer kinds.
+"""The scores of the student's tokens, added up, against the log-prob of the teacher's own tokenisation, on random strings and every pair of tokenizer kinds.
 
     python -m tests.bench.span_identity [--strings 100000]
 
@@ -46,7 +46,10 @@ class Bigrams:
 
     def one(self, request: ScoreRequest) -> TokenScores:
         ids = np.array([request.prompt_token_ids[-1], *request.token_ids])
-        return TokenScores("bigrams", self.logp[ids[:-1], ids[1:]], self.logp[ids[:-1], -1])
+        logp_TV = self.logp[ids[:-1]]
+        top_TK = np.argpartition(-logp_TV, request.top_k, axis=1)[:, : request.top_k].astype(np.int32)
+        top_logp_TK = np.take_along_axis(logp_TV, top_TK.astype(np.int64), axis=1)
+        return TokenScores("bigrams", self.logp[ids[:-1], ids[1:]], logp_TV[:, -1], top_TK, top_logp_TK)
 
     def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         raise NotImplementedError("a table that scores")

@@ -71,19 +71,19 @@ async def test_teachers_own_supports_are_blended_on_the_ids_of_all(tmp_path):
     np.testing.assert_allclose(scores.sampled_logp_T, mixture[np.arange(4), response], atol=1e-4)
 
 
-def test_teachers_with_other_tokenizers_are_mixed_on_the_spans_that_all_have():
+def test_teachers_with_other_tokenizers_are_mixed_token_by_token_where_all_can_compare():
     def scores(span, logps, sampled_only):
         stop = np.full(5, -4, np.float32)
         return TokenScores("t", np.array(logps, np.float32), stop, span_T=np.array(span, np.int32), sampled_only_T=np.array(sampled_only))
 
     one = scores([0, 0, 1, 2, 3], [-1, -1, -2, -3, -1], [True, True, False, False, False])
     two = scores([0, 1, 1, -1, 2], [-2, -0.5, -0.5, 0, -3], [False, True, True, True, False])
-    mixed = blend_scores([one, two], [1, 1])
-    assert mixed.span_T.tolist() == [0, 0, 0, -1, 2]
+    same = TokenScores("s", np.full(5, -1, np.float32), np.full(5, -4, np.float32))
+    mixed = blend_scores([one, two, same], [1, 1, 2])
+    assert mixed.span_T.tolist() == [0, 1, 1, -1, 2]
     assert mixed.sampled_only_T.tolist() == [True, True, True, True, False]
-    # Of the first three tokens: the sum under each teacher, then the mixture.
-    np.testing.assert_allclose(mixed.sampled_logp_T[:3].sum(), np.logaddexp(-4, -3) - np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(mixed.sampled_logp_T[4], np.logaddexp(-1, -3) - np.log(2), rtol=1e-6)
+    expected = np.log(np.exp(one.sampled_logp_T) / 4 + np.exp(two.sampled_logp_T) / 4 + np.exp(-1) / 2)
+    np.testing.assert_allclose(mixed.sampled_logp_T, expected, rtol=1e-6)
 
 
 def test_an_id_one_vocabulary_lacks_has_no_probability_there():

@@ -10,10 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from opd_governor.actors.teacher.alignment import NO_STOP_LOGP
 from opd_governor.actors.teacher.byte_tokens import ByteTokenizer
 from opd_governor.actors.teacher.cross_tokenizer import CrossTokenizerScorer, Vocabularies
+from opd_governor.actors.teacher.prefixes import Other, OwnTokens, conditionals
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer
 from opd_governor.actors.teacher.settings import TeacherSettings
 from tests.teacher import zoo
 
+EACH = frozenset({1, 2})
 TEXTS = ["The sum is 12 + 345 = 357.", "老师教学生写字 😀!", "", "  \n\n\t1999", "naïve e\u0301 <|end|>", "ab"]
 
 
@@ -36,13 +38,13 @@ def build_model(folder: Path, tokenizer: PreTrainedTokenizerFast, order: list[in
 
 
 def scorer(
-    folder: Path, student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, window: int | None = 256
+    folder: Path, student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, window: int | None = 256, **more: int
 ) -> CrossTokenizerScorer:
     student.save_pretrained(folder / "student-tokenizer")
     teacher.save_pretrained(folder)
     inner = TorchScorer(TeacherSettings(model=str(folder)), (teacher.eos_token_id,))
     stops = (student.eos_token_id,), (teacher.eos_token_id,), student.eos_token_id
-    return CrossTokenizerScorer(inner, Vocabularies(str(folder / "student-tokenizer"), str(folder), *stops, context_tokens=window))
+    return CrossTokenizerScorer(inner, Vocabularies(str(folder / "student-tokenizer"), str(folder), *stops, context_tokens=window), **more)
 
 
 def exact_logp(folder: Path, prompt: tuple[int, ...], ids: list[int]) -> np.ndarray:
@@ -54,7 +56,7 @@ def exact_logp(folder: Path, prompt: tuple[int, ...], ids: list[int]) -> np.ndar
 
 
 @pytest.mark.parametrize("kind", ["gemma", "coarse"])
-def test_spans_add_up_to_the_log_prob_of_the_teachers_own_tokens_and_the_stop_is_one_event(tmp_path: Path, kind: str) -> None:
+def test_tokens_add_up_to_the_log_prob_of_the_teachers_own_tokens_and_the_stop_is_one_event(tmp_path: Path, kind: str) -> None:
     student = zoo.byte_level()
     teacher = zoo.sentencepiece(gemma=True) if kind == "gemma" else zoo.byte_level(900)
     folder = build_model(tmp_path / "teacher", teacher)
@@ -69,15 +71,79 @@ def test_spans_add_up_to_the_log_prob_of_the_teachers_own_tokens_and_the_stop_is
             canonical = theirs.encode(text) + [teacher.eos_token_id] * stopped
             logp = exact_logp(folder, prompt, canonical)
             whole = logp[np.arange(len(canonical)), canonical].sum()
-            np.testing.assert_allclose(scores.sampled_logp_T.astype(np.float64).sum(), whole, rtol=1e-5, atol=1e-4)
+            total = scores.sampled_logp_T.astype(np.float64).sum()
             if stopped:
-                np.testing.assert_allclose(scores.sampled_logp_T[-1], logp[-1, teacher.eos_token_id], atol=1e-4)
-                np.testing.assert_allclose(scores.stop_logp_T[-1], logp[-1, teacher.eos_token_id], atol=1e-4)
-            begins = np.diff(scores.span_T, prepend=-2) != 0
-            assert (scores.stop_logp_T[~begins] == NO_STOP_LOGP).all()
-            assert (scores.stop_logp_T[begins] > NO_STOP_LOGP).all()
+                np.testing.assert_allclose(total, whole, rtol=1e-5, atol=1e-4)
+                np.testing.assert_allclose(scores.stop_logp_T[-1], scores.sampled_logp_T[-1], atol=1e-5)
+            else:  # cut here: longer tokens that go on count as well
+                assert total >= whole - 1e-4
+            assert scores.stop_logp_T[0] > NO_STOP_LOGP
+            inside = np.diff(scores.span_T, prepend=-2) == 0
+            assert (scores.stop_logp_T[inside] <= 0).all()
             assert scores.canonical
             assert scores.num_unaligned_bytes == 0
+
+
+def cuts_at(student: ByteTokenizer, piece: bytes, place: int) -> bool:
+    try:
+        ids = student.encode(piece.decode())
+    except ValueError:
+        return False
+    return place in np.cumsum([len(student.bytes_of(i) or b"") for i in ids])
+
+
+def brute_force(
+    folder: Path, student: ByteTokenizer, teacher: ByteTokenizer, prompt: tuple[int, ...], ids: list[int], marks: list[int]
+) -> list[float]:
+    """F at each mark, from whole float64 distributions: own tokens before q, then any token that spells the text on to the mark and
+    that the student would cut there."""
+    logp = exact_logp(folder, prompt, ids)
+    pieces = [teacher.bytes_of(i) or b"" for i in ids]
+    data, found = b"".join(pieces), []
+    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
+    for mark in marks:
+        terms = []
+        for q in range(len(ids)):
+            before = logp[np.arange(q), ids[:q]].sum()
+            if starts[q] >= mark or mark - starts[q] > 40:
+                continue
+            text = data[starts[q] : mark]
+            for i in range(logp.shape[1]):
+                piece = teacher.bytes_of(i) or b""
+                if piece.startswith(text) and (piece == text or i == ids[q] or cuts_at(student, piece, len(text))):
+                    terms.append(before + logp[q, i])
+        found.append(float(np.logaddexp.reduce(terms)))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["pairs", "bytes"])
+def test_a_token_has_the_teachers_conditional_probability_of_its_bytes(tmp_path: Path, kind: str) -> None:
+    """Against a sum over the whole vocabulary in float64, of every way to write each prefix by own tokens and one more."""
+    student, teacher = (zoo.characters(), zoo.pairs()) if kind == "pairs" else (zoo.byte_level(), zoo.byte_level(900))
+    folder = build_model(tmp_path / "teacher", teacher)
+    cross, ours, theirs = scorer(folder, student, teacher, prefix_top_k=2000), ByteTokenizer(student), ByteTokenizer(teacher)
+    prompt = tuple(theirs.encode("1+2?"))
+    for text in ["1+2=3;3+4=7;!7", "9+9=8;8+0"] if kind == "pairs" else ["the teacher reads 1999 spaces", "def add(a, b):"]:
+        ids = ours.encode(text)
+        (scores,) = cross.score([ScoreRequest(prompt, tuple(ids))])
+        marks = np.cumsum([len(ours.bytes_of(i) or b"") for i in ids]).tolist()
+        wanted = np.diff([0.0, *brute_force(folder, ours, theirs, prompt, theirs.encode(text), marks)])
+        np.testing.assert_allclose(scores.sampled_logp_T, wanted, atol=2e-3)
+
+
+def test_a_wrong_first_half_is_charged_to_it_and_not_to_what_follows(tmp_path: Path) -> None:
+    """The teacher writes two bytes in one token and is sure of another one: the second byte follows from the first."""
+    own = OwnTokens(
+        start_J=np.array([0, 2]),
+        end_J=np.array([2, 3]),
+        event_J=np.array([False, False]),
+        pieces=[b"1;", b"x"],
+        logp_J=np.array([-18.0, -1.0]),
+        others=[[Other(b"2;", -0.001, EACH), Other(b"1!", -25.0, EACH)], [Other(b"xy", -0.5, EACH)]],
+    )
+    logp, own_T = conditionals(np.array([1, 2, 3]), np.zeros(3, bool), own)
+    np.testing.assert_allclose(logp, [-18, 0, np.log(np.exp(-1) + np.exp(-0.5))], atol=2e-3)
+    np.testing.assert_allclose(own_T, [0, np.nan, 0], atol=2e-3)
 
 
 def test_the_students_own_model_under_other_ids_gives_the_same_scores(tmp_path: Path) -> None:
