@@ -131,7 +131,7 @@ def test_a_trainer_that_hangs_up_hangs_up_at_the_server(tmp_path: Path) -> None:
             gone.set()
 
         listening = await asyncio.start_server(endless, "127.0.0.1", 0)
-        direct = "http://127.0.0.1:{}".format(listening.sockets[0].getsockname()[1])
+        direct = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
         with contextlib.ExitStack() as stack:
             url, _ = await asyncio.to_thread(stack.enter_context, govern(tmp_path, "--proxy", direct))
             async with (
