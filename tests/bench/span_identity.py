@@ -1,4 +1,6 @@
-"""The scores of the student's tokens, added up, against the log-prob of the teacher's own tokenisation, on random strings and every pair of tokenizer kinds.
+"""The scores of the student's tokens, added up, against the log-prob of the teacher's own tokenisation.
+
+On random strings, for every pair of tokenizer kinds.
 
     python -m tests.bench.span_identity [--strings 100000]
 
