@@ -226,6 +226,7 @@ class HostedEngine:
     def __init__(self, host: Any, index: int) -> None:
         self.start, self.load_weights = host.start, host.load_weights
         self.rollout_packed = SimpleNamespace(remote=partial(host.rollout_packed.remote, index))
+        self.drop = SimpleNamespace(remote=lambda ticket: None)  # a fake samples nothing that must be stopped
 
 
 class QuietGovernor:
@@ -236,7 +237,7 @@ class QuietGovernor:
             generate_latest(telemetry.registry)
             decision = SimpleNamespace(
                 limits=base, after=SimpleNamespace(pressure=0.0), healthy=True, signals=SimpleNamespace(data_age_s=0.0), action="hold",
-                signal="", mode="enforce", command=None, reason="",
+                signal="", mode="enforce", command=None, reason="", readings={}, news="",
             )  # fmt: skip
             return decision, {"step": step, "mode": "enforce", "pressure": 0.0, "signals": {}, "limits": {}}
 

@@ -37,6 +37,7 @@ def make_step(step: int) -> dict[str, Any]:
         "reference_kl_weight": 0.01,
         "stop_tilt_nats": step / 50,
         "admission_quota": 1.0,
+        "loop_tail_weight": 1.0 - min(1.0, step / 100),
         "tokens_per_s": 1234.5,
         "staleness_mean": 0.5,
         "weight_version": step,
