@@ -16,15 +16,13 @@ from transformers import AutoTokenizer
 
 from opd_governor.actors.teacher.alignment import NO_STOP_LOGP, UNALIGNED, Aligner, Alignment
 from opd_governor.actors.teacher.byte_tokens import ByteTokenizer
-from opd_governor.actors.teacher.prefixes import Other, OwnTokens, conditionals
+from opd_governor.actors.teacher.prefixes import LEAST_LOGP, Other, OwnTokens, conditionals
 from opd_governor.actors.teacher.scorers import GenerateOptions, Scorer, ScoreRequest
 from opd_governor.actors.teacher.scoring import PAD_ID
 from opd_governor.actors.trajectory import TokenScores
 
 PREFIX_TOP_K = 16
 """Of a teacher's likeliest tokens at each position; vLLM servers give up to 20 unless told otherwise."""
-LEAST_LOGP = -20.0
-"""Less likely ones change nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +140,7 @@ class CrossTokenizerScorer:
 
     def _in_students_tokens(self, request: ScoreRequest, alignment: Alignment, scored: TokenScores) -> TokenScores:
         lost_T = alignment.span_T < 0
-        logp_T, own_T = conditionals(alignment.end_T, lost_T, self._own_tokens(request, alignment, scored))
+        logp_T, own_T = conditionals(alignment.end_T, lost_T, self._own_tokens(request, alignment, scored), self._encode)
         # Wherever a token of the teacher begins too, what it says there counts as far as it would have cut the text so far there.
         stop_T = np.full(len(lost_T), NO_STOP_LOGP, np.float32)
         begins_T = np.flatnonzero(~np.isnan(own_T))
@@ -182,9 +180,17 @@ class CrossTokenizerScorer:
             for place, column in zip(*np.nonzero(likely_JK), strict=True):
                 token_id = int(scored.support_ids_TK[place, column])
                 if piece := self._teacher.bytes_of(token_id):
-                    others[place].append(Other(piece, float(scored.support_logp_TK[place, column]), self._cuts(token_id, piece)))
+                    others[place].append(Other(token_id, piece, float(scored.support_logp_TK[place, column]), self._cuts(token_id, piece)))
         pieces = [self._teacher.bytes_of(token_id) or b"" for token_id in alignment.token_ids]
-        return OwnTokens(alignment.start_J, alignment.end_J, alignment.event_J, pieces, logp_J, others)
+        cuts = [self._cuts(token_id, piece) for token_id, piece in zip(alignment.token_ids, pieces, strict=True)]
+        marks = alignment.start_J, alignment.end_J, alignment.event_J
+        return OwnTokens(*marks, alignment.token_ids, pieces, logp_J, others, cuts)
+
+    def _encode(self, data: bytes) -> Sequence[int] | None:
+        try:
+            return self._teacher.encode(data.decode())
+        except ValueError:  # half a character
+            return None
 
     def _cuts(self, token_id: int, piece: bytes) -> frozenset[int]:
         if token_id not in self._known_cuts:

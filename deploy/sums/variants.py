@@ -19,12 +19,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from deploy.sums.recipe import CONFUSED, SLIPPED, WINDOW_TOKENS, Batch, Plan, build, draw_growing, draw_teacher_batches, train
+from deploy.sums.recipe import CONFUSED, SLIPPED, STALLING, TEACHER, WINDOW_TOKENS, Batch, Plan, build, draw_growing, train
 from deploy.sums.task import ALPHABET, PAD, STOP, Terms, is_correct, misread, prompt_files, render_answer, render_prompt
 from deploy.sums.tokenizer import build_tokenizer
 
 LETTERS = "abcdefghij"
-NUM_PAIRS = 40
+NUM_PAIRS = 20
 
 
 def render_hint(terms: Terms) -> str:
@@ -52,13 +52,12 @@ def draw_hinted_batches(rng: random.Random, steps: int) -> Iterator[tuple[Batch,
 
 
 HINTED = Plan(5, 2, 64, 168, 2400, 3e-3, draw_hinted_batches)
-PAIRS = Plan(6, 3, 96, 256, 1800, 3e-3, draw_teacher_batches)
 
 
 def build_pairs_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE that merges the most frequent pairs of characters, never with a question mark or an equals sign; specials come last."""
+    """BPE that merges the most frequent pairs of characters, never with a sign that ends something; specials come last."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[?=]"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[?=;!]"), "isolated")
     core.decoder = decoders.Fuse()
     rng = random.Random(7)
     problems = [problem for batch in draw_growing(rng, 400) for problem in batch]
@@ -107,7 +106,7 @@ def make_hinted(out: Path) -> None:
 
 def make_pairs(out: Path) -> None:
     tokenizer = build_pairs_tokenizer()
-    model = train(build(PAIRS, tokenizer), PAIRS, tokenizer)
+    model = train(train(build(TEACHER, tokenizer), TEACHER, tokenizer), STALLING, tokenizer)
     model.save_pretrained(out / "pairs")
     tokenizer.save_pretrained(out / "pairs")
     print(f"  pairs: accuracy {accuracy(model, tokenizer, prompt_files()['eval_3_9.jsonl']):.3f}")

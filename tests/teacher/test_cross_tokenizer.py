@@ -92,33 +92,25 @@ def cuts_at(student: ByteTokenizer, piece: bytes, place: int) -> bool:
     return place in np.cumsum([len(student.bytes_of(i) or b"") for i in ids])
 
 
-def brute_force(
-    folder: Path, student: ByteTokenizer, teacher: ByteTokenizer, prompt: tuple[int, ...], ids: list[int], marks: list[int]
-) -> list[float]:
-    """F at each mark, from whole float64 distributions: own tokens before q, then any token that spells the text on to the mark and
-    that the student would cut there."""
+def brute_force(folder: Path, student: ByteTokenizer, teacher: ByteTokenizer, prompt: tuple[int, ...], data: bytes) -> float:
+    """F of some bytes, from whole float64 distributions: the teacher's tokens of these bytes before q, then any one token that spells
+    them to their end or beyond, and that the student would cut at their end."""
+    ids = teacher.encode(data.decode())
     logp = exact_logp(folder, prompt, ids)
-    pieces = [teacher.bytes_of(i) or b"" for i in ids]
-    data, found = b"".join(pieces), []
-    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
-    for mark in marks:
-        terms = []
-        for q in range(len(ids)):
-            before = logp[np.arange(q), ids[:q]].sum()
-            if starts[q] >= mark or mark - starts[q] > 40:
-                continue
-            text = data[starts[q] : mark]
-            for i in range(logp.shape[1]):
-                piece = teacher.bytes_of(i) or b""
-                if piece.startswith(text) and (piece == text or i == ids[q] or cuts_at(student, piece, len(text))):
-                    terms.append(before + logp[q, i])
-        found.append(float(np.logaddexp.reduce(terms)))
-    return found
+    starts = np.concatenate([[0], np.cumsum([len(teacher.bytes_of(i) or b"") for i in ids])])
+    terms = []
+    for q in range(len(ids)):
+        before, text = logp[np.arange(q), ids[:q]].sum(), data[starts[q] :]
+        for i in range(logp.shape[1]):
+            piece = teacher.bytes_of(i) or b""
+            if piece.startswith(text) and (i == ids[q] or piece == text or cuts_at(student, piece, len(text))):
+                terms.append(before + logp[q, i])
+    return float(np.logaddexp.reduce(terms))
 
 
 @pytest.mark.parametrize("kind", ["pairs", "bytes"])
 def test_a_token_has_the_teachers_conditional_probability_of_its_bytes(tmp_path: Path, kind: str) -> None:
-    """Against a sum over the whole vocabulary in float64, of every way to write each prefix by own tokens and one more."""
+    """Against a sum over the whole vocabulary in float64, of the ways to write each prefix by its own tokens and one more."""
     student, teacher = (zoo.characters(), zoo.pairs()) if kind == "pairs" else (zoo.byte_level(), zoo.byte_level(900))
     folder = build_model(tmp_path / "teacher", teacher)
     cross, ours, theirs = scorer(folder, student, teacher, prefix_top_k=2000), ByteTokenizer(student), ByteTokenizer(teacher)
@@ -127,23 +119,56 @@ def test_a_token_has_the_teachers_conditional_probability_of_its_bytes(tmp_path:
         ids = ours.encode(text)
         (scores,) = cross.score([ScoreRequest(prompt, tuple(ids))])
         marks = np.cumsum([len(ours.bytes_of(i) or b"") for i in ids]).tolist()
-        wanted = np.diff([0.0, *brute_force(folder, ours, theirs, prompt, theirs.encode(text), marks)])
+        wanted = np.diff([0.0, *(brute_force(folder, ours, theirs, prompt, text.encode()[:mark]) for mark in marks)])
         np.testing.assert_allclose(scores.sampled_logp_T, wanted, atol=2e-3)
 
 
-def test_a_wrong_first_half_is_charged_to_it_and_not_to_what_follows(tmp_path: Path) -> None:
+def test_a_wrong_first_half_is_charged_to_it_and_not_to_what_follows() -> None:
     """The teacher writes two bytes in one token and is sure of another one: the second byte follows from the first."""
     own = OwnTokens(
         start_J=np.array([0, 2]),
         end_J=np.array([2, 3]),
         event_J=np.array([False, False]),
+        token_ids=(5, 6),
         pieces=[b"1;", b"x"],
         logp_J=np.array([-18.0, -1.0]),
-        others=[[Other(b"2;", -0.001, EACH), Other(b"1!", -25.0, EACH)], [Other(b"xy", -0.5, EACH)]],
+        others=[[Other(7, b"2;", -0.001, EACH), Other(8, b"1", -25.0, EACH)], [Other(9, b"xy", -0.5, EACH)]],
+        cuts=[EACH, EACH],
     )
-    logp, own_T = conditionals(np.array([1, 2, 3]), np.zeros(3, bool), own)
-    np.testing.assert_allclose(logp, [-18, 0, np.log(np.exp(-1) + np.exp(-0.5))], atol=2e-3)
+    encode = {b"1": [8], b"1;": [5], b"1;x": [5, 6]}.get
+    logp, own_T = conditionals(np.array([1, 2, 3]), np.zeros(3, bool), own, encode)
+    np.testing.assert_allclose(logp, [-18, 0, np.logaddexp(-1, -0.5)], atol=2e-3)
     np.testing.assert_allclose(own_T, [0, np.nan, 0], atol=2e-3)
+
+
+def test_a_choice_has_its_price_where_it_is_made() -> None:
+    """The teacher would end: "4" then ";!". Another one goes on: "4;" then "4". Both have written "4;" when they choose."""
+    ends = OwnTokens(
+        start_J=np.array([0, 1]),
+        end_J=np.array([1, 3]),
+        event_J=np.array([False, False]),
+        token_ids=(4, 8),
+        pieces=[b"4", b";!"],
+        logp_J=np.array([-0.01, -0.02]),
+        others=[[Other(7, b"4;", -5.0, EACH)], []],
+        cuts=[EACH, EACH],
+    )
+    goes_on = OwnTokens(
+        start_J=np.array([0, 2]),
+        end_J=np.array([2, 3]),
+        event_J=np.array([False, False]),
+        token_ids=(7, 4),
+        pieces=[b"4;", b"4"],
+        logp_J=np.array([-5.0, -0.03]),
+        others=[[Other(4, b"4", -0.01, EACH)], []],
+        cuts=[EACH, EACH],
+    )
+    encode = {b"4": [4], b"4;": [7], b"4;!": [4, 8], b"4;4": [7, 4]}.get
+    marks, none = np.array([1, 2, 3]), np.zeros(3, bool)
+    (one, _), (other, _) = (conditionals(marks, none, own, encode) for own in (ends, goes_on))
+    np.testing.assert_allclose(one[:2], other[:2], atol=1e-9)  # the same state, however it goes on
+    assert one[2] - other[2] > 4.9
+    np.testing.assert_allclose(one.sum(), -0.03, atol=1e-9)
 
 
 def test_the_students_own_model_under_other_ids_gives_the_same_scores(tmp_path: Path) -> None:
