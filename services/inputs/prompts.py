@@ -258,7 +258,7 @@ def survey_of(table: PromptTable, source: PromptSource, context_tokens: int, min
         refused=tuple(long_lines),
         num_refused=len(too_long),
         notes=tuple(notes),
-        domains=found.domains,
+        domains=table.domains(indices),
         longest_tokens=int(seen[indices].max()),
         num_golden=int(golden_fits[indices].sum()),
         golden_fits=golden_fits,

@@ -68,8 +68,6 @@ class Found:
     num_bad: int = 0
     bad: list[str] = field(default_factory=list)
     """FILE:LINE and what is wrong, of the first bad rows."""
-    domains: dict[str, str] = field(default_factory=dict)
-    """Domain -> place of its first prompt."""
     notes: Notes = field(default_factory=Notes)
 
 
@@ -104,6 +102,16 @@ class PromptTable:
             for part in (pyarrow.compute.list_value_length(ids), ids.flatten()):
                 digest.update(part.to_numpy(zero_copy_only=False).tobytes())
         return digest.hexdigest()[:16]
+
+    def domains(self, indices: np.ndarray) -> dict[str, str]:
+        """Domain -> FILE:LINE of the first of these rows that has it."""
+        used, first = np.zeros(len(self), bool), dict[str, int]()
+        used[indices] = True
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            places = np.flatnonzero(used[start : start + batch.num_rows])
+            for place, domain in zip(places, batch.column("domain").take(pyarrow.array(places)).to_pylist(), strict=True):
+                first.setdefault(domain, int(start + place))
+        return {domain: self.place(index) for domain, index in first.items()}
 
     def has_answer(self) -> np.ndarray:
         """For each row: whether it has an answer."""
@@ -188,7 +196,6 @@ def _record(drafts: Sequence[Draft], found: Found, numbers: Mapping[str, int]) -
             draft.token_ids = draft.teacher_ids = draft.privileged_ids = draft.golden_ids = draft.question = None
         else:
             assert draft.question is not None
-            found.domains.setdefault(draft.question.domain, draft.row.place)
     questions = [draft.question for draft in drafts]
     columns = {
         "file": [numbers[draft.row.file] for draft in drafts],

@@ -235,3 +235,9 @@ def test_an_over_long_problem_is_refused_by_line_and_the_others_are_as_without_i
     with_it, without = opened(longer), opened(plain)
     assert [(p.token_ids, p.answer) for p in with_it.prompts] == [(p.token_ids, p.answer) for p in without.prompts]
     assert with_it.survey.refused == (f"{longer}:5: 300 tokens leave -44 of 256",)
+
+
+def test_a_domain_of_refused_prompts_alone_needs_no_teacher(tmp_path):
+    rows = [{"prompt": "x", "domain": "a"}, {"prompt": "x" * 300, "domain": "b"}, {"prompt": "y", "domain": "a"}]
+    path = write_lines(tmp_path / "p.jsonl", rows)
+    assert open_prompts(job_of(path), PLAIN, 256).survey.domains == {"a": f"{path}:1"}
