@@ -264,6 +264,7 @@ _BULLET = re.compile(
     r"^[\s•*\-│|]*([A-Za-z][\w /()%.\-]{2,60}?)\s*[:=]\s*(-?[\d.,]+(?:e[+-]?\d+)?)\s*(%?)\s*\S{0,12}\s*[│|]?\s*$", re.IGNORECASE
 )
 _CELL = re.compile(r"^\s*([A-Za-z][\w /.\-]*?)[:\s]\s*(-?\d[\d.,]*(?:e[+-]?\d+)?)\s*(%?)", re.IGNORECASE)
+_PAIR = re.compile(r"([A-Za-z_][\w/.\-]*)=(-?\d[\d.]*(?:e[+-]?\d+)?)", re.IGNORECASE)
 _STEP_OF = re.compile(r"\b(?:step|iteration)\s*[:#]?\s*(\d+)\s*(?:/|\||$)", re.IGNORECASE)
 
 
@@ -272,7 +273,7 @@ def _is_printed(head: bytes) -> bool:
 
 
 def _printed_rows(path: Path) -> Iterator[Row]:
-    """verl's `step:N - key:value`, printed dicts, `Step N | Name value |`, and bullets below a line that names the step."""
+    """verl's `step:N - key:value`, printed dicts, `key=value` pairs, `Step N | Name value |`, bullets below a line that names the step."""
     open_step: int | None = None
     for raw in _lines(path):
         line = _COLOUR.sub("", raw) if "\x1b" in raw else raw
@@ -283,6 +284,9 @@ def _printed_rows(path: Path) -> Iterator[Row]:
             continue
         if (found := _VERL.search(line)) is not None:
             yield {"step": int(found[1][:18])} | _verl_pairs(line[found.end() :])
+            continue
+        if line.count("=") > 2 and len(pairs := _PAIR.findall(line)) > 2:
+            yield dict(pairs)
             continue
         step = _STEP_OF.search(line)
         if step is not None:

@@ -75,6 +75,14 @@ def write_all(folder: Path, points: Sequence[Point]) -> dict[str, Path]:
             {"step": step, "length_mean": mean, "length_max": top, "truncation": cut, "loops": 0.0, "cap_tokens": 512, "lengths": [1, 2]}
             for step, (mean, top, cut) in enumerate(points)
         ),
+        "prime-rl printed": "".join(
+            f"12:00 INFO Step {step} | Time: 3.2s | Reward: 0.5 | Seq. Length: {mean:.1f} tokens/sample | Truncation {100 * cut:.1f}%\n"
+            for step, (mean, _, cut) in enumerate(points)
+        ),
+        "logfmt": "".join(
+            f"ts=2026-11-01 step={step} loss=0.3 mean_length={mean} max_length={top} truncation_rate={cut} lr=1e-06\n"
+            for step, (mean, top, cut) in enumerate(points)
+        ),
         "somebody's own": _lines(
             {"global_step": step, "mean_length": mean, "truncation_rate": cut} for step, (mean, _, cut) in enumerate(points)
         ),

@@ -19,6 +19,7 @@ TRAINER = {
     "trl": "trl", "trl lines": "trl", "trl printed": "trl", "wandb csv": "trl", "columns": "trl", "utf-16": "trl", "tensorboard": "trl",
     "verl console": "verl", "verl file": "verl", "nemo-rl console": "nemo-rl", "prime-rl": "prime-rl", "slime": "slime",
     "openrlhf": "openrlhf", "ours": "ours", "somebody's own": "generic",
+    "prime-rl printed": "prime-rl", "logfmt": "generic",
 }  # fmt: skip
 
 
