@@ -19,7 +19,8 @@ import yaml
 from pydantic import ValidationError
 
 from opd_governor.services.cli.terminal import fail, load, quiet_environment
-from opd_governor.services.job.settings import Job, JobError, describe_errors
+from opd_governor.services.job.load import describe_errors
+from opd_governor.services.job.settings import Job, JobError
 
 T = TypeVar("T", str, int, bool)
 
