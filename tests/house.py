@@ -39,7 +39,7 @@ def measures(path: Path, text: str) -> Iterator[Measure]:
             yield Measure("class", node.name, f"{path}:{node.lineno}", _lines(node), CLASS_LINES)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield Measure("function", node.name, f"{path}:{node.lineno}", _lines(node), FUNCTION_LINES)
-            if node.name == "__init__":
+            if node.name in ("__init__", "__new__"):
                 yield Measure("constructor", node.name, f"{path}:{node.lineno}", _parameters(node), PARAMETERS)
 
 

@@ -14,6 +14,14 @@ def test_decorators_count_and_self_does_not() -> None:
     assert sizes(text) == {("file", "x.py"): 5, ("class", "A"): 5, ("function", "__init__"): 4, ("constructor", "__init__"): 5}
 
 
+def test_nothing_hides_in_another_function_a_coroutine_or_a_new() -> None:
+    inner = "    async def g():\n        class B:\n            def __new__(cls, a, b):\n                pass\n"
+    found = sizes(f"def f():\n{inner}")
+    assert found[("function", "g")] == 4
+    assert found[("class", "B")] == 3
+    assert found[("constructor", "__new__")] == 2
+
+
 def test_a_dataclass_may_have_any_number_of_fields() -> None:
     fields = "".join(f"    f{n}: int\n" for n in range(20))
     assert ("constructor", "__init__") not in sizes(f"@dataclass\nclass A:\n{fields}")

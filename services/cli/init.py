@@ -8,6 +8,7 @@ that end an answer. An existing file is never overwritten.
 
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 import yaml
+from pydantic import ValidationError
 
 from opd_governor.services.cli.terminal import fail, load, quiet_environment
+from opd_governor.services.job.load import describe_errors
 from opd_governor.services.job.settings import Job, JobError
 
 T = TypeVar("T", str, int, bool)
@@ -118,6 +121,8 @@ def init(
         note, longest = survey(inputs, prompts, column, chat)
         room = inputs.window_tokens - longest
         cap = settle("--max-new-tokens", max_new_tokens, min(CAP_TOKENS, room), f"Longest answer, tokens (the window leaves {room})")
+        if cap > room:
+            raise JobError(f"--max-new-tokens {cap}: the window leaves {room} after the longest prompt; give {room} or fewer")
         draft = Draft(
             name=name or slug(student),
             student=beside(out, student), teacher=teacher if teacher_url else beside(out, teacher), teacher_url=teacher_url,
@@ -138,6 +143,8 @@ def init(
 
 def settle(flag: str, given: T | None, default: T | None, question: str) -> T:
     """The flag's value, else the answer to a question on a terminal, else the default; without one, one line and exit code 2."""
+    if given == "" and default is None:
+        fail([f"{flag}: empty; name one"], 2)
     if given is not None:
         return given
     if sys.stdin.isatty():
@@ -251,12 +258,18 @@ def scalar(value: Any) -> str:
 
 
 def write(out: Path, text: str) -> None:
-    """Write a new file. Raises JobError where it exists, OSError where it cannot be written."""
+    """Write a new file. Raises JobError where it exists or would be no valid job, OSError where it cannot be written."""
+    try:
+        Job.model_validate(yaml.safe_load(text))
+    except ValidationError as error:
+        raise JobError("\n".join(describe_errors(error))) from None
     try:
         with out.open("x") as file:
             file.write(text)
     except FileExistsError:
         raise JobError(f"--out {out}: exists already; choose another file") from None
+    except OSError as error:
+        raise OSError(f"--out {out}: not written ({error.strerror}); choose a folder that is there and can be written") from None
 
 
 def finish(out: Path) -> None:
@@ -267,5 +280,6 @@ def finish(out: Path) -> None:
     job = load(out, None)
     checks = check(job, Path("runs") / job.name)
     typer.echo(table(checks))
-    typer.echo(f"{out} is written; next: opd run {out}" if not exit_code(checks) else f"{out} is written; mend it, then: opd check {out}")
+    path = shlex.quote(str(out))
+    typer.echo(f"{out} is written; " + (f"mend it, then: opd check {path}" if exit_code(checks) else f"next: opd run {path}"))
     raise typer.Exit(exit_code(checks))

@@ -243,3 +243,16 @@ def test_metrics_are_sums_over_rollout_tokens():
             own = logp[t, [3, 4]].logsumexp(-1) if token in (3, 4) else logp[t, token]
             kl_nats += float(own) - float((r.scores.stop_logp_T if token in (3, 4) else r.scores.sampled_logp_T)[t])
     assert metrics.kl_nats_P.sum() == pytest.approx(kl_nats, rel=1e-5)
+
+
+def test_a_tuned_cap_does_not_move_the_divisor_of_the_constant_reduction():
+    """None: the job file's cap. The one in force is in the limits, and losses before and after a change stay comparable."""
+    objective, rollouts = ObjectiveSettings(reduction="constant"), batch_of([3, 5])
+    sizes = {"micro_batch_tokens": 64, "max_new_tokens": 40, "reference_length_tokens": 8.0}
+    before, after = (
+        [micro.fields.weight_N for micro in build_micro_batches(rollouts, (), objective, replace(LIMITS, cap_tokens=cap), **sizes)]
+        for cap in (40, 10)
+    )
+    assert len(before) == len(after)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert float(max(weight_N.max() for weight_N in before)) == pytest.approx(1 / (2 * 40))

@@ -96,6 +96,9 @@ def test_an_existing_file_is_never_overwritten(folder: Path) -> None:
         (("--student", "./none"), 2, "model ./none: no such folder"),
         (("--column", "nothing"), 2, "prompts.jsonl:1: no column 'nothing'"),
         (("--max-new-tokens", "0"), 2, "--max-new-tokens"),
+        (("--max-new-tokens", "900"), 2, "--max-new-tokens 900: the window leaves "),
+        (("--name", "My Run"), 2, "name: String should match"),
+        (("--teacher", ""), 2, "--teacher: empty; name one"),
         (("--out", "none/job.yaml"), 3, "none/job.yaml"),
     ],
 )
@@ -105,6 +108,11 @@ def test_a_mistake_is_one_line_and_leaves_no_file(folder: Path, arguments: tuple
     assert refused.exit_code == code
     assert words in refused.stderr
     assert not (folder / "job.yaml").exists()
+
+
+def test_the_next_command_can_be_pasted_where_the_path_has_a_space(folder: Path) -> None:
+    build_pair(folder)
+    assert "next: opd run 'my job.yaml'\n" in opd_init("--out", "my job.yaml").output
 
 
 def test_without_a_terminal_what_is_missing_is_named() -> None:

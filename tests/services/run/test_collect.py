@@ -12,6 +12,8 @@ from opd_governor.actors.deadlines import CallerError
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
 from opd_governor.services.record.batch import Batch, Launch
+from opd_governor.services.record.steps import record_batch
+from opd_governor.services.record.telemetry import Telemetry
 from opd_governor.services.run.collect import collect
 
 
@@ -54,6 +56,16 @@ def test_rollouts_come_back_in_the_order_of_their_prompts() -> None:
     batch, _ = run({}, samples=2)
     assert [(t.prompt.index, t.sample) for t in batch.trajectories] == [(i, s) for i in range(6) for s in range(2)]
     assert [s.trajectory.prompt.index for s in batch.scored] == [i for i in range(6) for _ in range(2)]
+
+
+def test_a_cut_is_judged_by_the_cap_of_its_launch_whatever_a_person_sets_meanwhile() -> None:
+    """Launched under 64, which the governor had not lowered; a job that has a larger cap by now makes it no cut of the governor's."""
+    launch = Launch(3, [Prompt(0, (1, 2))], LengthLimits(64), RolloutSettings(max_new_tokens=64), 1)
+    batch = asyncio.run(collect(FakeFleet({0: "length"}), FakePool(set()), launch))  # type: ignore[arg-type]
+    telemetry = Telemetry("x")
+    record_batch(telemetry, batch, None, LengthLimits(128))
+    assert telemetry.registry.get_sample_value("opd_rollouts_total", {"run": "x", "finish_reason": "length"}) == 1
+    assert telemetry.registry.get_sample_value("opd_governor_cut_rollouts_total", {"run": "x"}) == 0
 
 
 def test_a_rollout_without_a_score_is_counted_and_left_out() -> None:

@@ -62,3 +62,12 @@ async def test_what_a_checkpoint_holds_comes_back_and_a_later_change_with_the_ne
     await later.restore(state)
     assert (later.ruling.pressure, later.ruling.healthy, later.generation) == (0.25, healthy, 1)
     assert later.outdated
+
+
+@pytest.mark.parametrize(("unfinished", "quota"), [("keep", None), ("drop", None), ("quota", 1.0)])
+def test_the_governor_has_a_quota_of_unfinished_prompts_to_move_only_where_the_job_asks_for_one(
+    tmp_path: Path, unfinished: str, quota: float | None
+) -> None:
+    job = Loop(tmp_path).job
+    data = job.data.model_copy(update={"unfinished_by_teacher": unfinished})
+    assert base_limits(job.model_copy(update={"data": data})).unfinished_quota == quota
