@@ -20,6 +20,8 @@ MAX_STEP_NATS = 13.0
 """Most evidence that one step may bring to one alternative: a single step begins to press, a second one decides."""
 MAX_RELIEF_NATS = 2.0
 """Most evidence that one step may take away."""
+MOST_SHARE = 0.9
+"""Where a healthy run has at least this share, more of it proves nothing: under a short cap nearly every rollout is cut."""
 BASELINE_ROLLOUTS = 128
 BASELINE_STEPS = 4
 """A baseline is learned over at least this many rollouts and steps; it excuses a student that begins otherwise than its teacher."""
@@ -105,11 +107,13 @@ class ShareTest:
 
     def bound(self, track: Track, seen: Observation) -> float:
         learned = min(self.max_baseline, track.baseline) if track.baseline_weight else 0.0
-        return min(0.9, self.ratio * max(seen.expected, learned) + self.slack)
+        return min(MOST_SHARE, self.ratio * max(seen.expected, learned) + self.slack)
 
     def update(self, track: Track, seen: Observation, steps: float, ceiling: float) -> Track:
         track = _learn(track, seen)
         healthy = self.bound(track, seen)
+        if healthy >= MOST_SHARE:
+            return track
         num = seen.num / (1.0 + (seen.num - 1.0) * WITHIN_STEP_CORRELATION)
         hits = min(1.0, max(0.0, seen.value)) * num
         gains = []

@@ -6,6 +6,7 @@ prompts --fleet.rollout--> finished trajectories --pool.score (at once)--> Batch
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,7 +44,7 @@ async def collect(fleet: Fleet, pool: TeacherPool, launch: Launch, *, demonstrat
                 if ready := sampled.add(group):
                     scoring.create_task(score(ready))
             rollout_s = time.monotonic() - started
-            admitted, refused = admit(sampled.usable, launch.limits.admission_quota)
+            admitted, refused = _admit(sampled.usable, launch.limits.admission_quota)
             late = [t for t in admitted if id(t) in sampled.held]
             if demonstrations is not None:
                 prompts = demonstrations.prompts(late)
@@ -106,3 +107,12 @@ def first_of(errors: BaseExceptionGroup) -> BaseException:
     """The first error of a group, itself no group."""
     error = errors.exceptions[0]
     return first_of(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _admit(usable: Sequence[Trajectory], quota: float) -> tuple[Sequence[Trajectory], Sequence[Trajectory]]:
+    """(admitted, refused). Where all are truncated the quota's share of them is admitted: from an empty batch nothing is learned."""
+    admitted, refused = admit(usable, quota)
+    if admitted or not refused:
+        return admitted, refused
+    num = math.ceil(quota * len(usable))
+    return usable[:num], usable[num:]

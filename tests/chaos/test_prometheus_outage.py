@@ -67,6 +67,9 @@ def test_a_governor_whose_prometheus_is_killed_loosens_nothing_until_it_is_back_
         assert after["pressure"] >= before["pressure"]
         for name, tighter in TIGHTER.items():
             values = before["limits"][name], after["limits"][name]
+            if name == "unfinished_quota":  # nothing to move here: prompts are not chosen by it
+                assert values == (None, None)
+                continue
             assert tighter(values) == values[1], (after["step"], name, values)
     grown = [after["step"] for before, after in pairs if after["limits"]["cap_tokens"] > before["limits"]["cap_tokens"]]
     assert grown[0] < fallen["step"] < grown[-1], "it loosened before and after, so it would have in between"

@@ -17,9 +17,11 @@ import numpy as np
 import yaml
 from prometheus_client import start_http_server
 
+from opd_governor.actors.governor.reference import Answer, fit_lengths
 from opd_governor.actors.learner.actor import StepReport
 from opd_governor.actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.services.inputs.golden import LengthReference
 from opd_governor.services.record.batch import Batch
 from opd_governor.services.record.steps import StepTimes, record_batch
 from opd_governor.services.record.telemetry import Telemetry
@@ -56,8 +58,8 @@ class ObservedRun:
         self.server, self.thread = start_http_server(0, addr="127.0.0.1", registry=self.telemetry.registry)
         self.target = Target(name, f"127.0.0.1:{self.server.server_port}")
         self.steps = 0
-        for stat, value in (("mean", 40.0), ("p99", 60.0)):
-            self.telemetry.set("opd_length_reference_tokens", value, stat=stat)
+        answers = [Answer(index, 1, "", 30 + index % 20, complete=True) for index in range(200)]
+        self.telemetry.use_reference(LengthReference(40.0, 55.0, 60.0, 60, 200, 1.0, model=fit_lengths(answers)))
         self.change_settings(1)
 
     def close(self) -> None:
@@ -70,7 +72,8 @@ class ObservedRun:
             self.telemetry.set(name, generation)
 
     def decide(self, action: str, signal: str = "tail_share") -> None:
-        self.telemetry.record_limits(LengthLimits(cap_tokens=CAP_TOKENS, golden_weight=0.1), pressure=0.2)
+        self.telemetry.record_limits(LengthLimits(cap_tokens=CAP_TOKENS, golden_weight=0.1, unfinished_quota=0.5), pressure=0.2)
+        self.telemetry.record_evidence({"tail": 3.0})
         self.telemetry.set("opd_governor_metrics_age_seconds", 0.5)
         self.telemetry.inc("opd_governor_decisions_total", action=action, signal=signal)
 

@@ -78,3 +78,11 @@ def test_one_knob_for_all_signals_together():
     assert pressure_of(10.0, 10.0) == 0
     assert pressure_of(12.5, 10.0) == pytest.approx(0.5)
     assert pressure_of(15.0, 10.0) == 1
+
+
+def test_where_nearly_every_rollout_of_a_healthy_run_is_cut_more_of_them_prove_nothing() -> None:
+    """A cap that begins far below the teacher's lengths cuts nearly all rollouts, and a healthy run's no fewer than a sick one's."""
+    test, track = ShareTest(slack=0.02), Track()
+    for _ in range(1000):
+        track = test.update(track, Observation(value=0.99, num=256, expected=0.98), 1.0, 100.0)
+    assert track.evidence == 0.0

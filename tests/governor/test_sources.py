@@ -119,7 +119,7 @@ def test_a_governor_whose_prometheus_stops_holds_falls_back_and_comes_back_witho
     assert back.signals.num_rollouts == 64
     assert back.signals.data_age_s < 4
     assert back.after.pressure == fallen.after.pressure  # two healthy steps are no stretch yet
-    assert back.limits.cap_tokens == 192
+    assert back.limits.cap_tokens == fallen.limits.cap_tokens < 192
 
 
 @pytest.mark.prometheus
@@ -132,11 +132,13 @@ def test_a_server_that_lost_sight_of_the_run_is_blindness_too(a_run, server):
     a_run.close()
     wait_until(lambda: governor.tick(2)[0].signals.blind)
     a_run.serve()
+    actions = []
     for _ in range(3):
         a_run.step(INFLATED)
         wait_until(lambda: scraped_all_of(source, OwnMetrics(a_run.url, "sums")))
-        action = governor.tick(3)[0].action
-    assert action == "tighten"
+        actions.append(governor.tick(3)[0].action)
+    assert "tighten" in actions
+    assert governor.state()["law"]["pressure_long"] == 1.0
 
 
 def test_sources_travel_to_another_process():

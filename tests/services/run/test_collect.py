@@ -144,3 +144,11 @@ def test_a_teachers_error_ends_the_batch_at_once_and_not_when_the_slowest_rollou
         asyncio.run(collect(Slow({}), Refuses(set()), launch))  # type: ignore[arg-type]
     assert time.monotonic() - started < 5
     assert cancelled
+
+
+def test_where_every_rollout_is_truncated_a_quotas_share_of_them_is_learned_from() -> None:
+    """An empty batch would stop the run at the worst moment: a collapse under full pressure."""
+    batch, _ = run(dict.fromkeys(range(6), "length"), quota=0.1)
+    assert (len(batch.scored), batch.num_over_quota) == (1, 5)
+    batch, _ = run(dict.fromkeys(range(6), "length"), quota=0.0)
+    assert (len(batch.scored), batch.num_over_quota) == (0, 6)
