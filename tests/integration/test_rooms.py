@@ -127,7 +127,7 @@ def test_a_cluster_that_is_promised_more_waits_and_says_for_what(monkeypatch: py
         waiting = asyncio.create_task(stand(job_of("qwen3-8-gpus", **{"cluster.gpus": "8x80"}), told))
         while not any(line.startswith("waiting") for line in told):
             await asyncio.sleep(0.1)
-        await asyncio.to_thread(cluster.add_node, num_cpus=1, num_gpus=8)
+        cluster.add_node(num_cpus=1, num_gpus=8)  # in this thread: it sets signal handlers
         return (await waiting)[0]
 
     cluster = Cluster()
