@@ -11,12 +11,12 @@ class GoldenLengths:
 
     finished: tuple[int, ...]
     """Tokens of each answer that ended by itself, its stop included: what to hand to the governor as reference lengths."""
-    num_cut: int
-    """Answers that reached the cap: their true length is not known, only that it is above."""
+    cut: tuple[int, ...] = ()
+    """Tokens at which the other answers reached the cap: their true length is not known, only that it is above."""
 
     @property
     def share_cut(self) -> float:
-        return self.num_cut / max(1, self.num_cut + len(self.finished))
+        return len(self.cut) / max(1, len(self.cut) + len(self.finished))
 
 
 def golden_lengths(
@@ -33,7 +33,7 @@ def golden_lengths(
     stops = tokenizer.eos_token_id if stops is None else stops
     stop_ids = {stops} if isinstance(stops, int) else set(stops)
     finished: list[int] = []
-    num_cut = 0
+    cut: list[int] = []
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(list(prompts[start : start + batch_size]), return_tensors="pt", padding=True, padding_side="left")
         batch = {name: batch[name].to(teacher.device) for name in ("input_ids", "attention_mask")}
@@ -49,7 +49,7 @@ def golden_lengths(
         for row in ids_BT[:, batch["input_ids"].shape[1] :].tolist():
             end = next((index for index, token in enumerate(row) if token in stop_ids), None)
             if end is None:
-                num_cut += 1
+                cut.append(len(row))
             else:
                 finished.append(end + 1)
-    return GoldenLengths(tuple(finished), num_cut)
+    return GoldenLengths(tuple(finished), tuple(cut))

@@ -74,14 +74,20 @@ class OutsideGovernor:
         """In force now."""
         return self._started().limits or self._base()
 
-    def observe(self, seen: StepSeen, reference_lengths: Sequence[float] = (), news: str = "") -> Answer:
-        """Decide on one more step. A step that brings nothing about length holds everything. `news`: a change known beforehand."""
+    def observe(
+        self, seen: StepSeen, reference_lengths: Sequence[float] = (), news: str = "", reference_cut: Sequence[float] = ()
+    ) -> Answer:
+        """Decide on one more step. A step that brings nothing about length holds everything.
+
+        `reference_lengths`: of the teacher's or golden answers, tokens; `reference_cut`: where those that did not end were cut.
+        `news`: a change known beforehand.
+        """
         if self.cap_tokens is None and seen.cap_tokens:
             self.cap_tokens, self._state = int(seen.cap_tokens), None
         policy, base = self._policy(), self._base()
         before = self._started()
         ignored = self._check_cap(seen, before)
-        self.reference = self.reference.post(reference_lengths).learn(seen)
+        self.reference = self.reference.post(reference_lengths, reference_cut).learn(seen)
         signals = self._signals(seen, before, base)
         self._state, _, self.decision = decide(before, signals, policy, base, seen.step, news)
         if self._state.course == "push" and not policy.may_move("golden_weight"):

@@ -67,6 +67,8 @@ class StepPost(_Strict):
     """Reason -> answers, in place of `finish_reasons`."""
     reference_lengths: Annotated[list[Tokens], Field(max_length=MAX_ITEMS)] | None = None
     """How long answers to these prompts ought to be, tokens: the teacher's or golden ones."""
+    reference_cut_lengths: Annotated[list[Tokens], Field(max_length=MAX_ITEMS)] | None = None
+    """Of reference answers that did not end: where they were cut, tokens."""
     cap_tokens: Annotated[float, Field(ge=1, le=1e9)] | None = None
     """The cap that applied to these answers."""
     num_rollouts: Annotated[float, Field(ge=0, le=1e9)] | None = None

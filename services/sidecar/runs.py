@@ -65,15 +65,15 @@ class OutsideRun:
         with self._lock:
             if self._answer is not None and digest == self._digest:
                 return self._answer
-            return self.observe(post.seen(), post.reference_lengths or (), digest)
+            return self.observe(post.seen(), post.reference_lengths or (), digest, post.reference_cut_lengths or ())
 
-    def observe(self, seen: StepSeen, reference_lengths: Any = (), digest: str = "") -> Record:
+    def observe(self, seen: StepSeen, reference_lengths: Any = (), digest: str = "", reference_cut: Any = ()) -> Record:
         """Decide on a step, keep it, answer."""
         with self._lock:
             generation, news = self._take_config()
             if self._answer is not None and seen.step < self.step:
                 news = f"the trainer went back to step {seen.step}"
-            answer = self.governor.observe(seen, reference_lengths, news)
+            answer = self.governor.observe(seen, reference_lengths, news, reference_cut)
             asked = list(self._asked)
             document = answer.to_json() | {"asked": asked}
             decision = self.governor.record() | {"config_generation": generation}

@@ -19,6 +19,7 @@ from opd_governor.actors.governor.actuators import ACTUATORS
 from opd_governor.actors.governor.policy import Policy
 from opd_governor.actors.trajectory import LengthLimits
 from opd_governor.client import GovernorClient
+from opd_governor.services.sidecar.golden import GoldenLengths
 from opd_governor.services.sidecar.governing import OutsideGovernor, without
 from opd_governor.services.sidecar.knobs import KNOBS
 from opd_governor.services.sidecar.seen import StepSeen, ends_in_loop
@@ -32,7 +33,7 @@ NEEDS = {"cap_tokens": "cap", "golden_weight": "lmbda", "reference_kl_weight": "
 class Adviser(Protocol):
     """Who decides: the law in this process, or a service."""
 
-    def advise(self, seen: StepSeen, finish_reasons: Sequence[str], reference_lengths: Sequence[float]) -> dict[str, Any]:
+    def advise(self, seen: StepSeen, finish_reasons: Sequence[str], golden: GoldenLengths) -> dict[str, Any]:
         """The answer as JSON values (`Answer.to_json`)."""
 
 
@@ -44,21 +45,22 @@ class _Here:
         """What this trainer has no knob for would be promised and never moved."""
         self.governor.policy = without(self.governor.policy, *actuators)
 
-    def advise(self, seen: StepSeen, finish_reasons: Sequence[str], reference_lengths: Sequence[float]) -> dict[str, Any]:
-        return self.governor.observe(seen, reference_lengths).to_json()
+    def advise(self, seen: StepSeen, finish_reasons: Sequence[str], golden: GoldenLengths) -> dict[str, Any]:
+        return self.governor.observe(seen, golden.finished, reference_cut=golden.cut).to_json()
 
 
 class _Service:
     def __init__(self, client: GovernorClient) -> None:
         self._client = client
 
-    def advise(self, seen: StepSeen, finish_reasons: Sequence[str], reference_lengths: Sequence[float]) -> dict[str, Any]:
+    def advise(self, seen: StepSeen, finish_reasons: Sequence[str], golden: GoldenLengths) -> dict[str, Any]:
         """The last limits again where the service is away."""
         return self._client.step(
             seen.step,
             lengths=list(seen.lengths),
             finish_reasons=list(finish_reasons),
-            reference_lengths=list(reference_lengths) or None,
+            reference_lengths=list(golden.finished) or None,
+            reference_cut_lengths=list(golden.cut) or None,
             cap_tokens=seen.cap_tokens,
             loops=seen.loops,
             kl_nats=seen.kl_nats,
@@ -81,17 +83,17 @@ class LengthGovernorCallback(TrainerCallback):
         run: str = "trl",
         token: str | None = None,
         policy: Policy | None = None,
-        reference_lengths: Sequence[float] | None = None,
+        reference: GoldenLengths | Sequence[int] = (),
         out: Path | str | None = None,
     ) -> None:
         """Without `service` (the URL of `opd govern`, or a client) the law runs in this process under `policy`.
 
-        `reference_lengths`: how long answers ought to be, tokens, from `golden_lengths` or your own data; None: the run's first
-        steps serve. `out`: folder for metrics.jsonl and decisions.jsonl; None: the trainer's output_dir / governor.
+        `reference`: how long answers ought to be, from `golden_lengths`, or lengths in tokens of your own data; empty: the run's
+        first steps serve. `out`: folder for metrics.jsonl and decisions.jsonl; None: the trainer's output_dir / governor.
         """
         client = GovernorClient(service, run=run, token=token) if isinstance(service, str) else service
         self._adviser: Adviser = _Service(client) if client else _Here(policy or Policy())
-        self._references = list(reference_lengths or ())
+        self._golden = reference if isinstance(reference, GoldenLengths) else GoldenLengths(tuple(reference))
         self._out = Path(out) if out else None
         self._trainer: Any = None
         self._held: dict[str, float] = {}
@@ -174,8 +176,8 @@ class LengthGovernorCallback(TrainerCallback):
             kl_nats=last.get("kl", None if self._rewarded else last.get("loss")),
             learning_rate=last.get("learning_rate"),
         )
-        references, self._references = self._references, []
-        self.answer = self._adviser.advise(seen, reasons, references)
+        golden, self._golden = self._golden, GoldenLengths(())
+        self.answer = self._adviser.advise(seen, reasons, golden)
         self._obey(self.answer, control)
         self._record(args, seen, self.answer)
 

@@ -42,6 +42,8 @@ class Yardstick:
     by_means: bool = False
     """Whether `centre` is of steps' means, not of single answers."""
     posted: tuple[float, ...] = ()
+    posted_cut: tuple[float, ...] = ()
+    """Lengths at which a teacher's answers were cut: they would have been longer."""
     baseline: tuple[float, ...] = ()
     """Lengths (or, where a trainer logs none, the longest one of each step) in the first steps, until they are enough."""
     baseline_means: tuple[float, ...] = ()
@@ -66,13 +68,14 @@ class Yardstick:
         tail = math.log(TAIL_MARGIN * max(baseline)) - centre
         return Yardstick(statistics.fmean(means), max(baseline), source, centre, spread, tail, by_means=True)
 
-    def post(self, lengths: Sequence[float]) -> "Yardstick":
-        """With reference lengths that the trainer sent beside a step."""
-        if not lengths:
+    def post(self, lengths: Sequence[float], cut: Sequence[float] = ()) -> "Yardstick":
+        """With reference lengths that the trainer sent beside a step; `cut`: of answers that did not end, where they were cut."""
+        if not lengths and not cut:
             return self
-        posted = (*self.posted, *lengths)[-MAX_REFERENCES:]
-        fitted = _fitted(posted, f"{len(posted)} posted reference lengths")
-        return replace(self, posted=posted) if fitted is None else replace(fitted, posted=posted)
+        posted, posted_cut = (*self.posted, *lengths)[-MAX_REFERENCES:], (*self.posted_cut, *cut)[-MAX_REFERENCES:]
+        source = f"{len(posted)} posted reference lengths" + (f" and {len(posted_cut)} that were cut" if posted_cut else "")
+        fitted = _fitted(posted, source, posted_cut) or self
+        return replace(fitted, posted=posted, posted_cut=posted_cut)
 
     def counts(self, seen: StepSeen, number: float, cap_tokens: float) -> dict[str, float]:
         """What our own runs count of a step against its reference: metric -> value. Empty without a reference or a length."""
@@ -115,18 +118,20 @@ class Yardstick:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Yardstick":
         kept = dict(values)
-        for name in ("posted", "baseline", "baseline_means"):
+        for name in ("posted", "posted_cut", "baseline", "baseline_means"):
             kept[name] = tuple(kept[name])
         return cls(**kept)
 
 
-def _fitted(lengths: Sequence[float], source: str) -> Yardstick | None:
-    """None for fewer than five lengths."""
-    model = fit_lengths([Answer(index, 1, "", max(1, round(length)), True) for index, length in enumerate(lengths)])
+def _fitted(lengths: Sequence[float], source: str, cut: Sequence[float] = ()) -> Yardstick | None:
+    """None for fewer than five lengths of answers that ended."""
+    answers = [Answer(index, 1, "", max(1, round(length)), index < len(lengths)) for index, length in enumerate((*lengths, *cut))]
+    model = fit_lengths(answers)
     if model is None:
         return None
-    ordered = sorted(lengths)
-    return Yardstick(statistics.fmean(lengths), quantile(ordered, 0.99), source, model.intercept, model.spread_nats, model.tail_nats)
+    p99 = model.quantile_tokens(answers, 0.99) if cut else quantile(sorted(lengths), 0.99)
+    mean = math.exp(model.intercept + model.spread_nats**2 / 2) if cut else statistics.fmean(lengths)
+    return Yardstick(mean, p99, source, model.intercept, model.spread_nats, model.tail_nats)
 
 
 def _given(mean_tokens: float | None, p99_tokens: float) -> Yardstick:

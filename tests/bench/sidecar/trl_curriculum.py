@@ -103,7 +103,7 @@ def main(arm: str, seed: int, out: Path) -> None:
         spread = prompts[:: max(1, len(prompts) // NUM_REFERENCE_PROMPTS)]
         torch.manual_seed(seed)
         golden = golden_lengths(teacher, tokenizer, spread, max_new_tokens=CAP_TOKENS)
-        governor = LengthGovernorCallback(reference_lengths=golden.finished, out=out)
+        governor = LengthGovernorCallback(reference=golden.finished, out=out)
     # ---- to here
     trainer = DistillationTrainer(
         model=AutoModelForCausalLM.from_pretrained(SUMS / "student", dtype=torch.float32),

@@ -35,7 +35,7 @@ CAP_TOKENS, LOWERED_TOKENS, TURN_AT = 64, 12, 2
 class Turned:
     """In place of the law: at rest up to TURN_AT, then everything at once."""
 
-    def advise(self, seen: Any, finish_reasons: Any, reference_lengths: Any) -> dict[str, Any]:
+    def advise(self, seen: Any, finish_reasons: Any, golden: Any) -> dict[str, Any]:
         limits = dict(AT_REST)
         if seen.step >= TURN_AT:
             limits |= {"cap_tokens": LOWERED_TOKENS, "lr_scale": 0.5, "golden_weight": 1.0, "reference_kl_weight": 0.2}

@@ -158,6 +158,7 @@ def test_before_a_real_vllm_server(tmp_path: Path) -> None:
     """Greedy answers through the proxy are vLLM's own, byte for byte but for their id and time; then a cap is lowered and loops stop."""
     model = build_tiny(tmp_path / "model")
     options = "step_answers: 16"
+    num_tokens = json.loads((model / "config.json").read_text())["vocab_size"]
     with (
         vllm_server(model, "tiny", tmp_path / "vllm", "--max-model-len", "256") as direct,
         govern(tmp_path, "--proxy", direct, policy=options) as (url, _),
@@ -166,16 +167,15 @@ def test_before_a_real_vllm_server(tmp_path: Path) -> None:
         ask = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 128, "ignore_eos": True}
 
         def answer(where: str, **changes: object) -> dict[str, object]:
-            got = http.post(f"{where}/v1/completions", json=ask | changes).json()
+            got = http.post(f"{where}/v1/completions", json=ask | changes).raise_for_status().json()
             return {key: value for key, value in got.items() if key not in ("id", "created")}
 
         for changes in ({"temperature": 0, "max_tokens": 24, "logprobs": 2}, {"temperature": 1.0, "seed": 3, "max_tokens": 24}):
             assert answer(url, **changes) == answer(direct, **changes)
         lengths: list[int] = []
         for step in range(30):
-            # Answers of 20 tokens for twelve steps, then answers that would never end.
-            own_end = 20 + step % 3 if step < 12 else 128
-            stop = {"stop_token_ids": list(range(256)), "min_tokens": own_end, "ignore_eos": False} if step < 12 else {}
+            # Twelve steps of answers that end at once, then answers that would never end.
+            stop = {"stop_token_ids": list(range(num_tokens)), "ignore_eos": False} if step < 12 else {}
             with concurrent.futures.ThreadPoolExecutor(16) as pool:
                 changed = stop | {"temperature": 1.0}
                 answers = list(pool.map(lambda _, changed=changed: answer(url, **changed), range(16)))
