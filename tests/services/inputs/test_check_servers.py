@@ -1,7 +1,10 @@
 """What `opd check` says of a teacher that a server has."""
 
+from pathlib import Path
+
 import pytest
 
+from opd_governor.actors.teacher.probe import ServerError
 from opd_governor.services.inputs.check_servers import check_server
 from opd_governor.services.inputs.resolve import ModelFacts, student_facts
 from opd_governor.services.job.settings import Job
@@ -50,3 +53,19 @@ def test_whatever_a_probe_raises_is_one_line(student: ModelFacts, monkeypatch: p
     assert (
         line == "fail: teacher far: http://127.0.0.1:9: its answer to a probe: 'int' object has no attribute 'get' at all; look at its log"
     )
+
+
+def test_a_tokenizer_that_raises_on_foreign_letters_is_compared_on_what_it_can_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums' tokenizer knows 33 characters and has no unknown token: accents and CJK raise."""
+    job = job_of("http://127.0.0.1:9", str(Path(__file__).parents[3] / "deploy/sums/student"))
+    asked: list[str] = []
+
+    def note(settings: object, stop_ids: object, texts: dict[str, list[int]]) -> None:
+        asked.extend(texts)
+        raise ServerError("enough")
+
+    monkeypatch.setattr("opd_governor.services.inputs.check_servers.PAUSE_S", 0.0)
+    monkeypatch.setattr("opd_governor.services.inputs.check_servers.probe", note)
+    (line,) = said(job, student_facts(job.student)).values()
+    assert line == "fail: enough"
+    assert not any("Grüße" in text for text in asked)
