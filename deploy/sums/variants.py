@@ -91,13 +91,18 @@ def with_hints(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return [row | {"hint": render_hint(terms_of(row["prompt"]))} for row in rows]
 
 
+def write_prompts(out: Path) -> None:
+    """The training prompts with their hints."""
+    rows = with_hints(prompt_files()["prompts_3_9.jsonl"])
+    (out / "prompts_hinted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def make_hinted(out: Path) -> None:
     tokenizer = build_tokenizer(WINDOW_TOKENS)
     model = train(build(HINTED), HINTED, tokenizer)
     model.save_pretrained(out / "hinted")
     tokenizer.save_pretrained(out / "hinted")
-    rows = with_hints(prompt_files()["prompts_3_9.jsonl"])
-    (out / "prompts_hinted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(out)
     held_out = prompt_files()["eval_3_9.jsonl"]
     print(
         f"  hinted: accuracy {accuracy(model, tokenizer, held_out):.3f}, with hints {accuracy(model, tokenizer, with_hints(held_out)):.3f}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deploy.sums import recipe, task
+from deploy.sums import recipe, task, variants
 
 SUMS = Path(recipe.__file__).parent
 MODELS = ("teacher", "student")
@@ -67,6 +67,7 @@ def test_the_shipped_tokenizer_is_the_one_the_recipe_builds(name, tmp_path):
 
 def test_the_shipped_prompt_files_are_what_the_recipe_writes_byte_for_byte(tmp_path):
     recipe.write_prompts(tmp_path)
+    variants.write_prompts(tmp_path)
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert written == {path.name: path.read_bytes() for path in SUMS.glob("*.jsonl")}
 
