@@ -82,28 +82,28 @@ class Yardstick:
         if self.centre is None:
             return {}
         if seen.lengths and not self.by_means:
-            cut = (
-                np.array([length >= cap_tokens for length in seen.lengths]) if seen.truncation else np.zeros(len(seen.lengths), dtype=bool)
-            )
-            budgets, centres = np.full(len(seen.lengths), cap_tokens), np.full(len(seen.lengths), self.centre)
-            found = self._model().measure(np.array(seen.lengths), budgets, cut, centres)
-            nats, tail, expected = found.nats_N, float(found.in_tail_N.sum()), float(found.tail_probability_N.sum())
+            lengths_N = np.array(seen.lengths)
+            cut_N = (lengths_N >= cap_tokens) & bool(seen.truncation)
+            budgets_N, centres_N = np.full(len(lengths_N), cap_tokens), np.full(len(lengths_N), self.centre)
+            found = self._model().measure(lengths_N, budgets_N, cut_N, centres_N)
+            scored = float(len(lengths_N))
+            over, under = float(found.nats_N.clip(min=0).sum()), float((-found.nats_N).clip(min=0).sum())
+            squares = float((found.nats_N**2).sum())
+            tail, expected = float(found.in_tail_N.sum()), float(found.tail_probability_N.sum())
         elif seen.length_mean_tokens:
-            nats = np.full(1, math.log(seen.length_mean_tokens) - self.centre)
-            tail = number * _tail_share(seen, math.exp(self.centre + self.tail_nats))
-            expected = number * TAIL_SHARE
-            nats = np.repeat(nats, max(1, round(number)))
+            scored = max(1.0, number)
+            nats = math.log(seen.length_mean_tokens) - self.centre
+            over, under = scored * max(0.0, nats), scored * max(0.0, -nats)
+            squares = scored * (nats**2 + self.spread_nats**2)  # a mean hides how answers scatter
+            tail, expected = scored * _tail_share(seen, math.exp(self.centre + self.tail_nats)), scored * TAIL_SHARE
         else:
             return {}
-        squares = float((nats**2).sum())
-        if self.by_means or not seen.lengths:
-            squares += len(nats) * self.spread_nats**2  # one mean repeated hides how answers scatter
         return {
-            "opd_length_scored_total": float(len(nats)),
-            "opd_length_over_nats_total": float(nats.clip(min=0).sum()),
-            "opd_length_under_nats_total": float((-nats).clip(min=0).sum()),
+            "opd_length_scored_total": scored,
+            "opd_length_over_nats_total": over,
+            "opd_length_under_nats_total": under,
             "opd_length_squares_total": squares,
-            "opd_length_tail_total": min(float(len(nats)), tail),
+            "opd_length_tail_total": min(scored, tail),
             "opd_length_tail_expected_total": expected,
             "opd_length_reference_spread_nats": self.spread_nats,
         }
@@ -136,10 +136,11 @@ def _fitted(lengths: Sequence[float], source: str, cut: Sequence[float] = ()) ->
 
 def _given(mean_tokens: float | None, p99_tokens: float) -> Yardstick:
     """From a p99 and, where it is known, a mean: log lengths taken as normal."""
-    mean = mean_tokens or p99_tokens / math.exp(2.33 * ANSWER_SPREAD_NATS)
-    spread = max(MIN_SPREAD_NATS, math.log(max(1.0, p99_tokens / max(1.0, mean))) / 2.33)
-    tail = math.log(TAIL_MARGIN * p99_tokens / max(1.0, mean))
-    return Yardstick(mean, p99_tokens, "the reference length that was given", math.log(max(1.0, mean)), spread, tail)
+    p99_tokens = max(1.0, p99_tokens)
+    mean = max(1.0, mean_tokens or p99_tokens / math.exp(2.33 * ANSWER_SPREAD_NATS))
+    spread = max(MIN_SPREAD_NATS, math.log(max(1.0, p99_tokens / mean)) / 2.33)
+    tail = math.log(TAIL_MARGIN * p99_tokens / mean)
+    return Yardstick(mean, p99_tokens, "the reference length that was given", math.log(mean), spread, tail)
 
 
 def _tail_share(seen: StepSeen, threshold_tokens: float) -> float:

@@ -38,7 +38,7 @@ def govern(folder: Path, *options: str, policy: str = "{}", port: int | None = N
     url = f"http://127.0.0.1:{port}"
     inside = f"{url}/governor" if "--proxy" in options else url
     try:
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 180
         while not _answers(f"{inside}/healthz"):
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline_s
