@@ -44,7 +44,7 @@ async def measure(path: Path, overrides: tuple[str, ...], threads: int, repeats:
     from opd_governor.services.inputs.prompts import open_prompts
     from opd_governor.services.inputs.resolve import resolve
     from opd_governor.services.job.load import load_job
-    from opd_governor.services.run.distill import base_limits
+    from opd_governor.services.run.terms import base_limits
 
     torch.set_num_threads(threads)
     job = load_job(path, overrides)
