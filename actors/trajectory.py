@@ -67,6 +67,8 @@ class LengthLimits:
     """Weight of KL(student || frozen initial student) on student prefixes."""
     stop_tilt_nats: float = 0.0
     """Strength b of the teacher's tilt toward stopping beyond the target length, nats."""
+    stop_weight: float = 0.0
+    """Weight of the dense loss on stopping."""
     loop_tail_weight: float = 1.0
     """Weight of tokens after a loop's onset: 1 keeps them, 0 masks them."""
     admission_quota: float = 1.0

@@ -127,6 +127,20 @@ ACTUATORS.add("stop_tilt_nats")(
         bound_key="max_stop_tilt_nats",
     )
 )
+ACTUATORS.add("stop_weight")(
+    Actuator(
+        title="stop weight",
+        unit="",
+        help="Weight of the dense loss on stopping: toward the tilted teacher's at every token, whether a stop was sampled or not.",
+        tighter="up",
+        bound=1.0,
+        stage=(0.2, 0.7),
+        shortens=True,
+        in_recovery=1.0,
+        range=(0, 10),
+        bound_key="max_stop_weight",
+    )
+)
 ACTUATORS.add("loop_tail_weight")(
     Actuator(
         title="loop tail weight",

@@ -122,7 +122,7 @@ def build_micro_batches(
     masks = [token_mask(r.trajectory, settings, limits.loop_tail_weight, stop_ids) * comparable(r.scores, settings) for r in rollouts]
     weights = token_weights(masks, settings.reduction, normaliser_tokens)
     whole_weights = weights
-    if settings.overlong_weight > 0:
+    if settings.overlong_weight > 0 or limits.stop_weight > 0:
         whole_masks = [token_mask(r.trajectory, settings, 1.0, stop_ids) * comparable(r.scores, settings) for r in rollouts]
         whole_weights = token_weights(whole_masks, settings.reduction, normaliser_tokens)
     rows = [
@@ -164,6 +164,7 @@ def _rollout_row(
         "tilt_N": stop_tilt(num_tokens, limits.stop_tilt_nats, target_tokens, settings.stop_tilt_width_tokens),
         "overlong_N": overlong_T,
         "tail_weight_N": tail_weight_T,
+        "stop_weight_N": limits.stop_weight * whole_weight_T,
     }
     if scores.sampled_only_T is not None:
         fields["sampled_only_N"] = scores.sampled_only_T
@@ -206,7 +207,7 @@ def _golden_row(prompt: Prompt, weight_T: np.ndarray, blank: dict[str, np.ndarra
 
 def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
     num_tokens = len(response_ids)
-    names = ["weight", "golden_weight", "tail_weight", "behaviour_logp", "teacher_logp", "teacher_stop_logp", "tilt", "overlong"]
+    names = ["weight", "golden_weight", "tail_weight", "stop_weight", "behaviour_logp", "teacher_logp", "teacher_stop_logp", "tilt", "overlong"]
     return {
         "sampled_ids_N": np.asarray(response_ids, np.int64),
         "position_N": np.arange(num_tokens),

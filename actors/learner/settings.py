@@ -67,6 +67,9 @@ class ObjectiveSettings(Settings):
     """None: the reference length (mean of golden or teacher answers)."""
     stop_tilt_width_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens from the target length to the tilt's full strength."""
+    stop_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Weight of the KL of {stop, go on} from the tilted teacher to the student, at every token of a rollout, loops included: a student that
+    samples no stop learns it all the same."""
     horizon_tokens: Annotated[int, Field(ge=1)] | None = None
     """Loss on the first tokens of each response only, and on its stop event wherever that stands, sampled or golden. None: all."""
     position_gamma: Annotated[float, Field(ge=0, le=10)] = 0.0
