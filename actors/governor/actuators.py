@@ -141,6 +141,19 @@ ACTUATORS.add("stop_weight")(
         bound_key="max_stop_weight",
     )
 )
+ACTUATORS.add("excess_weight")(
+    Actuator(
+        title="excess weight",
+        unit="share",
+        help="Weight of tokens beyond the teacher's longest answers to the same prompt; 0 masks them.",
+        tighter="down",
+        bound=0.0,
+        stage=(0.0, 0.4),
+        shortens=True,
+        in_recovery=1.0,
+        bound_key="min_excess_weight",
+    )
+)
 ACTUATORS.add("loop_tail_weight")(
     Actuator(
         title="loop tail weight",

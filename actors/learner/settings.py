@@ -70,6 +70,9 @@ class ObjectiveSettings(Settings):
     stop_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Weight of the KL of {stop, go on} from the tilted teacher to the student, at every token of a rollout, loops included: a student that
     samples no stop learns it all the same."""
+    excess_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Weight of tokens beyond the teacher's longest answers to the same prompt (golden pass); 1 keeps them, 0 masks them. They are states
+    that the teacher itself does not reach, where its scores say little, and they fill the batch. A stop among them counts whole."""
     horizon_tokens: Annotated[int, Field(ge=1)] | None = None
     """Loss on the first tokens of each response only, and on its stop event wherever that stands, sampled or golden. None: all."""
     position_gamma: Annotated[float, Field(ge=0, le=10)] = 0.0

@@ -176,7 +176,7 @@ class Run:
                 f"rollout counts as the tail; its own lengths ask for a cap of {reference.asked_cap_tokens}"
             )
         self.telemetry.use_reference(reference)
-        sources.stream.mark(golden.finished, golden.answers, golden.refused)
+        sources.stream.mark(golden.finished, golden.answers, golden.refused, reference.model)
         await fleet.set_reference(reference.mean_tokens)
         self._loop = Distillation(
             job,
