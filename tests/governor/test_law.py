@@ -190,12 +190,15 @@ def test_inflation_is_met_within_three_steps_and_the_sentence_names_the_evidence
     assert "a healthy run shows this once in" in met.reason
 
 
-def test_kl_alone_moves_nothing_but_the_brake_and_that_half_way():
+def test_kl_alone_brakes_and_calls_for_golden_answers_half_way_and_shortens_nothing():
     drifting = signals(kl=2.0)
-    last = run([HEALTHY] * 20 + [drifting] * 8)[-1]
+    decisions = run([HEALTHY] * 20 + [drifting] * 25)
+    last = decisions[-1]
     assert last.signal == "kl"
     assert last.limits.lr_scale == pytest.approx(0.55)
-    assert replace(last.limits, lr_scale=1.0, generation=0) == BASE
+    assert last.limits.golden_weight == pytest.approx((BASE.golden_weight + Policy().max_golden_weight) / 2)
+    assert replace(last.limits, lr_scale=1.0, golden_weight=BASE.golden_weight, unfinished_quota=BASE.unfinished_quota, generation=0) == BASE
+    assert not any(d.after.pressure for d in decisions[:30]), "one jump is new prompts; KL that stays up for ten steps is not"
 
 
 def test_short_answers_take_back_what_shortens():
