@@ -35,7 +35,8 @@ RECOVERED = 0.05
 LOST = 0.5
 """Severity at which a course that fails is followed by a rollback."""
 TRIAL_STEPS = 8.0
-"""Time that a course gets to show that it helps."""
+"""Time that a course gets to show that it helps, and, where it does at least no harm, ..."""
+LONG_TRIAL_STEPS = 32.0
 HELPS = 0.8
 """A course helps that lowers severity to this share in its time."""
 COOLDOWN_STEPS = 12.0
@@ -207,6 +208,8 @@ def _steer(state: State, policy: Policy, steps: float, *, stands: bool) -> tuple
         return state, None
     if state.severity <= HELPS * state.course_severity:
         return replace(state, course_steps=0.0, course_severity=state.severity), None
+    if state.severity < min(LOST, state.course_severity) and state.course_steps < LONG_TRIAL_STEPS:
+        return state, None  # no worse: what is learned slowly takes time
     other = replace(state, course="brake" if state.course == "push" else "push", course_steps=0.0, course_severity=state.severity)
     if cooling or state.severity < LOST:
         return other, None

@@ -48,8 +48,8 @@ class State:
     """Severity when the course began: a course that does not lower it is changed."""
     severity: float = 0.0
     """Share of rollouts beyond the teacher's longest or looping, less what the reference expects, over about 32 rollouts."""
-    settled: bool = True
-    """No rollback yet, or a healthy stretch since: an onset is answered by going back to before it."""
+    settled: bool = False
+    """A healthy stretch was seen since the start or the last rollback: there is something to go back to when an onset comes."""
     short_steps: float = 0.0
     """Steps at full pressure for answers that are too short."""
     cap_tokens: int | None = None

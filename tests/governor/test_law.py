@@ -284,6 +284,15 @@ def test_one_bad_batch_is_no_onset():
     assert decisions[20].after.pressure > 0
 
 
+def test_a_student_that_was_never_sound_is_pushed_at_once():
+    rambling = signals(tail=0.35, length=0.5, cut=0.35)
+    decisions = run([rambling] * 4 + [signals(tail=0.28, length=0.5, cut=0.28)] * 60)
+    assert not any(d.command for d in decisions)
+    assert {d.after.course for d in decisions[3:30]} == {"push"}, "no worse: what is learned slowly takes time"
+    assert decisions[20].limits.lr_scale == 1
+    assert decisions[-1].after.course != "push", "but not for ever"
+
+
 def test_where_the_student_is_no_sounder_after_a_rollback_it_is_pushed():
     rambling = signals(tail=0.35, length=0.5, cut=0.35)
     decisions = run([HEALTHY] * 20 + [rambling] * 30)
@@ -301,7 +310,7 @@ def test_a_course_that_helps_is_kept():
 
 
 def test_inflation_that_nothing_helps_rolls_back_and_stops_in_the_end():
-    decisions = run([HEALTHY] * 3 + [LOST_RUN] * 150, Policy(max_rollbacks=2))
+    decisions = run([HEALTHY] * 20 + [LOST_RUN] * 150, Policy(max_rollbacks=2))
     commands = [d.command for d in decisions if d.command]
     assert commands[:3] == ["rollback", "rollback", "stop"]
     first, second, *_ = (d for d in decisions if d.command)
