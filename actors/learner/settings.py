@@ -64,7 +64,7 @@ class ObjectiveSettings(Settings):
     stop_tilt_nats: Annotated[float, Field(ge=0, le=20)] = 0.0
     """Strength of the teacher's tilt toward stopping beyond the target length."""
     stop_tilt_target_tokens: Annotated[int, Field(ge=1)] | None = None
-    """None: the reference length (mean of golden or teacher answers)."""
+    """None: the mean length of the teacher's answers to the same prompt (golden pass), or to all prompts where that is not known."""
     stop_tilt_width_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens from the target length to the tilt's full strength."""
     stop_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
