@@ -121,6 +121,7 @@ def test_health_and_governor_answer_while_the_run_goes(finished: tuple[LiveRun, 
     assert 0 <= seen["governor"]["pressure"] <= 1
 
 
+@pytest.mark.alone
 def test_sigterm_leaves_a_checkpoint_within_its_grace_and_resume_loses_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "hunter2")
     stale = (*SMALL, "data.eval.path=null", "rollout.max_staleness=2", "rollout.prompts_per_step=24", "data.prompts.limit=200")
