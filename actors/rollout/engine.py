@@ -174,6 +174,7 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._llm.shutdown()
+        self._llm.engine_core.resources.ctx.term()  # vLLM closes the sockets of this context and forgets the context
 
 
 def _completion(output: CompletionOutput, weight_version: int) -> Completion:

@@ -235,7 +235,7 @@ class Job(Settings):
     teacher: tuple[TeacherSettings, ...]
     data: DataSettings
     rollout: RolloutSettings = RolloutSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
     governor: Policy = Policy()
     learner: LearnerSettings = LearnerSettings()
     cluster: ClusterSettings = ClusterSettings()

@@ -28,7 +28,7 @@ from opd_governor.services.record.trackers import Trackers
 from opd_governor.services.remote.jobs import announced
 from opd_governor.services.report.report import write_report
 from opd_governor.services.run.checkpoints import Checkpoints
-from opd_governor.services.run.cluster import connect, refuse_taken_name, require_roles
+from opd_governor.services.run.cluster import connect, descendants, leave, refuse_taken_name, require_roles
 from opd_governor.services.run.data import TrainingData
 from opd_governor.services.run.distill import Actors, Distillation
 from opd_governor.services.run.errors import TerminatedError
@@ -209,7 +209,7 @@ class Run:
         """No process of the run is left, and its report lies there."""
         self._ending = True
         if fleet is None:  # no room was found for any actor
-            ray.shutdown()
+            leave(descendants())
         else:
             await fleet.close()
             await asyncio.to_thread(fleet.stop)

@@ -16,10 +16,12 @@ from tiny import build_tiny
 from transformers import AutoModelForCausalLM
 
 from opd_governor.actors.learner.actor import Learner
-from opd_governor.actors.learner.batching import build_micro_batches
 from opd_governor.actors.learner.models import LearnerModels
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
-from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout
+from opd_governor.actors.trajectory import LengthLimits, Prompt
+
+pytestmark = pytest.mark.integration
+"""Processes of their own, joined over gloo."""
 
 TOLERANCE = 1e-5
 NUM_STEPS = 4
@@ -205,22 +207,3 @@ def test_the_student_that_two_ranks_write_loads_as_any_other(two: Ranks, tmp_pat
     mine, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_every_token_is_dealt_once_and_ranks_make_equally_many_passes(folders: tuple[Path, Path], num_ranks: int) -> None:
-    rollouts: list[ScoredRollout] = batch(*folders, num=7)
-    shares = [
-        build_micro_batches(
-            rollouts, GOLDEN, ObjectiveSettings(), LIMITS, micro_batch_tokens=48, max_new_tokens=32, reference_length_tokens=4.0,
-            share=(rank, num_ranks),
-        )
-        for rank in range(num_ranks)
-    ]  # fmt: skip
-    assert len({len(share) for share in shares}) == 1
-    fields = [micro.fields for share in shares for micro in share]
-    assert sum(float(f.weight_N.sum()) for f in fields) == pytest.approx(1)
-    assert sum(float(f.golden_weight_N.sum()) for f in fields) == pytest.approx(LIMITS.golden_weight)
-    assert sum(int(f.rollout_N.sum()) for f in fields) == sum(len(r.trajectory.token_ids) for r in rollouts)
-    tokens = [sum(len(micro.fields) for micro in share) for share in shares]
-    assert max(tokens) - min(tokens) <= 30

@@ -31,7 +31,7 @@ def test_every_step_is_taken_once_and_no_prompt_is_lost(tmp_path: Path, stalenes
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_the_learner_does_not_wait_for_the_engines_to_load_and_no_rollout_is_staler_than_asked_for(tmp_path: Path, staleness: int) -> None:
     loop = Loop(tmp_path, staleness=staleness)
-    loop.fleet.load_s = 0.02
+    loop.fleet.load_s = 0.1  # a learning takes 0.005: the rest is for a busy machine
     records = loop.run()
     assert [record["step"] for record in records] == list(range(1, 11))
     assert max(record["staleness_mean"] for record in records) == staleness
