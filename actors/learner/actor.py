@@ -21,6 +21,7 @@ from torch.distributed import TCPStore
 from opd_governor.actors.learner.batching import MicroBatch, build_micro_batches
 from opd_governor.actors.learner.checkpoint import STUDENT
 from opd_governor.actors.learner.fields import TokenLosses
+from opd_governor.actors.learner.lora import adapter_bytes
 from opd_governor.actors.learner.metrics import BatchMetrics, summarise
 from opd_governor.actors.learner.models import LearnerModels, load_models
 from opd_governor.actors.learner.optimizer import build_optimizer, learning_rate_at
@@ -28,7 +29,7 @@ from opd_governor.actors.learner.outgoing import HEAD, Outgoing
 from opd_governor.actors.learner.passes import Passes
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.learner.sharding import gather, join, open_rendezvous, rank_and_size
-from opd_governor.actors.learner.state import Snapshot, StudentFiles, restore_run, snapshot, write
+from opd_governor.actors.learner.state import MERGED, AdapterFiles, Snapshot, files_of, restore_run, snapshot, write
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout
 from opd_governor.actors.wire import rows_of, unpack
 
@@ -66,7 +67,8 @@ class Learner:
         loaded = load_models(models, settings)
         self._student = loaded.student
         self._passes = Passes(loaded, settings, objective, stop_ids)
-        self._files = StudentFiles(loaded.student, models, stop_ids)
+        self._files = files_of(loaded.student, models, stop_ids)
+        self._lora = models.lora
         self._optimizer = self._new_optimizer()
         self.weight_version = 0
         self._snapshot: Snapshot | None = None
@@ -185,7 +187,10 @@ class Learner:
     @torch.no_grad()
     def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, np.ndarray]:
         """The weight version, and all weights as the bytes of a safetensors file (uint8), the tied output head on its own; no weights
-        but on rank 0. `trained_only`: for engines that have had all of them, without those that no step changes."""
+        but on rank 0. `trained_only`: for engines that have had all of them, without those that no step changes. Of a student with an
+        addition always that alone, float32, with its settings in the file's header."""
+        if self._lora is not None:
+            return self.weight_version, np.frombuffer(adapter_bytes(gather(self._files.weights()), self._lora), np.uint8)
         outgoing = Outgoing(self._student.model, getattr(torch, dtype), trained_only=trained_only)
         first = rank_and_size()[0] == 0
         tensors = {name: tensor.to("cpu").contiguous() for name, tensor in outgoing if first}
@@ -211,8 +216,13 @@ class Learner:
     def save_student(self, folder: str, card: str | None = None, dtype: str = "float32") -> None:
         """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card. Rank 0 writes."""
         weights = gather(self._files.weights())
-        if rank_and_size()[0] == 0:
-            self._files.write(folder, weights, card, dtype)
+        merged = gather(self._files.merged()) if isinstance(self._files, AdapterFiles) else {}
+        if rank_and_size()[0] > 0:
+            return
+        if merged and isinstance(self._files, AdapterFiles):
+            gap_nats = self._files.write_merged(f"{folder}/{MERGED}", merged, card, dtype)
+            card = f"{card or ''}\nMerged into the weights in `{MERGED}/`: log-probs {gap_nats:.2g} nats away in the mean.\n"
+        self._files.write(folder, weights, card, dtype)
 
     def snapshot(self) -> None:
         """Copy what `save` will write, between two steps: the next one may run while it is written. Every rank gives, rank 0 keeps."""

@@ -1,5 +1,6 @@
 """Passes over the student: micro-batches in, the gradient on its parameters out. Also the probe that engines are compared with."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.actors.learner.batching import MicroBatch, ModelInputs
 from opd_governor.actors.learner.fields import LazyLogits, TokenFields, TokenLosses
+from opd_governor.actors.learner.lora import without_lora
 from opd_governor.actors.learner.models import Loaded
 from opd_governor.actors.learner.objective import chunked_objective
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
@@ -39,8 +41,9 @@ class Passes:
     def shard(self, device: torch.device) -> None:
         """Keep this rank's part of the student, whose parameters are others afterwards, and of the reference."""
         self._run = shard(self._student, device, self._settings.dtype)
-        if self._models.reference is not None:
-            shard_frozen(self._models.reference, device)
+        reference = self._models.reference
+        if reference is not None and reference is not self._student:
+            shard_frozen(reference, device)
 
     def gradient(
         self, micro_batches: Sequence[MicroBatch], limits: LengthLimits, optimizer: torch.optim.Optimizer
@@ -76,7 +79,7 @@ class Passes:
     def _loss(self, inputs: ModelInputs, fields: TokenFields, limits: LengthLimits) -> tuple[torch.Tensor, TokenLosses]:
         reference = self._models.reference if limits.reference_kl_weight > 0 else None
         with torch.autocast(self._student.device.type, torch.bfloat16, enabled=self._settings.dtype == "bfloat16"):
-            with torch.no_grad():
+            with torch.no_grad(), without_lora(self._student.model) if reference is self._student else contextlib.nullcontext():
                 reference_logits = _lazy(reference, inputs) if reference else None
             teacher_logits = None
             if self._models.teacher_head is not None:

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from opd_governor.actors.deadlines import FLOOR_S
 from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.learner.lora import LoraSettings
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.settings import Settings, TemplateKeys, Url
@@ -23,6 +24,8 @@ class StudentSettings(Settings):
     """Folder or id to take the tokenizer and chat template from. None: the student's own."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings along. Off: such a model is refused."""
+    lora: LoraSettings | None = None
+    """Train a low-rank addition to the model, which stays as it is. None: train its weights."""
 
 
 OnBadRow = Literal["refuse", "stop"]

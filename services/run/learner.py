@@ -55,6 +55,8 @@ class RunLearner:
             teacher=models.teachers[0] if job.objective.needs.hidden else None,
             trust_remote_code=job.student.trust_remote_code,
             tokenizer=models.tokenizer,
+            lora=job.student.lora,
+            seed=job.seed,
         )
         # A checkpoint is written while the next step runs. Ray takes the groups here only, not as an option.
         learner_type = ray.remote(concurrency_groups={"disk": 1})(Learner)

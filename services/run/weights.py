@@ -12,7 +12,9 @@ import numpy as np
 
 from opd_governor.actors.deadlines import Pace, Say
 from opd_governor.actors.rollout.actor import RayEngine
+from opd_governor.actors.rollout.arguments import lora_arguments
 from opd_governor.actors.rollout.pool import RolloutPool
+from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.services.job.settings import Job
 from opd_governor.services.record.batch import Sync
 from opd_governor.services.run.learner import RunLearner
@@ -121,8 +123,18 @@ class WeightSync:
         return max(BFLOAT16_TOLERANCE_NATS, ROUNDINGS * self._rounding_nats)
 
 
+def engine_settings(job: Job) -> RolloutSettings:
+    """What engines are started with: those of a LoRA student have its base, and room for additions."""
+    if job.student.lora is None:
+        return job.rollout
+    more = lora_arguments(job.student.lora.rank, job.rollout.max_staleness)
+    return job.rollout.model_copy(update={"engine": more | job.rollout.engine})
+
+
 def choose_transfer(job: Job, *, has_gpus: bool, planned: str | None = None) -> str:
-    """How weights travel: cluster.weight_transfer, or what fits the machines."""
+    """How weights travel: cluster.weight_transfer, or what fits the machines. A LoRA student's addition is small: always as a file."""
+    if job.student.lora is not None:
+        return "file"
     choice = job.cluster.weight_transfer
     if choice != "auto":
         return choice
