@@ -137,7 +137,7 @@ class AdapterFiles:
 
     def write_merged(self, folder: str, weights: dict[str, torch.Tensor], card: str | None, dtype: str) -> float:
         """A model in Hugging Face layout that needs no adapter. Returns what rounding to its dtype costs: the mean gap of log-probs to the
-        student with its addition, nats, on a sequence over the vocabulary. Where several ranks share the student it is not measured: NaN."""
+        student with its addition, nats, on a sequence over the vocabulary. With several ranks it is not measured: NaN."""
         self._whole.write(folder, weights, card, dtype)
         if rank_and_size()[1] > 1:
             return math.nan
