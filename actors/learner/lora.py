@@ -25,6 +25,8 @@ from opd_governor.actors.settings import Settings
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
+OUTSIDE = ("lm_head", "embed_tokens", "embed_out", "wte")
+"""Usual names of head and embeddings. Families that tie the two have a head that engines give no addition."""
 
 
 class LoraError(ValueError):
@@ -83,8 +85,9 @@ def add_lora(model: Any, settings: LoraSettings, seed: int) -> None:
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and id(module) in inside}
     found = {name.rpartition(".")[2] for name in linear}
     if unknown := set(settings.targets) - found:
+        outside = " (head and embeddings take no addition)" if unknown & set(OUTSIDE) else ""
         raise LoraError(
-            f"student.lora.targets: the decoder's blocks have no linear layer {', '.join(sorted(unknown))}; "
+            f"student.lora.targets: the decoder's blocks have no linear layer {', '.join(sorted(unknown))}{outside}; "
             f"choose from {', '.join(sorted(found))}"
         )
     if not found:
@@ -173,9 +176,20 @@ def read_adapter(folder: Path, settings: LoraSettings) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_adapter(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Take an adapter's weights, where the model is not cut over ranks. Raises LoraError where it has other layers."""
-    names = adapter_names(model)
-    if odd := sorted(set(names.values()) ^ set(tensors)):
-        raise LoraError(f"student.lora: adapter and student differ in {odd[0]} and {len(odd) - 1} others; set targets to the adapter's")
+    same_layers(model, tensors)
     own = dict(model.named_parameters())
-    for name, stored in names.items():
+    for name, stored in adapter_names(model).items():
         own[name].copy_(tensors[stored])
+
+
+def same_layers(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raises LoraError where an adapter is for other layers, or for layers of other sizes."""
+    own, names = dict(model.named_parameters()), adapter_names(model)
+    if odd := sorted(set(names.values()) ^ set(tensors)):
+        raise LoraError(
+            f"student.lora.start_from: adapter and student differ in {odd[0]} and {len(odd) - 1} others; set targets to the adapter's"
+        )
+    for name, stored in names.items():
+        if own[name].shape != tensors[stored].shape:
+            theirs, ours = tuple(tensors[stored].shape), tuple(own[name].shape)
+            raise LoraError(f"student.lora.start_from: {stored} is {theirs}, the student's {ours}; give the model that it was trained for")

@@ -164,7 +164,10 @@ class Engine:
         """Requests from here on use this adapter; those in flight keep theirs. Returns the folders that no request can use any more.
 
         Every adapter has a name, an id and a folder of its own: vLLM's prefix cache goes by them, and would serve an older one's.
+        Raises ValueError for a folder that is in use.
         """
+        if any(folder == held.lora_path for held in self._adapters):
+            raise ValueError(f"{folder} is an older version's: vLLM serves what it held before; give each version a folder of its own")
         number = self._num_updates + 1
         request = LoRARequest(f"policy-{number}", number, folder)
         await self._llm.add_lora(request)
