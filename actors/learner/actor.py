@@ -180,9 +180,10 @@ class Learner:
 
     # ---- weights for engines
 
-    def probe(self, token_ids: Sequence[int], dtype: str = "float32") -> np.ndarray:
-        """Log-probs [L - 1] of a fixed sequence, float32, to hold against an engine's; `dtype`: what the engine computes in."""
-        return self._passes.probe(token_ids, dtype)
+    def probe(self, token_ids: Sequence[int], dtype: str = "float32", *, base: bool = False) -> np.ndarray:
+        """Log-probs [L - 1] of a fixed sequence, float32, to hold against an engine's; `dtype`: what the engine computes in; `base`:
+        without a LoRA student's addition."""
+        return self._passes.probe(token_ids, dtype, base=base)
 
     @torch.no_grad()
     def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, np.ndarray]:

@@ -60,8 +60,8 @@ class LearnerGroup:
     async def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
         await together(rank.send_weights.remote(backend, dtype, actors, workers_per_engine) for rank in self.ranks)
 
-    async def probe(self, token_ids: Sequence[int], dtype: str) -> np.ndarray:
-        return (await together(rank.probe.remote(token_ids, dtype) for rank in self.ranks))[0]
+    async def probe(self, token_ids: Sequence[int], dtype: str, *, base: bool = False) -> np.ndarray:
+        return (await together(rank.probe.remote(token_ids, dtype, base=base) for rank in self.ranks))[0]
 
     async def snapshot(self) -> None:
         await together(rank.snapshot.remote() for rank in self.ranks)

@@ -62,11 +62,12 @@ class Passes:
         return summed(total, self._student.device), grad_norm, parts
 
     @torch.no_grad()
-    def probe(self, token_ids: Sequence[int], dtype: str) -> np.ndarray:
-        """Log-probs [L - 1] of a fixed sequence, nats, float32, computed in `dtype`."""
+    def probe(self, token_ids: Sequence[int], dtype: str, *, base: bool = False) -> np.ndarray:
+        """Log-probs [L - 1] of a fixed sequence, nats, float32, computed in `dtype`; `base`: without a LoRA student's addition."""
         device = self._student.device
         ids_BL = torch.tensor([list(token_ids)], device=device)
-        with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        off = without_lora(self._student.model) if base else contextlib.nullcontext()
+        with off, torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
             logits_LV = self._run(lambda: self._student.head(self._student.hidden(ids_BL)[0, :-1]))
         return logits_LV.float().log_softmax(-1).gather(1, ids_BL[0, 1:, None])[:, 0].cpu().numpy()
 

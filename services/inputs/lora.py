@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from opd_governor.actors.learner.lora import LoraError, LoraSettings, adapter_names, add_lora, lora_layers, read_adapter, same_layers
 from opd_governor.services.inputs.check_models import not_causal, num_experts
 from opd_governor.services.inputs.checks import Check
+from opd_governor.services.inputs.models import config_of
 from opd_governor.services.inputs.resolve import ModelFacts
 from opd_governor.services.job.settings import Job
 
@@ -22,7 +23,9 @@ def check_lora(job: Job, student: ModelFacts) -> Iterator[Check]:
     if lora is None or num_experts(student.config) or not_causal(student):  # refused as students in any case
         return
     try:
-        model = _without_weights(job, student, lora)
+        model = _without_weights(student.config, lora, job.student.trust_remote_code)
+        if lora.start_from is not None:
+            same_layers(model, read_adapter(Path(lora.start_from), lora))
     except LoraError as error:
         yield Check("lora", "fail", str(error), exit_code=2)
         return
@@ -35,23 +38,29 @@ def check_lora(job: Job, student: ModelFacts) -> Iterator[Check]:
         yield Check("lora learning rate", "warn", detail, "an addition takes about ten times as much: set it")
 
 
-def _without_weights(job: Job, student: ModelFacts, lora: LoraSettings) -> Any:
-    """The model with its addition, held against the adapter that it starts from. Raises LoraError."""
+def lora_targets(student: str, lora: LoraSettings, trust_remote_code: bool) -> tuple[str, ...]:
+    """Names of the layers that get an addition, such as q_proj, without the modules that they are in."""
+    return _names(_without_weights(config_of(student, trust_remote_code), lora, trust_remote_code))
+
+
+def _without_weights(config: Any, lora: LoraSettings, trust_remote_code: bool) -> Any:
+    """The model with its addition. Raises LoraError."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(student.config, trust_remote_code=job.student.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         add_lora(model, lora.model_copy(update={"start_from": None}), seed=0)
-    if lora.start_from is not None:
-        same_layers(model, read_adapter(Path(lora.start_from), lora))
     return model
+
+
+def _names(model: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in lora_layers(model)))
 
 
 def _words(model: Any) -> str:
     """Parameters and share, where they are, what travels and what is kept."""
     own = dict(model.named_parameters())
     trained, total = sum(own[name].numel() for name in adapter_names(model)), sum(p.numel() for p in own.values())
-    layers = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in lora_layers(model)))
     share = trained / (total - trained)
     return (
-        f"{trained:,} parameters, {share:.2%} of the model's {total - trained:,}, in {layers}; "
+        f"{trained:,} parameters, {share:.2%} of the model's {total - trained:,}, in {', '.join(_names(model))}; "
         f"{4 * trained / MIB:,.1f} MiB to the engines a step, {12 * trained / MIB:,.1f} MiB a checkpoint"
     )

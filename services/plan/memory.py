@@ -133,7 +133,7 @@ def engine_need(job: Job, student: Shape, tensor_parallel: int, window: int) -> 
         "engine workspace": GRAPHS_BYTES + CONTEXT_BYTES,
     }
     if lora is not None:
-        room = lora_arguments(lora.rank, job.rollout.max_staleness)
+        room = lora_arguments(lora.rank, lora.targets, job.rollout.max_staleness)
         each = itemsize * trained_parameters(job, student) * room["max_lora_rank"] / lora.rank
         terms["versions of the addition"] = room["max_loras"] * each / tensor_parallel
     return Need("rollout", terms, {"engine process": 4.0 * GIB})

@@ -232,8 +232,7 @@ class Distillation:
         self._journal.sync(sync)
         if not sync.sound:
             raise SyncError(
-                f"weight sync {sync.weight_version}: engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance "
-                f"{sync.tolerance_nats:g}; the engine does not hold the student's weights "
+                f"weight sync {sync.weight_version}: {sync.words}; the engine does not hold the student's weights "
                 "(raise cluster.probe_tolerance_nats only if bfloat16 explains it)"
             )
         return sync

@@ -78,7 +78,7 @@ class Fleet:
         self._remember_processes()
 
     def _create_engine(self, index: int) -> RayEngine:
-        job, settings = self._job, engine_settings(self._job)
+        job, settings = self._job, engine_settings(self._job, self._models.student)
         if job.student.trust_remote_code:
             settings = settings.model_copy(update={"engine": {"trust_remote_code": True} | settings.engine})
         rollout_type = ray.remote(RolloutActor).options(max_concurrency=10_000, **self._engine_places[index])

@@ -102,9 +102,10 @@ class RunLearner:
         tokens += sum(len(prompt.token_ids) + len(prompt.golden_ids or ()) for prompt in golden)
         return await self._ask("step", rollouts, golden, limits, reference_tokens, learning_rate, tokens=tokens)
 
-    async def probe(self, token_ids: Sequence[int], dtype: str | None = None) -> np.ndarray:
-        """[len(token_ids) - 1] log-probs of a sequence in the engines' precision: what rounding does to both sides is no gap."""
-        return await self._ask("probe", token_ids, dtype or self._job.rollout.dtype)
+    async def probe(self, token_ids: Sequence[int], dtype: str | None = None, *, base: bool = False) -> np.ndarray:
+        """[len(token_ids) - 1] log-probs of a sequence in the engines' precision: what rounding does to both sides is no gap. `base`:
+        of a LoRA student without its addition."""
+        return await self._ask("probe", token_ids, dtype or self._job.rollout.dtype, base=base)
 
     async def version(self) -> int:
         """Rises by one with every step taken."""
