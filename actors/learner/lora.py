@@ -37,6 +37,7 @@ class LoraSettings(Settings):
     """Train a low-rank addition to the student's linear layers instead of its weights."""
 
     rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """Inner width of the addition. The larger, the nearer to training all weights; 8 to 64 are usual."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """The addition is scaled by alpha / rank. None: twice the rank."""
     targets: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ NUM_KILLS = int(os.environ.get("OPD_KILLS", "1"))
 """The kept series of kills was made with more."""
 NUM_RANKS = int(os.environ.get("OPD_RANKS", "1"))
 MORE = os.environ.get("OPD_SETS", "").split()
-"""Such as `student.lora={rank:8}`: other jobs hold to it too."""
+"""Such as `student.lora.rank=8 learner.learning_rate=0.01`: other jobs hold to it too."""
 STEPS, EVERY_STEPS = 14, 4
 STRICT = (
     "rollout.max_staleness=0",
