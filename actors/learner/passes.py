@@ -1,7 +1,7 @@
 """Passes over the student: micro-batches in, the gradient on its parameters out. Also the probe that engines are compared with."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ class Passes:
         device = self._student.device
         ids_BL = torch.tensor([list(token_ids)], device=device)
         off = without_lora(self._student.model) if base else contextlib.nullcontext()
-        with off, torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        with off, _without_dropout(self._student.model), torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
             logits_LV = self._run(lambda: self._student.head(self._student.hidden(ids_BL)[0, :-1]))
         return logits_LV.float().log_softmax(-1).gather(1, ids_BL[0, 1:, None])[:, 0].cpu().numpy()
 
@@ -96,6 +96,16 @@ class Passes:
                 teacher=teacher_logits,
                 reference=reference_logits,
             )
+
+
+@contextlib.contextmanager
+def _without_dropout(model: Any) -> Iterator[None]:
+    """As engines have it."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def _lazy(lm: CausalLM, inputs: ModelInputs) -> LazyLogits:

@@ -155,3 +155,18 @@ def test_recomputed_and_bfloat16_passes_learn_alike(folders: tuple[Path, Path], 
         ours, theirs = other.step(rollouts, [], LIMITS, 10.0), exact.step(rollouts, [], LIMITS, 10.0)
         assert ours.loss == pytest.approx(theirs.loss, rel=0.05)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=0.1)
+
+
+def test_the_probe_knows_no_dropout(folders: tuple[Path, Path]) -> None:
+    """Engines have none: with it, a sync's probe would find them wrong."""
+    rollouts = batch(*folders)
+    actor = learner(folders[0], LoraSettings(rank=4, dropout=0.5))
+    actor.step(rollouts, [], LIMITS, 10.0)
+    first = actor.probe(PROBE)
+    np.testing.assert_array_equal(actor.probe(PROBE), first)
+    assert actor._student.model.training, "steps drop out again"
+    plain = learner(folders[0])
+    for (_, ours), (_, theirs) in zip(actor._files.weights(), plain._files.weights(), strict=True):
+        theirs.data.copy_(ours.data)
+    np.testing.assert_allclose(plain.probe(PROBE), first, atol=1e-6)
+    assert np.abs(plain.probe(PROBE) - plain.probe(PROBE, base=True)).max() > 1e-4
