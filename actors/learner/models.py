@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from opd_governor.actors.causal_lm import CausalLM, Head, compile_layers
 from opd_governor.actors.learner.lora import LoraSettings, add_lora
 from opd_governor.actors.learner.settings import LearnerSettings
+from opd_governor.actors.settings import FollowSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class LearnerModels:
     """Train an addition to the student, frozen in the passes' precision; it is its own reference then. None: train its weights."""
     seed: int = 0
     """Of a new addition's weights."""
+    follow: FollowSettings | None = None
+    """Keep the weights of a teacher that follows the student. None: no teacher does."""
 
 
 @dataclass(frozen=True, slots=True)

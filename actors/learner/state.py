@@ -19,12 +19,14 @@ from transformers.utils.hub import cached_file
 
 from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
+from opd_governor.actors.learner.follower import Follower
 from opd_governor.actors.learner.lora import adapter_names, lora_layers, read_adapter, write_adapter
 from opd_governor.actors.learner.models import LearnerModels
 from opd_governor.actors.learner.sharding import gather, of_every_rank, rank_and_size, scatter, whole
 
 COUNTERS = "learner.json"
 RANDOM = "random.safetensors"
+TEACHER = "teacher.safetensors"
 MERGED = "merged"
 """Folder inside an adapter's that holds the merged model."""
 PROBE_TOKENS = 64
@@ -39,6 +41,9 @@ class Snapshot:
     random: dict[str, torch.Tensor]
     """Generator state by rank and device, "0/cpu"; dropout draws from it."""
     weight_version: int
+    followed: dict[str, torch.Tensor]
+    """Weights of a teacher that follows the student; empty: none does."""
+    followed_version: int
 
 
 class StudentFiles:
@@ -160,7 +165,9 @@ def files_of(student: CausalLM, models: LearnerModels, stop_ids: Sequence[int]) 
     return StudentFiles(student, models, stop_ids) if models.lora is None else AdapterFiles(student, models, stop_ids)
 
 
-def snapshot(files: Files, student: CausalLM, optimizer: torch.optim.Optimizer, weight_version: int) -> Snapshot | None:
+def snapshot(
+    files: Files, student: CausalLM, optimizer: torch.optim.Optimizer, weight_version: int, follower: Follower | None = None
+) -> Snapshot | None:
     """Copy what `write` will write, between two steps. Every rank takes part; None but on rank 0."""
     weights = gather(files.weights(), copy=True)
     adam = moments(optimizer, optimized_names(student.model, optimizer))
@@ -170,7 +177,9 @@ def snapshot(files: Files, student: CausalLM, optimizer: torch.optim.Optimizer, 
     random = {
         f"{rank}/{kind}": part for kind, state in generators.items() for rank, part in enumerate(of_every_rank(state, student.device))
     }
-    return Snapshot(weights, adam, random, weight_version) if rank_and_size()[0] == 0 else None
+    followed = {} if follower is None else gather(follower.weights(), copy=True)
+    version = 0 if follower is None else follower.version
+    return Snapshot(weights, adam, random, weight_version, followed, version) if rank_and_size()[0] == 0 else None
 
 
 def write(files: Files, taken: Snapshot, folder: str) -> None:
@@ -180,7 +189,11 @@ def write(files: Files, taken: Snapshot, folder: str) -> None:
     with disk_errors(folder):
         save_file(taken.moments, path / OPTIMIZER)
         save_file(taken.random, path / RANDOM)
-        (path / COUNTERS).write_text(json.dumps({"weight_version": taken.weight_version}))
+        counters = {"weight_version": taken.weight_version}
+        if taken.followed:
+            save_file(taken.followed, path / TEACHER)
+            counters["followed_version"] = taken.followed_version
+        (path / COUNTERS).write_text(json.dumps(counters))
 
 
 def restore_run(student: CausalLM, optimizer: torch.optim.Optimizer, folder: str) -> int:
@@ -194,6 +207,14 @@ def restore_run(student: CausalLM, optimizer: torch.optim.Optimizer, folder: str
     if (state := random.get(f"{rank}/cuda")) is not None and student.device.type == "cuda":
         torch.cuda.set_rng_state(state, student.device)
     return int(json.loads((path / COUNTERS).read_text())["weight_version"])
+
+
+def restore_follower(follower: Follower, folder: str) -> None:
+    """Take the weights that a checkpoint's teacher had. One without them, of a job in which no teacher followed, leaves the student's as
+    it came."""
+    path = Path(folder)
+    if (path / TEACHER).is_file():
+        follower.restore(load_file(path / TEACHER), int(json.loads((path / COUNTERS).read_text())["followed_version"]))
 
 
 def optimized_names(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:

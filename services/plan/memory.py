@@ -112,9 +112,11 @@ def learner_need(job: Job, student: Shape, num_ranks: int) -> Need:
     if settings.gradient_checkpointing:
         backward += full.per_layer_token * tokens
     terms |= {"loss": loss} if loss > backward else {"layer under way": backward}
+    if job.follow is not None:
+        terms["teacher that follows"] = 4 * trained
     if with_reference(job):
         terms["reference"] = itemsize * (student.num_outside + (whole - student.num_outside) / num_ranks)
-    snapshot = 12 * trained
+    snapshot = (12 if job.follow is None else 16) * trained
     loading = whole * (4 if lora is None or num_ranks > 1 else itemsize)
     return Need("learner", terms, {"snapshot for a checkpoint": snapshot, "loading the student (rank 0)": loading})
 

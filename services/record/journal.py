@@ -129,6 +129,10 @@ class Journal:
         """What the learner has now; the engines follow with the next sync."""
         self._telemetry.set("opd_weight_version", weight_version, role="learner")
 
+    def followed(self, weight_version: int) -> None:
+        """The student's version whose step last changed a teacher that follows it."""
+        self._telemetry.set("opd_weight_version", weight_version, role="teacher")
+
     def aim(self, aim: Aim) -> None:
         """What rollouts are measured against from here on."""
         self._telemetry.aim = aim

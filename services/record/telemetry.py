@@ -73,7 +73,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("opd_learner_loss", "gauge", "Loss of the last step, nats."),
     Metric("opd_learner_grad_norm", "gauge", "Gradient norm of the last step before clipping."),
     Metric("opd_student_entropy_nats", "gauge", "Mean entropy of the student over the last batch's tokens."),
-    Metric("opd_weight_version", "gauge", "Student version that the learner has, and that the engines sample with.", ("role",)),
+    Metric("opd_weight_version", "gauge", "Student version of the learner, of the engines, of a teacher that follows.", ("role",)),
     Metric("opd_weight_sync_seconds", "histogram", "Time to bring new weights into the engines.", (), SECONDS_BUCKETS),
     Metric("opd_weight_sync_gap_nats", "gauge", "Largest engine-learner log-prob difference on the probe after the last sync."),
     Metric("opd_sample_staleness_steps", "histogram", "Learner steps between sampling and learning.", (), STALENESS_BUCKETS),

@@ -57,6 +57,7 @@ class RunLearner:
             tokenizer=models.tokenizer,
             lora=job.student.lora,
             seed=job.seed,
+            follow=job.follow,
         )
         # A checkpoint is written while the next step runs. Ray takes the groups here only, not as an option.
         learner_type = ray.remote(concurrency_groups={"disk": 1})(Learner)
@@ -114,6 +115,14 @@ class RunLearner:
     async def weights(self, *, trained_only: bool) -> tuple[int, Any]:
         """The version, and a reference to the weights in the engines' precision. `trained_only` leaves out what no step changes."""
         return await self._ask("weights", self._job.rollout.dtype, trained_only=trained_only)
+
+    async def followed_version(self) -> int:
+        """The student's version when the weights of a teacher that follows it last changed."""
+        return await self._ask("followed_version")
+
+    async def followed(self, dtype: str) -> tuple[int, Any]:
+        """That version, and a reference to those weights."""
+        return await self._ask("followed", dtype)
 
     async def send_weights(self, transfer: str, engines: list[Any]) -> None:
         """From GPU to GPU, to engines that expect them."""
