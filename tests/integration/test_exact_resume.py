@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from opd_governor.services.record.rundir import read_records
 from opd_governor.services.record.steps import CLOCK_FIELDS
-from tests.live_run import LiveRun
+from tests.live_run import ROOT, LiveRun
 
 pytestmark = pytest.mark.integration
 
@@ -22,8 +22,9 @@ SEED = int(os.environ.get("OPD_KILL_SEED", "1"))
 NUM_KILLS = int(os.environ.get("OPD_KILLS", "1"))
 """The kept series of kills was made with more."""
 NUM_RANKS = int(os.environ.get("OPD_RANKS", "1"))
+JOB_FILE = ROOT / os.environ.get("OPD_JOB", "deploy/jobs/sums.yaml")
 MORE = os.environ.get("OPD_SETS", "").split()
-"""Such as `student.lora.rank=8 learner.learning_rate=0.01`: other jobs hold to it too."""
+"""Such as `student.lora.rank=8 learner.learning_rate=0.01`, or `teacher.follow.ema=0.9` of sums-hinted: other jobs hold to it too."""
 STEPS, EVERY_STEPS = 14, 4
 STRICT = (
     "rollout.max_staleness=0",
@@ -69,11 +70,11 @@ def what_remains(out: Path) -> dict[str, Any]:
 
 
 def test_a_strict_run_killed_and_resumed_ends_bit_for_bit_as_one_never_killed(tmp_path: Path) -> None:
-    whole = LiveRun(tmp_path / "whole", *STRICT)
+    whole = LiveRun(tmp_path / "whole", *STRICT, job=JOB_FILE)
     assert whole.finish() == 0, whole.log.read_text()[-3000:]
     rng, out = random.Random(SEED), tmp_path / "killed"
     for number in range(NUM_KILLS):
-        live = LiveRun(out, *STRICT, resume=number > 0)
+        live = LiveRun(out, *STRICT, resume=number > 0, job=JOB_FILE)
         with live.client() as client:
             first = max((int(path.name[5:]) for path in (out / "checkpoints").glob("step-*")), default=0)
             live.wait_for(lambda client=client, first=first: client.get("/v1/run").json()["step"] > min(first, STEPS - EVERY_STEPS))
@@ -81,7 +82,7 @@ def test_a_strict_run_killed_and_resumed_ends_bit_for_bit_as_one_never_killed(tm
         at = read_records(out / "metrics.jsonl")[-1]["step"]
         kill_group(live)
         print(f"kill {number + 1}: during step {at + 1}")
-    resumed = LiveRun(out, *STRICT, resume=True)
+    resumed = LiveRun(out, *STRICT, resume=True, job=JOB_FILE)
     assert resumed.finish() == 0, resumed.log.read_text()[-3000:]
     expected, found = what_remains(tmp_path / "whole"), what_remains(out)
     for name in expected:
