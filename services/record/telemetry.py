@@ -34,7 +34,7 @@ LENGTH_BUCKETS = (*map(float, range(1, 16)), *(2.0**octave * (1 + part / 8) for 
 STALENESS_BUCKETS = (0.0, 1.0, 2.0, 4.0, 8.0)
 LABEL_VALUES = {
     "finish_reason": get_args(FinishReason),
-    "outcome": ("admitted", "masked_tail", "over_quota", "unscored"),
+    "outcome": ("admitted", "masked_tail", "over_quota", "unscored", "undemonstrated"),
     "position": POSITION_BUCKETS,
     "form": ("raw", "class"),
     "phase": ("rollout", "score", "learn", "sync", "total"),
@@ -79,6 +79,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("opd_sample_staleness_steps", "histogram", "Learner steps between sampling and learning.", (), STALENESS_BUCKETS),
     Metric("opd_teacher_requests_total", "counter", "Scoring requests.", ("teacher", "result")),
     Metric("opd_teacher_request_seconds", "histogram", "Time of a scoring request.", ("teacher",), SECONDS_BUCKETS),
+    Metric("opd_scores", "gauge", "What the last step's scores say of themselves: fields of metrics.jsonl (see scores.py).", ("field",)),
     Metric("opd_actor_restarts_total", "counter", "Actors restarted.", ("role",)),
     Metric("opd_step_seconds", "histogram", "Time of a step by phase.", ("phase",), SECONDS_BUCKETS),
     Metric("opd_length_scored_total", "counter", "Rollouts measured against their prompts' reference lengths."),
@@ -119,6 +120,7 @@ ADDITIONS = frozenset(
         "opd_length_reference_censored_ratio",
         "opd_length_reference_loops_ratio",
         "opd_governor_evidence_nats",
+        "opd_scores",
         "opd_nonfinite_samples_total",
         "opd_governor_cut_rollouts_total",
         "opd_run_paused",

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from opd_governor.actors.learner.lora import LoraSettings
+from opd_governor.actors.settings import FollowSettings
 from opd_governor.services.job.reference import PAGE, render
 from opd_governor.services.job.settings import Job, StudentSettings, TeacherSettings
 from opd_governor.services.job.tunables import Tunables
@@ -50,6 +51,7 @@ def test_the_defaults_on_the_page_are_those_of_a_job_that_sets_nothing() -> None
     job = Job.model_validate(given).model_dump(mode="json")
     assert job["student"]["lora"] is None, "a group that is left out; with nothing in it, it has these defaults"
     job["student"]["lora"] = LoraSettings().model_dump(mode="json")
+    job["teacher"][0]["follow"] = dict.fromkeys(FollowSettings.model_fields)
     for group, key, default in _rows():
         value: Any = job
         for part in [*group.split("."), key] if group != "top level" else [key]:
