@@ -12,7 +12,7 @@ from opd_governor.services.inputs.check_models import not_causal, num_experts
 from opd_governor.services.inputs.checks import Check
 from opd_governor.services.inputs.models import config_of
 from opd_governor.services.inputs.resolve import ModelFacts
-from opd_governor.services.job.settings import Job
+from opd_governor.services.job.settings import Job, StudentSettings
 
 MIB = 2**20
 
@@ -51,14 +51,27 @@ def _without_weights(config: Any, lora: LoraSettings, trust_remote_code: bool) -
     return model
 
 
+def trained_parameters(facts: ModelFacts, student: StudentSettings) -> int:
+    """How many parameters a LoRA student trains; 0 where it cannot, which `check_lora` says."""
+    assert student.lora is not None
+    try:
+        return _count(_without_weights(facts.config, student.lora, student.trust_remote_code))
+    except LoraError:
+        return 0
+
+
+def _count(model: Any) -> int:
+    own = dict(model.named_parameters())
+    return sum(own[name].numel() for name in adapter_names(model))
+
+
 def _names(model: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.rpartition(".")[2] for name in lora_layers(model)))
 
 
 def _words(model: Any) -> str:
     """Parameters and share, where they are, what travels and what is kept."""
-    own = dict(model.named_parameters())
-    trained, total = sum(own[name].numel() for name in adapter_names(model)), sum(p.numel() for p in own.values())
+    trained, total = _count(model), sum(p.numel() for p in model.parameters())
     share = trained / (total - trained)
     return (
         f"{trained:,} parameters, {share:.2%} of the model's {total - trained:,}, in {', '.join(_names(model))}; "

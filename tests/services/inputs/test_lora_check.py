@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.actors.learner.lora import LoraSettings, adapter_names, add_lora, write_adapter
+from opd_governor.services.inputs.check_machine import check_disk
 from opd_governor.services.inputs.check_models import check_student
 from opd_governor.services.inputs.checks import Check, exit_code
 from opd_governor.services.inputs.lora import check_lora
@@ -97,3 +98,14 @@ def test_the_adapter_to_start_from_is_held_against_the_model(tmp_path: Path) -> 
     first = next(iter(tensors))
     write_adapter(tmp_path / "wide", tensors | {first: torch.zeros(4, 999)}, settings, "base")
     assert "give the model that it was trained for" in problem(folder, {"rank": 4, "start_from": str(tmp_path / "wide")})
+
+
+def test_room_on_the_disk_is_asked_for_the_addition_alone(tmp_path: Path) -> None:
+    """A base that fills the disk many times over is no obstacle: no checkpoint holds it."""
+    folder = build_tiny(tmp_path / "student")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(2**40)  # sparse: it takes no room itself
+    tree: dict[str, Any] = {"name": "a", "student": {"model": "m"}, "teacher": {"model": "t"}, "data": {"prompts": {"path": "p"}}}
+    for lora, status in ((None, "fail"), ({"rank": 8}, "pass")):
+        job = Job.model_validate(tree | {"student": {"model": "m", "lora": lora}})
+        assert [check.status for check in check_disk(job, facts(folder), tmp_path)] == [status]
