@@ -1,9 +1,10 @@
 """Sequential tests: from one step's observation to accumulated evidence against health. Pure.
 
 Each test is an e-detector (Shin, Ramdas, Rinaldo, "E-detectors", 2022). A step brings an e-value: a number whose mean is at most 1 while
-the run is healthy, whatever came before. Evidence is the log of M, where M <- (1 + M) x e: the sum over all steps at which a change may
-have begun, of the evidence since. An alarm at M >= A then has an average run length of at least A steps between false alarms. Several alternatives (a small, a middle, a large departure) each keep their own M, and
-the evidence is that of their mean, which has the same property.
+the run is healthy, whatever came before. Evidence is the log of M, where M <- (1 + M) x e: the sum, over all steps at which a change may
+have begun, of the evidence since. An alarm at M >= A then has an average run length of at least A steps between false alarms. Several
+alternatives (a small, a middle, a large departure) each keep their own M, and the evidence is that of their mean, which has the same
+property.
 
 What is fed in is bounded and averaged over the step, so that heavy tails and batches of any size are the same to it. Rollouts of one
 step resemble each other: shares are read as those of fewer rollouts (a design effect), means by their scatter from step to step.

@@ -11,8 +11,8 @@ from opd_governor.actors.trajectory import LengthLimits
 Action = Literal["hold", "tighten", "release", "fallback", "rollback", "stop"]
 Command = Literal["rollback", "stop"]
 Course = Literal["prevent", "push", "brake"]
-"""prevent: before an onset, and after a rollback, limits follow pressure. Where an inflation cannot be rolled back, push: full golden rate, tilt, short cap and no brake, so that
-the student learns its way out; or brake: what pressure asks for, where pushing did not help."""
+"""prevent: before an onset, and after a rollback, limits follow pressure. Where an inflation cannot be rolled back, push: full golden rate,
+tilt, short cap and no brake, so that the student learns its way out; or brake: what pressure asks for, where pushing did not help."""
 
 
 def together(*shares: float) -> float:

@@ -115,13 +115,14 @@ def build_micro_batches(
     ...     hidden_NH = model.model(micro.student.input_ids_BL).last_hidden_state.flatten(0, 1)[micro.student.predictor_N]
     """
     normaliser_tokens = settings.constant_normaliser_tokens or float(max_new_tokens)
-    targets = [
-        settings.stop_tilt_target_tokens or r.trajectory.prompt.expected_tokens or reference_length_tokens for r in rollouts
-    ]
+    targets = [settings.stop_tilt_target_tokens or r.trajectory.prompt.expected_tokens or reference_length_tokens for r in rollouts]
     if limits.stop_tilt_nats > 0 and None in targets:
         raise ValueError("objective.stop_tilt_target_tokens: not set and no reference length known; set it or stop_tilt_nats to 0")
 
-    masks = [token_mask(r.trajectory, settings, limits.loop_tail_weight, stop_ids, limits.excess_weight) * comparable(r.scores, settings) for r in rollouts]
+    masks = [
+        token_mask(r.trajectory, settings, limits.loop_tail_weight, stop_ids, limits.excess_weight) * comparable(r.scores, settings)
+        for r in rollouts
+    ]
     weights = token_weights(masks, settings.reduction, normaliser_tokens)
     whole_weights = weights
     if settings.overlong_weight > 0 or limits.stop_weight > 0:
@@ -209,7 +210,8 @@ def _golden_row(prompt: Prompt, weight_T: np.ndarray, blank: dict[str, np.ndarra
 
 def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
     num_tokens = len(response_ids)
-    names = ["weight", "golden_weight", "tail_weight", "stop_weight", "behaviour_logp", "teacher_logp", "teacher_stop_logp", "tilt", "overlong"]
+    names = ["weight", "golden_weight", "tail_weight", "stop_weight", "behaviour_logp", "teacher_logp", "teacher_stop_logp", "tilt"]
+    names += ["overlong"]
     return {
         "sampled_ids_N": np.asarray(response_ids, np.int64),
         "position_N": np.arange(num_tokens),

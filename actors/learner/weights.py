@@ -18,9 +18,9 @@ def token_mask(
     stop_ids: Sequence[int] = (),
     excess_weight: float = 1.0,
 ) -> np.ndarray:
-    """[T] how much each token counts: 1, or `loop_tail_weight` from one period after a loop's onset, or `excess_weight` beyond the teacher's
-    longest answers to the same prompt; 0 beyond the horizon, and throughout where truncated rollouts are masked. Neither the excess nor
-    the horizon takes a stop."""
+    """[T] how much each token counts: 1, or `loop_tail_weight` from one period after a loop's onset, or `excess_weight` beyond the
+    teacher's longest answers to the same prompt; 0 beyond the horizon, and throughout where truncated rollouts are masked. Neither the
+    excess nor the horizon takes a stop."""
     mask_T = np.ones(len(trajectory.token_ids))
     if trajectory.truncated and settings.truncated == "mask":
         return np.zeros_like(mask_T)

@@ -141,8 +141,8 @@ class PromptStream:
     ) -> None:
         """Note what the golden pass learned: prompt index -> whether the teacher finished it, and its golden answer.
 
-        `refused`: prompts whose own golden answer was not kept; it is not learned either. `lengths`: of the teacher's answers. Raises DataError when the policy is drop and
-        nothing would be left.
+        `refused`: prompts whose own golden answer was not kept; it is not learned either. `lengths`: of the teacher's answers. Raises
+        DataError when the policy is drop and nothing would be left.
         """
         self._finished |= finished
         self._golden |= dict.fromkeys(refused)

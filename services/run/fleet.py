@@ -23,7 +23,7 @@ from opd_governor.services.record.batch import Sync
 from opd_governor.services.run.cluster import descendants, leave
 from opd_governor.services.run.learner import RunLearner
 from opd_governor.services.run.rooms import Rooms
-from opd_governor.services.run.weights import OnTaken, WeightSync, choose_transfer
+from opd_governor.services.run.weights import OnTaken, WeightSync, choose_transfer, engine_settings
 
 logger = logging.getLogger(__name__)
 OnRestart = Callable[[str, str], None]
@@ -77,7 +77,7 @@ class Fleet:
         self._remember_processes()
 
     def _create_engine(self, index: int) -> RayEngine:
-        job, settings = self._job, self._job.rollout
+        job, settings = self._job, engine_settings(self._job, self._models.student)
         if job.student.trust_remote_code:
             settings = settings.model_copy(update={"engine": {"trust_remote_code": True} | settings.engine})
         rollout_type = ray.remote(RolloutActor).options(max_concurrency=10_000, **self._engine_places[index])

@@ -247,7 +247,8 @@ class Run:
 def model_card(job: Job, directory: RunDirectory) -> str:
     """README.md of `final/`: what the student came from, and how it was trained."""
     teachers = ", ".join(t.model for t in job.teacher)
-    header = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [on-policy-distillation]\n---\n"
+    library = "transformers" if job.student.lora is None else f"peft\nbase_model: {job.student.model}"
+    header = f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [on-policy-distillation]\n---\n"
     return f"""{header}
 # {job.name}
 

@@ -197,7 +197,8 @@ def test_kl_alone_brakes_and_calls_for_golden_answers_half_way_and_shortens_noth
     assert last.signal == "kl"
     assert last.limits.lr_scale == pytest.approx(0.55)
     assert last.limits.golden_weight == pytest.approx((BASE.golden_weight + Policy().max_golden_weight) / 2)
-    assert replace(last.limits, lr_scale=1.0, golden_weight=BASE.golden_weight, unfinished_quota=BASE.unfinished_quota, generation=0) == BASE
+    rest = {"golden_weight": BASE.golden_weight, "unfinished_quota": BASE.unfinished_quota}
+    assert replace(last.limits, lr_scale=1.0, generation=0, **rest) == BASE
     assert not any(d.after.pressure for d in decisions[:28]), "a jump may be new prompts; KL that stays up is not"
 
 

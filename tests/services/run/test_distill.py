@@ -313,6 +313,19 @@ def test_samples_that_no_teacher_scored_are_counted_and_not_learned_from(tmp_pat
     assert loop.telemetry.registry.get_sample_value("opd_admitted_rollouts_total", {"run": "x", "outcome": "unscored"}) == 3
 
 
+def test_what_scores_say_of_themselves_is_a_gauge_as_well(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    score = loop.pool.score
+
+    async def with_copies(trajectories: Sequence[Trajectory]) -> list[TokenScores | None]:
+        return [found and replace(found, copied_T=np.arange(len(found.sampled_logp_T)) == 0) for found in await score(trajectories)]
+
+    loop.pool.score = with_copies  # type: ignore[method-assign]
+    assert loop.run()[-1]["copied"] == 0.25
+    assert loop.telemetry.registry.get_sample_value("opd_scores", {"run": "x", "field": "copied"}) == 0.25
+    assert loop.telemetry.registry.get_sample_value("opd_scores", {"run": "x", "field": "unaligned"}) is None
+
+
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_a_slow_teacher_slows_the_rollouts(tmp_path: Path, staleness: int) -> None:
     loop = Loop(tmp_path, staleness=staleness)
