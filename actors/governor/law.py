@@ -4,8 +4,9 @@
                 (e-values, one a step)   (fast up, slow down)      \\-> another course, roll back, stop
 
 Each signal is a sequential test against what the teacher does on the same prompts (evidence.py). Evidence over the threshold is
-pressure, at once; pressure falls only after a healthy stretch, and after a relapse the stretch asked for is longer. What the evidence is of
-(answers too long, too short, a student that leaves its teacher) decides what moves. Missing or stale signals hold everything.
+pressure, at once; pressure falls only after a healthy stretch. A relapse takes back what was released, and the next stretch asked for is
+longer. What the evidence is of (answers too long, too short, a student that leaves its teacher) decides what moves. Missing or stale
+signals hold everything.
 """
 
 import math
@@ -161,20 +162,23 @@ def _press(state: State, readings: Mapping[str, Reading], missing: list[str], st
     }
     held = {disease: state.pressure_of(disease) for disease in asked}
     if any(asked.values()):
-        relapse = state.releasing and any(asked[d] > held[d] for d in asked)
-        patience_steps = min(MAX_PATIENCE_STEPS, 2 * state.patience_steps) if relapse else state.patience_steps
+        patience_steps = state.patience_steps
+        if state.released_from:  # a relapse: what was released is taken back
+            held |= {d: max(held[d], state.released_from.get(d, 0.0)) for d in asked if asked[d] > 0}
+            patience_steps = min(MAX_PATIENCE_STEPS, 2 * patience_steps)
         raised = {f"pressure_{d}": max(held[d], asked[d]) for d in asked}
-        return replace(state, **raised, healthy_steps=0.0, releasing=False, patience_steps=patience_steps), 0.0  # type: ignore[arg-type]
+        return replace(state, **raised, healthy_steps=0.0, released_from={}, patience_steps=patience_steps), 0.0  # type: ignore[arg-type]
     if missing:
         return state, 0.0
     healthy_steps = state.healthy_steps + steps
     beyond = max(0.0, healthy_steps - state.patience_steps) - max(0.0, state.healthy_steps - state.patience_steps)
     lowered = {f"pressure_{d}": max(0.0, held[d] - RELEASE_PER_STEP * beyond) for d in held}
-    rested = healthy_steps > MAX_PATIENCE_STEPS and not any(lowered.values())
-    patience_steps = PATIENCE_STEPS if rested else state.patience_steps
+    released_from = state.released_from or (held if beyond > 0 and any(held.values()) else {})
+    patience_steps = state.patience_steps
+    if healthy_steps > MAX_PATIENCE_STEPS and not any(lowered.values()):
+        patience_steps, released_from = PATIENCE_STEPS, {}
     state = replace(state, **lowered, healthy_steps=healthy_steps, patience_steps=patience_steps)  # type: ignore[arg-type]
-    releasing = not rested and (state.releasing or (beyond > 0 and any(held.values())))
-    return replace(state, releasing=releasing), beyond
+    return replace(state, released_from=released_from), beyond
 
 
 def _sick_share(signals: Signals) -> float:
@@ -231,7 +235,7 @@ def _roll_back(state: State, policy: Policy) -> State:
     state = replace(state, cooldown_steps=COOLDOWN_STEPS, short_steps=0.0)
     if policy.mode != "enforce":
         return state
-    state = replace(state, rollbacks=state.rollbacks + 1, tracks={}, severity=0.0, healthy_steps=0.0, releasing=False, settled=False)
+    state = replace(state, rollbacks=state.rollbacks + 1, tracks={}, severity=0.0, healthy_steps=0.0, released_from={}, settled=False)
     return replace(state, course="prevent", course_steps=0.0, pressure_long=1.0 if state.pressure_long else 0.0)
 
 

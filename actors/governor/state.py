@@ -41,7 +41,8 @@ class State:
     """Since any signal was over its threshold."""
     patience_steps: float = 0.0
     """Healthy steps before pressure is released; it doubles with each relapse. 0: not set yet."""
-    releasing: bool = False
+    released_from: Mapping[str, float] = field(default_factory=dict)
+    """Disease -> its pressure when the release began, from then until a relapse returns to it or a long healthy stretch is over."""
     course: Course = "prevent"
     course_steps: float = 0.0
     course_severity: float = 0.0

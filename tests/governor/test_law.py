@@ -225,6 +225,16 @@ def test_pressure_waits_for_a_healthy_stretch_and_longer_after_a_relapse():
     assert decisions[58].after.patience_steps == 2 * PATIENCE_STEPS
 
 
+def test_a_relapse_takes_back_what_was_released():
+    policy = Policy(actuators=("lr_scale",))
+    mild = [signals(tail=0.15)] * 6
+    decisions = run([HEALTHY] * 20 + [LOST_RUN] * 3 + [HEALTHY] * 35 + mild + [HEALTHY] * 5, policy)
+    pressures = [d.after.pressure for d in decisions]
+    assert pressures[57] < 0.5 * pressures[22]
+    assert pressures[-1] == pressures[22], "though the evidence alone asks for less"
+    assert run([HEALTHY] * 20 + mild, policy)[-1].after.pressure < pressures[22]
+
+
 @pytest.mark.parametrize("spanned", [1, 3, 7, 21])
 def test_a_reading_that_spans_many_steps_releases_as_much_as_many_readings(spanned):
     state = replace(start(Policy(), BASE), pressure_long=1.0, limits=None)
