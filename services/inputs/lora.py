@@ -36,7 +36,7 @@ def check_lora(job: Job, student: ModelFacts) -> Iterator[Check]:
         yield Check("lora transfer", "warn", detail, "leave it out")
     if "learning_rate" not in job.learner.model_fields_set:
         detail = f"learner.learning_rate: the default of {job.learner.learning_rate:g} is for all weights"
-        yield Check("lora learning rate", "warn", detail, "an addition takes about ten times as much: set it")
+        yield Check("lora learning rate", "warn", detail, "an addition takes five to ten times as much: set it")
 
 
 def lora_targets(student: str, lora: LoraSettings, trust_remote_code: bool) -> tuple[str, ...]:

@@ -177,7 +177,7 @@ def test_a_run_trains_an_addition_and_leaves_it_in_final(tmp_path: Path) -> None
     out = tmp_path / "out"
     live = LiveRun(
         out, "student.lora={rank: 8, merge: true}", "learner.total_steps=4", "learner.learning_rate=0.01", "checkpoint.every_steps=2",
-        "data.golden.num_prompts=32", "data.eval.limit=8",
+        "data.golden.num_prompts=64", "data.eval.limit=8",
     )  # fmt: skip
     assert live.finish() == 0, live.log.read_text()[-3000:]
     assert len(read_records(out / "metrics.jsonl")) == 4

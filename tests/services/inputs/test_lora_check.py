@@ -64,7 +64,7 @@ def test_settings_beside_it_that_do_not_fit_are_warned_of(tmp_path: Path) -> Non
     assert [check.status for check in checks] == ["pass", "warn", "warn"]
     assert checks[1].detail.startswith("cluster.weight_transfer: nccl is not used")
     assert checks[2].line() == (
-        "learner.learning_rate: the default of 1e-05 is for all weights; an addition takes about ten times as much: set it"
+        "learner.learning_rate: the default of 1e-05 is for all weights; an addition takes five to ten times as much: set it"
     )
 
 
