@@ -71,8 +71,7 @@ class Learner:
         self.weight_version = 0
         self._snapshot: Snapshot | None = None
         self._store: TCPStore | None = None
-        self._trainer: Any = None
-        self._trainer_actors: list[Any] = []
+        self._sender: Any = None
 
     # ---- the process and its peers
 
@@ -194,17 +193,23 @@ class Learner:
         return self.weight_version, np.frombuffer(save(tensors), np.uint8)
 
     def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
-        """The same weights to every engine over GPUs: `backend` nccl or ipc. Every rank takes part."""
-        from opd_governor.actors.learner.transfer import open_trainer  # vllm takes seconds to import and is needed on GPUs only
+        """The same weights to every engine in one broadcast: `backend` nccl, ipc or gloo. Every rank takes part. Raises TransferError."""
+        from opd_governor.actors.learner.transfer import Sender  # vllm takes seconds to import and is needed here only
 
-        if actors != self._trainer_actors:  # the first time, or an engine was replaced: form the group again
-            if self._trainer is not None:
-                self._trainer.shutdown()
-                self._trainer = None
+        if self._sender is None or actors != self._sender.actors:  # the first time, or an engine was replaced: form the group again
+            self._leave_group()
             model, rank = self._student.model, rank_and_size()[0]
-            self._trainer = open_trainer(backend, model, getattr(torch, dtype), actors, workers_per_engine, rank)
-            self._trainer_actors = actors
-        self._trainer.send_weights()
+            self._sender = Sender(backend, model, getattr(torch, dtype), actors, workers_per_engine, rank)
+        try:
+            self._sender.send()
+        except Exception:
+            self._leave_group()
+            raise
+
+    def _leave_group(self) -> None:
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.close()
 
     # ---- files
 

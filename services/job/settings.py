@@ -160,8 +160,9 @@ class ClusterSettings(Settings):
     pin_roles: bool = False
     """Place each actor on a node that offers the Ray resource of its role: opd_rollout, opd_teacher or opd_learner. The worker groups
     of deploy/kuberay do; elsewhere `ray start --resources '{"opd_learner": 1}'`."""
-    weight_transfer: Literal["auto", "file", "nccl", "ipc"] = "auto"
-    """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node)."""
+    weight_transfer: Literal["auto", "file", "nccl", "ipc", "gloo"] = "auto"
+    """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node). gloo: nccl's
+    protocol on CPU tensors, to try it where there is no GPU."""
     probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None
     """Largest engine-learner gap on the probe after a sync; two misses in a row end the run. None: 0.01 when both are float32, else three
     times what bfloat16 does to the learner's own log-probs on the probe, and at least 0.5."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_governor.actors.deadlines import Pace, Say
+from opd_governor.actors.deadlines import ActorLostError, Pace, Say, TransferError
 from opd_governor.actors.rollout.actor import RayEngine
 from opd_governor.actors.rollout.pool import RolloutPool
 from opd_governor.services.job.settings import Job
@@ -30,6 +30,8 @@ BFLOAT16_TOLERANCE_NATS = 0.5
 """The least in bfloat16: its rounding was at .18 to .22 on SmolLM2, both sides computing in it."""
 ROUNDINGS = 3.0
 """Engine and learner each round on their own: so often the learner's own rounding is allowed between them."""
+MAX_SENDS = 3
+"""Broadcasts of one sync; each that fails leaves out the engines that turned out dead."""
 
 
 class WeightSync:
@@ -46,7 +48,7 @@ class WeightSync:
         self._rounding_nats: float | None = None
         """What bfloat16 does to the learner's own log-probs on the probe, when the run began: models differ by ten times in it."""
         self.transfer = "file"
-        """How they travel: file (Ray's object store), nccl or ipc."""
+        """How they travel: file (Ray's object store), nccl, ipc or gloo."""
 
     async def to_all(self, on_taken: OnTaken = lambda: None) -> Sync:
         """Bring the weights into every live engine; requests stay in flight. Returns the worst of the engines' gaps."""
@@ -77,7 +79,7 @@ class WeightSync:
     async def _bring(self, on_each: OnEach, newcomers: Sequence[RayEngine] = (), on_taken: OnTaken = lambda: None) -> list[Sync]:
         """One Sync per engine that `on_each` reaches."""
         started = time.monotonic()
-        by_transfer = self._by_file if self.transfer == "file" else self._by_gpu
+        by_transfer = self._by_file if self.transfer == "file" else self._by_broadcast
         version, expected, probes = await by_transfer(on_each, newcomers, on_taken)
         seconds, tolerance = time.monotonic() - started, await self._tolerance_nats()
         return [Sync(seconds, float(np.abs(probe - expected).max()), tolerance, version) for probe in probes]
@@ -98,12 +100,25 @@ class WeightSync:
         self._complete_at = num_restores
         return version, expected, probes
 
-    async def _by_gpu(self, on_each: OnEach, newcomers: Sequence[RayEngine], on_taken: OnTaken) -> tuple[int, np.ndarray, list[np.ndarray]]:
-        """A group of GPUs is formed of all engines: beside a newcomer the others get the same weights again."""
+    async def _by_broadcast(
+        self, on_each: OnEach, newcomers: Sequence[RayEngine], on_taken: OnTaken
+    ) -> tuple[int, np.ndarray, list[np.ndarray]]:
+        """A group is formed of all engines: beside a newcomer the others get the same weights again."""
         version = await self._learner.version()
-        await self._engines.on_each("a version to come", lambda engine: engine.actor.announce_version.remote(version))
-        await asyncio.gather(*(engine.actor.announce_version.remote(version) for engine in newcomers))
-        await self._learner.send_weights(self.transfer, [engine.actor for engine in (*self._engines.handles, *newcomers)])
+        for _ in range(MAX_SENDS):
+            # An engine that is dead shows here, and is replaced; one that dies later costs the broadcast, and shows in the next round.
+            await self._engines.on_each("a version to come", lambda engine: engine.actor.announce_version.remote(version))
+            await asyncio.gather(*(engine.actor.announce_version.remote(version) for engine in newcomers))
+            engines = [engine.actor for engine in (*self._engines.handles, *newcomers)]
+            try:
+                if engines:
+                    await self._learner.send_weights(self.transfer, engines)
+                break
+            except TransferError as error:
+                failure = error
+                self._say(f"weights of version {version} did not reach every engine: {error}")
+        else:  # all engines answer, so what fails is the learner's own end
+            raise ActorLostError("learner", failure)
         expected = await self._learner.probe(self._probe)
         on_taken()
         probes = await on_each("the weight probe", lambda engine: engine.actor.probe.remote(self._probe))
