@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 PROBE_TOLERANCE = 1e-2
 """Largest relative gap between this head and the model's own forward on a probe: far above rounding (bf16 included), far below
@@ -50,18 +50,21 @@ class CausalLM:
     def __init__(
         self, path: str, *, dtype: str = "float32", device: torch.device | str | None = None, trust_remote_code: bool = False
     ) -> None:
+        """`device` meta: the model's shape alone, without weights and without memory."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,  # never a pickle
-        )
-        self.model: Any = model.to(self.device).eval()
+        empty = self.device.type == "meta"
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+        if empty:
+            with self.device:
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options).to(self.device)  # never a pickle
+        self.model: Any = model.eval()
         self.context_tokens: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
         self.head = Head(self.model)
-        self._check_head(path)
+        if not empty:
+            self._check_head(path)
 
     def hidden(self, ids_BL: Tensor) -> Tensor:
         """[B, L, H] states after the last norm. Row l predicts token l + 1.

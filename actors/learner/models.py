@@ -1,5 +1,10 @@
-"""The models of one learner rank: the student, and beside it the frozen ones that a loss may need."""
+"""The models of one learner rank: the student, and beside it the frozen ones that a loss may need.
 
+    one rank:      load_models --> student, reference, teacher's head
+    several ranks: load_models --> their shapes --shard--> parts without values --fill: rank 0 loads, broadcasts--> each rank's parts
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from opd_governor.actors.causal_lm import CausalLM, Head, compile_layers
@@ -25,11 +30,14 @@ class LearnerModels:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The models, loaded. All but the student are frozen."""
+    """The models. All but the student are frozen. Of several ranks student and reference have shapes alone, until they are cut over
+    the ranks and filled."""
 
     student: CausalLM
     reference: CausalLM | None
     teacher_head: Head | None
+    whole: Callable[[CausalLM], CausalLM]
+    """Student or reference with its values, whole, on the CPU: what rank 0 fills the parts of all ranks from."""
 
 
 def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
@@ -38,8 +46,7 @@ def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
     def load(path: str, dtype: str, device: str | None = None) -> CausalLM:
         return CausalLM(path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code)
 
-    # Models of several ranks are loaded on the CPU: whole, they may not fit one rank's device.
-    device = "cpu" if settings.num_ranks > 1 else None
+    device = "meta" if settings.num_ranks > 1 else None
 
     def frozen(path: str, device: str | None = None) -> CausalLM:
         lm = load(path, settings.dtype, device)
@@ -58,4 +65,8 @@ def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
         for lm in (student, reference):
             if lm is not None:
                 compile_layers(lm.model)
-    return Loaded(student, reference, teacher_head)
+
+    def whole(lm: CausalLM) -> CausalLM:
+        return load(models.student, "float32" if lm is student else settings.dtype, "cpu")
+
+    return Loaded(student, reference, teacher_head, whole)

@@ -13,7 +13,7 @@ from opd_governor.actors.learner.fields import LazyLogits, TokenFields, TokenLos
 from opd_governor.actors.learner.models import Loaded
 from opd_governor.actors.learner.objective import chunked_objective
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
-from opd_governor.actors.learner.sharding import shard, shard_frozen, summed, whole
+from opd_governor.actors.learner.sharding import fill, shard, shard_frozen, summed, whole
 from opd_governor.actors.trajectory import LengthLimits
 
 EAGER_ROW_TOKENS = 256
@@ -37,10 +37,12 @@ class Passes:
         return torch.tensor(self._stop_ids, device=self._student.device)
 
     def shard(self, device: torch.device) -> None:
-        """Keep this rank's part of the student, whose parameters are others afterwards, and of the reference."""
+        """Hold this rank's part of the student, whose parameters are others afterwards, and of the reference."""
         self._run = shard(self._student, device, self._settings.dtype)
-        if self._models.reference is not None:
-            shard_frozen(self._models.reference, device)
+        fill(self._student, partial(self._models.whole, self._student))
+        if (reference := self._models.reference) is not None:
+            shard_frozen(reference, device)
+            fill(reference, partial(self._models.whole, reference))
 
     def gradient(
         self, micro_batches: Sequence[MicroBatch], limits: LengthLimits, optimizer: torch.optim.Optimizer
