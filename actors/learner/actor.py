@@ -220,13 +220,13 @@ class Learner:
             self._files.write(folder, weights, card, dtype)
 
     def snapshot(self) -> None:
-        """Copy what `save` will write, between two steps: the next one may run while it is written. Every rank gives, rank 0 keeps."""
+        """Copy what `save` will write, between two steps: the next one may run while it is written. Every rank copies its part."""
         self._snapshot = snapshot(self._files, self._student, self._optimizer, self.weight_version)
 
     def save(self, folder: str) -> None:
         """Write the snapshot for `restore` on any number of ranks: student, optimiser, generators, counters. Raises OSError.
 
-        On rank 0 only, which alone has it; it meets no other rank, so that steps go on meanwhile.
+        Every rank writes its part; they meet in a group of their own, so that steps go on meanwhile.
         """
         taken, self._snapshot = self._snapshot, None
         assert taken is not None, "save without a snapshot"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from opd_governor.actors.causal_lm import CausalLM, decoder_layers
 
@@ -32,6 +32,19 @@ def join(store: dist.TCPStore, rank: int, num_ranks: int, device: torch.device) 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=num_ranks)
+    _disk.group = dist.new_group(backend="gloo")
+
+
+class _Disk:
+    group: dist.ProcessGroup | None = None
+
+
+_disk = _Disk()
+
+
+def disk_group() -> dist.ProcessGroup | None:
+    """The same ranks again, for what they agree on while steps go on beside it: writing a checkpoint."""
+    return _disk.group
 
 
 @torch.no_grad()
@@ -136,13 +149,6 @@ def gather(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
         if rank == 0:
             tensors[name] = full.to("cpu", dtype or full.dtype, copy=copy).contiguous()
     return tensors
-
-
-@torch.no_grad()
-def scatter(full: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, equal on all ranks, cut as `like` is."""
-    full = full.to(like.device)
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full
 
 
 def of_every_rank(tensor: Tensor, device: torch.device) -> list[Tensor]:

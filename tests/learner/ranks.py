@@ -69,7 +69,7 @@ class Ranks:
 
     def save(self, folder: str) -> None:
         self.call("snapshot")
-        self.first("save", folder)
+        self.call("save", folder)
 
     def close(self) -> None:
         for connection in self._ours:
