@@ -133,15 +133,16 @@ class Learner:
                 micro_batches = [MicroBatch(m.student, f) for m, f in zip(micro_batches, fields, strict=True)]
         assert first is not None
         self.weight_version += 1
-        parts = [summarise(part, micro.fields, self._passes.stop_ids) for micro, part in zip(micro_batches, first, strict=True)]
+        stop_ids = self._passes.stop_ids.cpu()
+        parts = [summarise(part, micro.fields, stop_ids) for micro, part in zip(micro_batches, first, strict=True)]
         suspects = self._suspects(rollouts, limits, reference_tokens) if skipped else ()
         return StepReport(loss, grad_norm, rate, skipped, self.weight_version, reduce(add, parts), suspects)
 
     def _micro_batches(
         self, rollouts: Sequence[ScoredRollout], golden: Sequence[Prompt], limits: LengthLimits, reference_tokens: float
     ) -> list[MicroBatch]:
-        """This rank's share of a batch, on its device."""
-        micro_batches = build_micro_batches(
+        """This rank's share of a batch, on the CPU."""
+        return build_micro_batches(
             rollouts,
             golden,
             self._objective,
@@ -152,7 +153,6 @@ class Learner:
             reference_length_tokens=reference_tokens,
             share=rank_and_size(),
         )
-        return [micro.to(self._student.device) for micro in micro_batches]
 
     def _epoch(self, micro_batches: list[MicroBatch], limits: LengthLimits, rate: float) -> tuple[float, float, bool, list[TokenLosses]]:
         """One forward and backward over the batch and one optimiser step; a non-finite one changes nothing."""

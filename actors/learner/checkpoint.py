@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-
 MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"

@@ -1,13 +1,13 @@
 """The models of one learner rank: the student, and beside it the frozen ones that a loss may need.
 
-    one rank:      load_models --> student, reference, teacher's head
-    several ranks: load_models --> their shapes --shard--> parts without values --fill: rank 0 loads, broadcasts--> each rank's parts
+one rank:      load_models --> student, reference, teacher's head
+several ranks: load_models --> their shapes --shard--> parts without values --fill: rank 0 loads, broadcasts--> each rank's parts
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from opd_governor.actors.causal_lm import CausalLM, Head, compile_layers
+from opd_governor.actors.causal_lm import CausalLM, Head, compile_layers, load_head
 from opd_governor.actors.learner.settings import LearnerSettings
 
 
@@ -60,7 +60,9 @@ def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
     if settings.freeze_embeddings:
         student.model.get_input_embeddings().requires_grad_(False)
     reference = frozen(models.student, device) if models.with_reference else None
-    teacher_head = frozen(models.teacher).head if models.teacher else None
+    teacher_head = None
+    if models.teacher:
+        teacher_head = load_head(models.teacher, dtype=settings.dtype, trust_remote_code=models.trust_remote_code)
     if settings.compile:
         for lm in (student, reference):
             if lm is not None:

@@ -92,7 +92,6 @@ class StudentFiles:
         tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
         return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
 
-
     @property
     def in_parts(self) -> bool:
         """Ranks write their parts of the student's file themselves: there are several, and the file has the model's own names."""

@@ -96,6 +96,9 @@ def learner_need(job: Job, student: Shape, num_ranks: int) -> Need:
     if settings.gradient_checkpointing:
         backward += full.per_layer_token * tokens
     terms |= {"loss": loss} if loss > backward else {"layer under way": backward}
+    if job.objective.needs.hidden:
+        teacher = shape_of(job.teacher[0].model, job.teacher[0].trust_remote_code)
+        terms["teacher's head"] = itemsize * teacher.head_bytes_per_dtype_byte
     if with_reference(job):
         terms["reference"] = itemsize * (student.num_outside + (whole - student.num_outside) / num_ranks)
     snapshot = 12 * cut

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "learner"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import ranks as processes
 import torch
 import transformers
-from ranks import Ranks
 from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -91,7 +91,8 @@ def measure(smoke: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         root = Path(scratch)
         parameters = build(root / "student", **SIZES[smoke])
-        ranks = Ranks(NUM_RANKS)
+        processes.PATIENCE_S = 600.0
+        ranks = processes.Ranks(NUM_RANKS)
         try:
             watch = Watch([process.pid for process in ranks._processes])
             settings = LearnerSettings(num_ranks=NUM_RANKS, micro_batch_tokens=64, chunk_tokens=16)

@@ -181,9 +181,7 @@ def test_two_ranks_checkpoint_resumes_on_four_and_four_s_on_one(two: Ranks, fold
     assert max(float((t - expected[name]).abs().max()) for name, t in weights_of(resumed).items() if name not in KEY_BIASES) < TOLERANCE
 
 
-def test_a_full_disk_is_an_oserror_on_every_rank_and_the_ranks_go_on(
-    two: Ranks, folders: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_full_disk_is_an_oserror_on_every_rank_and_the_ranks_go_on(two: Ranks, folders: tuple[Path, Path], tmp_path: Path) -> None:
     pair(two, *folders)
     two.call("snapshot")
     (tmp_path / "optimizer").write_text("no folder can be made here")
