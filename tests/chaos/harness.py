@@ -126,6 +126,14 @@ class ChaosRun(LiveRun):
     def restarts(self, client: httpx.Client) -> Counter[str]:
         return restarts_in(client.get("/metrics").text)
 
+    def wait_until_learner_runs(self, method: str | None) -> None:
+        """Ray adds the method that an actor runs to its process' title."""
+        ranks = self.victims("learner") if method else []
+        until = time.monotonic() + RECOVERY_S
+        while ranks and not any(rank.cmdline()[0].startswith(f"{TITLES['learner']}.{method}") for rank in ranks):
+            assert time.monotonic() < until, f"no learner ran {method}"
+            time.sleep(0.002)
+
     def kill(self, client: httpx.Client, role: str, number: signal.Signals) -> Kill:
         """Kill a process of this role, and wait until it is replaced and the run has continued."""
         self.remember()
@@ -148,7 +156,14 @@ def restarts_in(metrics: str) -> Counter[str]:
 
 
 def run_with_kills(
-    out: Path, plan: Sequence[tuple[str, signal.Signals]], *, seed: int, steps: int, staleness: int, sets: Sequence[str] = ()
+    out: Path,
+    plan: Sequence[tuple[str, signal.Signals]],
+    *,
+    seed: int,
+    steps: int,
+    staleness: int,
+    sets: Sequence[str] = (),
+    during: str | None = None,
 ) -> Outcome:
     """One run of the quickstart with the kills of the plan, in its order, at moments drawn from the seed."""
     rng, started = random.Random(seed), time.monotonic()
@@ -173,6 +188,7 @@ def run_with_kills(
                 live, client, kill = _kill_driver(live, client, settings)
                 kills.append(kill)
             else:
+                live.wait_until_learner_runs(during)
                 kills.append(live.kill(client, role, number))
         exit_code = live.finish(RECOVERY_S)
     finally:
