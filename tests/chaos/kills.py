@@ -66,7 +66,7 @@ PIECES = {
     "driver-1": Piece(("driver",) * 4, 15),
     "driver-2": Piece(("driver",) * 3, 16),
     "hang-0": Piece(("learner", "teacher", "governor", "engine"), 10, stopped=("learner", "teacher", "governor", "engine")),
-    "broadcast-0": Piece(("rollout", "learner", "rollout", "learner"), 17, sets=BROADCAST, during="send_weights"),
+    "broadcast-0": Piece(("rollout", "learner"), 17, sets=BROADCAST, during="send_weights"),
     "strict-none": Piece((), 0, staleness=0, steps=STRICT_STEPS),
     "strict-0": Piece(("learner", "governor", "teacher"), 11, staleness=0, steps=STRICT_STEPS),
     "strict-1": Piece(("rollout", "learner", "governor"), 12, staleness=0, steps=STRICT_STEPS),
