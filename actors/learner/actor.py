@@ -215,7 +215,7 @@ class Learner:
 
     def save_student(self, folder: str, card: str | None = None, dtype: str = "float32") -> None:
         """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card. Rank 0 writes."""
-        weights = gather(self._files.weights())
+        weights = gather(self._files.weights(), getattr(torch, dtype))
         if rank_and_size()[0] == 0:
             self._files.write(folder, weights, card, dtype)
 

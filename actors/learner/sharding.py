@@ -141,13 +141,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, *, copy: bool = False) -> dict[str, Tensor]:
-    """Whole tensors on the first rank's CPU, one at a time; the other ranks take part and get none. `copy`: never the tensor itself."""
+    """Whole tensors on the first rank's CPU, one at a time, numbers with a point in `dtype`; the other ranks take part and get none.
+    `copy`: never the tensor itself."""
     rank, _ = rank_and_size()
     tensors = {}
     for name, tensor in named:
         full = whole(tensor.detach())
         if rank == 0:
-            tensors[name] = full.to("cpu", dtype or full.dtype, copy=copy).contiguous()
+            tensors[name] = full.to("cpu", dtype if dtype and full.is_floating_point() else full.dtype, copy=copy).contiguous()
     return tensors
 
 

@@ -140,7 +140,9 @@ class ClusterSettings(Settings):
     layout: Literal["auto", "colocated", "separate"] = "auto"
     """Where the cluster has GPUs: separate gives every learner rank, engine and teacher whole GPUs of its own; colocated puts rank i,
     engine i and teachers on GPU i; auto takes separate where it fits, else colocated. Ranks, engines, teacher actors and tensor
-    parallelism that the file does not name are chosen by the models' sizes. Without effect where gpus_per_* or placement_* is set."""
+    parallelism that the file does not name are chosen by the models' sizes. Without effect where gpus_per_* or placement_* is set.
+    Either way, what the file leaves open becomes on GPUs: dtype bfloat16 (learner, rollout, teacher), learner.gradient_checkpointing
+    true, rollout.enforce_eager false, rollout.max_num_seqs by memory, teacher.backend vllm where it can do what is asked."""
     gpus: Annotated[str, Field(pattern=r"^(\d+x)?\d+x\d+(\.\d+)?$")] | None = None
     """GPUs that an autoscaler will bring, as GPUs x GiB (8x80) or nodes x GPUs x GiB (4x8x80): the run plans for them and waits until
     they are there. None: those that the cluster has when the run starts."""
