@@ -13,7 +13,7 @@ import numpy as np
 from opd_governor.actors.deadlines import ActorLostError, Pace, Say, TransferError
 from opd_governor.actors.rollout.actor import RayEngine
 from opd_governor.actors.rollout.pool import RolloutPool
-from opd_governor.services.job.settings import Job
+from opd_governor.services.job.settings import Job, JobError
 from opd_governor.services.record.batch import Sync
 from opd_governor.services.run.learner import RunLearner
 
@@ -137,8 +137,14 @@ class WeightSync:
 
 
 def choose_transfer(job: Job, *, has_gpus: bool, planned: str | None = None) -> str:
-    """How weights travel: cluster.weight_transfer, or what fits the machines."""
+    """How weights travel: cluster.weight_transfer, or what fits the machines. Raises JobError where the choice cannot be had."""
     choice = job.cluster.weight_transfer
+    if choice in ("nccl", "ipc") and not has_gpus:
+        raise JobError(
+            f"cluster.weight_transfer: {choice} needs GPUs and the cluster has none; leave it at auto, or set gloo: nccl on CPUs"
+        )
+    if choice == "gloo" and has_gpus:
+        raise JobError("cluster.weight_transfer: gloo carries CPU tensors and the cluster has GPUs; leave it at auto")
     if choice != "auto":
         return choice
     if planned:

@@ -1,6 +1,6 @@
 """Host memory of a learner's ranks over gloo: the peak at load, and at a checkpoint, and at a resume.
 
-    python -m tests.bench.rank_memory            # 4 ranks, a quarter of a billion parameters: about 6 GiB, some minutes
+    python -m tests.bench.rank_memory            # 4 ranks, a tenth of a billion parameters: about 4 GiB, a minute or two
     python -m tests.bench.rank_memory --smoke    # tiny
 
 The student has random weights: memory does not depend on them. What is printed is each rank's highest anonymous memory (what the kernel
@@ -32,7 +32,7 @@ from opd_governor.actors.learner.models import LearnerModels
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
 
-SIZES = {False: {"hidden": 1024, "layers": 16, "vocabulary": 49152}, True: {"hidden": 64, "layers": 2, "vocabulary": 512}}
+SIZES = {False: {"hidden": 768, "layers": 12, "vocabulary": 32000}, True: {"hidden": 64, "layers": 2, "vocabulary": 512}}
 NUM_RANKS = 4
 SAMPLE_S = 0.005
 
