@@ -22,6 +22,8 @@ SHARDS = "sharded"
 
 def write(folder: Path, tensors: Mapping[str, Tensor], *, whole: bool = False) -> None:
     """A file for each rank; `whole`: one file of whole tensors, as any other program reads them. Raises OSError."""
+    if not tensors:
+        return
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True, enable_consolidation=whole)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=disk_group())
@@ -40,6 +42,8 @@ def names(folder: Path) -> set[str]:
 
 def read(folder: Path, into: Mapping[str, Tensor]) -> None:
     """Fill tensors, whole or cut over the present ranks, in place."""
+    if not into:
+        return
     reader = HuggingFaceStorageReader(str(folder))
     if rank_and_size()[1] == 1:
         with warnings.catch_warnings():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd_governor.actors.causal_lm import CausalLM, decoder_layers
 
@@ -150,6 +150,13 @@ def gather(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
         if rank == 0:
             tensors[name] = full.to("cpu", dtype if dtype and full.is_floating_point() else full.dtype, copy=copy).contiguous()
     return tensors
+
+
+@torch.no_grad()
+def scatter(full: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, equal on all ranks, cut as `like` is."""
+    full = full.to(like.device)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full
 
 
 def of_every_rank(tensor: Tensor, device: torch.device) -> list[Tensor]:

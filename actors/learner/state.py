@@ -7,6 +7,7 @@ Of one rank everything is whole. Of several each copies, writes and reads its ow
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,17 @@ from transformers.utils.hub import cached_file
 from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.actors.learner import parts
 from opd_governor.actors.learner.checkpoint import OPTIMIZER, PARTS, STUDENT, copied, load_moments, moments
+from opd_governor.actors.learner.follower import Follower
+from opd_governor.actors.learner.lora import adapter_names, lora_layers, read_adapter, write_adapter
 from opd_governor.actors.learner.models import LearnerModels
-from opd_governor.actors.learner.sharding import fill, gather, of_every_rank, rank_and_size
+from opd_governor.actors.learner.sharding import fill, gather, of_every_rank, rank_and_size, scatter, whole
 
 COUNTERS = "learner.json"
 RANDOM = "random.safetensors"
+TEACHER = "teacher.safetensors"
+MERGED = "merged"
+"""Folder inside an adapter's that holds the merged model."""
+PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,9 @@ class Snapshot:
     random: dict[str, torch.Tensor]
     """Generator state by rank and device, "0/cpu"; dropout draws from it."""
     weight_version: int
+    followed: dict[str, torch.Tensor]
+    """Weights of a teacher that follows the student; empty: none does."""
+    followed_version: int
 
 
 class StudentFiles:
@@ -63,14 +73,23 @@ class StudentFiles:
         with disk_errors(folder):
             self._student.model.config.save_pretrained(folder)
             _change(Path(folder) / "config.json", dtype=dtype)
-            source = self._models.tokenizer or self._models.student
-            AutoTokenizer.from_pretrained(source, trust_remote_code=self._trust).save_pretrained(folder)
-            generation = Path(folder) / "generation_config.json"
-            if own := cached_file(self._models.student, generation.name, _raise_exceptions_for_missing_entries=False):
-                shutil.copyfile(own, generation)
-            _change(generation, eos_token_id=self._stop_ids[0] if len(self._stop_ids) == 1 else self._stop_ids)
-            if card is not None:
-                (Path(folder) / "README.md").write_text(card)
+            self.write_beside(folder, card)
+
+    def write_beside(self, folder: str, card: str | None) -> None:
+        """What stands beside the weights: tokenizer, generation config, model card."""
+        source = self._models.tokenizer or self._models.student
+        AutoTokenizer.from_pretrained(source, trust_remote_code=self._trust).save_pretrained(folder)
+        generation = Path(folder) / "generation_config.json"
+        if own := cached_file(self._models.student, generation.name, _raise_exceptions_for_missing_entries=False):
+            shutil.copyfile(own, generation)
+        _change(generation, eos_token_id=self._stop_ids[0] if len(self._stop_ids) == 1 else self._stop_ids)
+        if card is not None:
+            (Path(folder) / "README.md").write_text(card)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether code of the model's own may run."""
+        return self._trust
 
     @torch.no_grad()
     def read(self, folder: str) -> None:
@@ -104,7 +123,75 @@ def _change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(held | values, indent=2) + "\n")
 
 
-def snapshot(files: StudentFiles, student: CausalLM, optimizer: torch.optim.Optimizer, weight_version: int) -> Snapshot:
+class AdapterFiles:
+    """The same verbs for a student with an addition: only that is written, in peft's format, with the student's tokenizer."""
+
+    def __init__(self, student: CausalLM, models: LearnerModels, stop_ids: Sequence[int]) -> None:
+        assert models.lora is not None
+        self._student, self._source, self._settings = student, models.student, models.lora
+        self._whole = StudentFiles(student, models, stop_ids)
+
+    def write(self, folder: str, weights: dict[str, torch.Tensor], card: str | None = None, dtype: str = "float32") -> None:
+        """The addition stays float32 whatever `dtype`, which is the merged model's."""
+        with disk_errors(folder):
+            write_adapter(Path(folder), weights, self._settings, self._source)
+            self._whole.write_beside(folder, card)
+
+    def read(self, folder: str) -> None:
+        own = dict(self._student.model.named_parameters())
+        stored = read_adapter(Path(folder), self._settings)
+        with torch.no_grad():
+            for name, in_file in adapter_names(self._student.model).items():
+                own[name].copy_(scatter(stored[in_file], own[name]))
+
+    in_parts = False
+    """It is small: rank 0 writes it whole."""
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        own = dict(self._student.model.named_parameters())
+        return ((in_file, own[name]) for name, in_file in adapter_names(self._student.model).items())
+
+    def merged(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The student's file with the addition in its weights, where the job asks for it; whole tensors, on every rank."""
+        layers = lora_layers(self._student.model)
+        for name, tensor in self._whole.weights() if self._settings.merge else ():
+            layer, _, part = name.rpartition(".")
+            if part in ("lora_A", "lora_B"):
+                continue
+            if layer in layers and part == "weight":
+                one = layers[layer]
+                yield name, one.merged(whole(tensor.detach()), whole(one.lora_A.detach()), whole(one.lora_B.detach()))
+            else:
+                yield name, tensor
+
+    def write_merged(self, folder: str, weights: dict[str, torch.Tensor], card: str | None, dtype: str) -> float:
+        """A model in Hugging Face layout that needs no adapter. Returns what rounding to its dtype costs: the mean gap of log-probs to the
+        student with its addition, nats, on a sequence over the vocabulary. With several ranks it is not measured: NaN."""
+        self._whole.write(folder, weights, card, dtype)
+        if rank_and_size()[1] > 1:
+            return math.nan
+        merged = CausalLM(folder, dtype=dtype, device=self._student.device, trust_remote_code=self._whole.trusted)
+        ids_BL = torch.linspace(0, merged.vocabulary - 1, PROBE_TOKENS, device=self._student.device).long()[None]
+        self._student.model.eval()
+        with torch.no_grad():
+            logps = [
+                lm.head(lm.hidden(ids_BL)[0, :-1]).float().log_softmax(-1).gather(1, ids_BL[0, 1:, None]) for lm in (self._student, merged)
+            ]
+        self._student.model.train()
+        return float((logps[0] - logps[1]).abs().mean())
+
+
+Files = StudentFiles | AdapterFiles
+
+
+def files_of(student: CausalLM, models: LearnerModels, stop_ids: Sequence[int]) -> Files:
+    """What is written of a student: all of it, or its addition."""
+    return StudentFiles(student, models, stop_ids) if models.lora is None else AdapterFiles(student, models, stop_ids)
+
+
+def snapshot(
+    files: Files, student: CausalLM, optimizer: torch.optim.Optimizer, weight_version: int, follower: Follower | None = None
+) -> Snapshot:
     """Copy what this rank will `write`, between two steps. Every rank takes part."""
     weights = {name: copied(tensor) for name, tensor in files.weights()} if files.in_parts else gather(files.weights(), copy=True)
     adam = moments(optimizer, optimized_names(student.model, optimizer))
@@ -114,17 +201,19 @@ def snapshot(files: StudentFiles, student: CausalLM, optimizer: torch.optim.Opti
     random = {
         f"{rank}/{kind}": part for kind, state in generators.items() for rank, part in enumerate(of_every_rank(state, student.device))
     }
-    return Snapshot(weights, adam, random, weight_version)
+    followed = {} if follower is None else gather(follower.weights(), copy=True)
+    version = 0 if follower is None else follower.version
+    return Snapshot(weights, adam, random, weight_version, followed, version)
 
 
-def write(files: StudentFiles, taken: Snapshot, folder: str) -> None:
+def write(files: Files, taken: Snapshot, folder: str) -> None:
     """Write a snapshot for `restore` on any number of ranks: student, optimiser, generators, counters. Raises OSError."""
     path, (rank, size) = Path(folder), rank_and_size()
     if files.in_parts:
         with disk_errors(folder):
             parts.write(path / STUDENT, taken.weights, whole=True)
     if rank == 0:
-        if files.in_parts:
+        if isinstance(files, StudentFiles) and files.in_parts:
             files.describe(str(path / STUDENT))
         else:
             files.write(str(path / STUDENT), taken.weights)
@@ -132,11 +221,16 @@ def write(files: StudentFiles, taken: Snapshot, folder: str) -> None:
         if size == 1:
             save_file(taken.moments, path / OPTIMIZER)
         else:  # a number alone has no part
+            (path / PARTS).mkdir(exist_ok=True)  # before the first step there are no moments
             parts.write(path / PARTS, {name: tensor.reshape(1) if not tensor.ndim else tensor for name, tensor in taken.moments.items()})
         if rank:
             return
         save_file(taken.random, path / RANDOM)
-        (path / COUNTERS).write_text(json.dumps({"weight_version": taken.weight_version}))
+        counters = {"weight_version": taken.weight_version}
+        if taken.followed:
+            save_file(taken.followed, path / TEACHER)
+            counters["followed_version"] = taken.followed_version
+        (path / COUNTERS).write_text(json.dumps(counters))
 
 
 def restore_run(student: CausalLM, optimizer: torch.optim.Optimizer, folder: str) -> int:
@@ -158,7 +252,7 @@ def read_moments(optimizer: torch.optim.Optimizer, names: list[str], path: Path)
         load_moments(optimizer, names, load_file(path / OPTIMIZER))
         return
     parameters = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
-    folder = path / PARTS if (path / PARTS).is_dir() else path
+    folder = path if (path / OPTIMIZER).is_file() else path / PARTS
     held = {name: name.rpartition("/") for name in parts.names(folder) if "/" in name and name.rpartition("/")[0] in parameters}
     counts = {name for name, (_, _, field) in held.items() if field == "step"}
     moments = {name: torch.zeros_like(parameters[owner]).detach() for name, (owner, _, _) in held.items() if name not in counts}
@@ -170,6 +264,14 @@ def read_moments(optimizer: torch.optim.Optimizer, names: list[str], path: Path)
         steps = {name: torch.zeros(1) for name in counts}
         parts.read(folder, moments | steps)
     load_moments(optimizer, names, moments | {name: step.reshape(()) for name, step in steps.items()})
+
+
+def restore_follower(follower: Follower, folder: str) -> None:
+    """Take the weights that a checkpoint's teacher had. One without them, of a job in which no teacher followed, leaves the student's as
+    it came."""
+    path = Path(folder)
+    if (path / TEACHER).is_file():
+        follower.restore(load_file(path / TEACHER), int(json.loads((path / COUNTERS).read_text())["followed_version"]))
 
 
 def optimized_names(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:

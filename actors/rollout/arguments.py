@@ -1,5 +1,6 @@
 """What a rollout engine asks of vLLM (imports neither vllm nor ray)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from opd_governor.actors.rollout.settings import RolloutSettings
@@ -38,3 +39,26 @@ def engine_arguments(model: str, settings: RolloutSettings, *, seed: int, max_lo
         # never taken back.
         arguments["enable_chunked_prefill"] = False
     return arguments | settings.engine
+
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM allows as its largest rank."""
+
+
+def lora_arguments(rank: int, targets: Sequence[str], max_staleness: int) -> dict[str, Any]:
+    """What an engine takes beside them for a LoRA student: the base's own weights, which never change, and room for adapters.
+
+    Requests in flight may name max_staleness + 1 versions, and one is loaded before one goes. vLLM drops an adapter it has no room for
+    without a word. `targets`: the layers that have an addition. Left to itself vLLM makes room on the head too, and then dies over a
+    probe's log-probs where other requests share its pass.
+    """
+    num_adapters = max_staleness + 2
+    return {
+        "enable_lora": True,
+        "lora_target_modules": list(targets),
+        "max_lora_rank": next(known for known in LORA_RANKS if known >= rank),
+        "max_loras": num_adapters,
+        "max_cpu_loras": num_adapters,
+        "load_format": "safetensors",
+        "hf_overrides": {},
+    }
