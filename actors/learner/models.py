@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from opd_governor.actors.causal_lm import CausalLM, Head, compile_layers, load_head
-from opd_governor.actors.learner.lora import LoraSettings, add_lora
-from opd_governor.actors.learner.settings import LearnerSettings
+from opd_governor.actors.learner.lora import add_lora
+from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings
 from opd_governor.actors.settings import FollowSettings
 
 

@@ -8,6 +8,7 @@ Each token's log-prob is that of the distribution it was drawn from. The version
 import asyncio
 import itertools
 import os
+import threading
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -207,7 +208,8 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._llm.shutdown()
-        self._llm.engine_core.resources.ctx.term()  # vLLM closes the sockets of this context and forgets the context
+        # vLLM closes the sockets of this context and forgets the context. Its end waits for a socket that is open after all: beside us.
+        threading.Thread(target=self._llm.engine_core.resources.ctx.term, daemon=True).start()
 
 
 def _completion(output: CompletionOutput, weight_version: int) -> Completion:
