@@ -1,13 +1,17 @@
-"""A transformers causal model, cut where losses and scores need it: hidden states first, logits in chunks after.
+"""A transformers causal model, cut where losses and scores need it: hidden states first, logits in chunks after; or its head alone.
 
 Shapes: B sequences, L their padded length, H hidden width, C positions of a chunk, V vocabulary.
 """
 
+import json
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 PROBE_TOLERANCE = 1e-2
 """Largest relative gap between this head and the model's own forward on a probe: far above rounding (bf16 included), far below
@@ -26,6 +30,10 @@ class Head:
         self._scale = getattr(config, "logit_scale", None)
         self._divisor = getattr(config, "logits_scaling", None)
         self._cap = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._linear.weight.dtype
 
     def __call__(self, hidden_CH: Tensor) -> Tensor:
         logits_CV = self._linear(hidden_CH)
@@ -50,18 +58,21 @@ class CausalLM:
     def __init__(
         self, path: str, *, dtype: str = "float32", device: torch.device | str | None = None, trust_remote_code: bool = False
     ) -> None:
+        """`device` meta: the model's shape alone, without weights and without memory."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,  # never a pickle
-        )
-        self.model: Any = model.to(self.device).eval()
+        empty = self.device.type == "meta"
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+        if empty:
+            with self.device:
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options).to(self.device)  # never a pickle
+        self.model: Any = model.eval()
         self.context_tokens: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
         self.head = Head(self.model)
-        self._check_head(path)
+        if not empty:
+            self._check_head(path)
 
     def hidden(self, ids_BL: Tensor) -> Tensor:
         """[B, L, H] states after the last norm. Row l predicts token l + 1.
@@ -80,6 +91,38 @@ class CausalLM:
                 f"model {path}: {type(self.model).__name__} changes its logits in a way that is not known here "
                 f"(relative gap {gap:.3g} on a probe); use another architecture, or backend: vllm for a teacher"
             )
+
+
+def load_head(path: str, *, dtype: str, device: torch.device | str | None = None, trust_remote_code: bool = False) -> Head:
+    """A model's output head, and of its files no more than that. The model whole where its file names the head in an unknown way.
+
+    Raises what loading a model does.
+    """
+    shape = CausalLM(path, dtype=dtype, device="meta", trust_remote_code=trust_remote_code).model
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    linear = shape.get_output_embeddings()
+    for field, held in list(linear.named_parameters()):
+        tensor = _tensor_of(path, {name for name, p in shape.named_parameters(remove_duplicate=False) if p is held})
+        if tensor is None:
+            return CausalLM(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code).head
+        setattr(linear, field, torch.nn.Parameter(tensor.to(device, getattr(torch, dtype)), requires_grad=False))
+    return Head(shape)
+
+
+def _tensor_of(path: str, names: set[str]) -> Tensor | None:
+    """The tensor that a checkpoint's files hold under one of these names, with or without a prefix."""
+    found = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if found is not None:
+        with open(found) as index:
+            files = json.load(index)["weight_map"]
+    else:
+        with safe_open(cached_file(path, SAFE_WEIGHTS_NAME), framework="pt") as file:
+            files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+    keys = [key for key in files if any(f".{name}".endswith(f".{key}") or f".{key}".endswith(f".{name}") for name in names)]
+    if not keys:
+        return None
+    with safe_open(cached_file(path, files[keys[-1]]), framework="pt") as file:
+        return file.get_tensor(keys[-1])
 
 
 def compile_layers(model: Any) -> None:

@@ -30,6 +30,10 @@ class CallerError(ValueError):
     """The request itself is wrong: no other actor would answer it. Any other error of an actor counts as the actor's fault."""
 
 
+class TransferError(RuntimeError):
+    """Weights did not reach every engine, though the learner has them: an engine, or the way to it, is at fault."""
+
+
 class ActorLostError(RuntimeError):
     """An actor is gone, and with it a state that others need."""
 

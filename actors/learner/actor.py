@@ -84,8 +84,7 @@ class Learner:
         self.weight_version = 0
         self._snapshot: Snapshot | None = None
         self._store: TCPStore | None = None
-        self._trainer: Any = None
-        self._trainer_actors: list[Any] = []
+        self._sender: Any = None
 
     # ---- the process and its peers
 
@@ -152,15 +151,16 @@ class Learner:
         self.weight_version += 1
         if self._follower is not None and not skipped:
             self._follower.after_step(self._files.weights(), self.weight_version)
-        parts = [summarise(part, micro.fields, self._passes.stop_ids) for micro, part in zip(micro_batches, first, strict=True)]
+        stop_ids = self._passes.stop_ids.cpu()
+        parts = [summarise(part, micro.fields, stop_ids) for micro, part in zip(micro_batches, first, strict=True)]
         suspects = self._suspects(rollouts, limits, reference_tokens) if skipped else ()
         return StepReport(loss, grad_norm, rate, skipped, self.weight_version, reduce(add, parts), suspects)
 
     def _micro_batches(
         self, rollouts: Sequence[ScoredRollout], golden: Sequence[Prompt], limits: LengthLimits, reference_tokens: float
     ) -> list[MicroBatch]:
-        """This rank's share of a batch, on its device."""
-        micro_batches = build_micro_batches(
+        """This rank's share of a batch, on the CPU."""
+        return build_micro_batches(
             rollouts,
             golden,
             self._objective,
@@ -171,7 +171,6 @@ class Learner:
             reference_length_tokens=reference_tokens,
             share=rank_and_size(),
         )
-        return [micro.to(self._student.device) for micro in micro_batches]
 
     def _epoch(self, micro_batches: list[MicroBatch], limits: LengthLimits, rate: float) -> tuple[float, float, bool, list[TokenLosses]]:
         """One forward and backward over the batch and one optimiser step; a non-finite one changes nothing."""
@@ -216,17 +215,23 @@ class Learner:
         return self.weight_version, np.frombuffer(save(tensors), np.uint8)
 
     def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
-        """The same weights to every engine over GPUs: `backend` nccl or ipc. Every rank takes part."""
-        from opd_governor.actors.learner.transfer import open_trainer  # vllm takes seconds to import and is needed on GPUs only
+        """The same weights to every engine in one broadcast: `backend` nccl, ipc or gloo. Every rank takes part. Raises TransferError."""
+        from opd_governor.actors.learner.transfer import Sender  # vllm takes seconds to import and is needed here only
 
-        if actors != self._trainer_actors:  # the first time, or an engine was replaced: form the group again
-            if self._trainer is not None:
-                self._trainer.shutdown()
-                self._trainer = None
+        if self._sender is None or actors != self._sender.actors:  # the first time, or an engine was replaced: form the group again
+            self._leave_group()
             model, rank = self._student.model, rank_and_size()[0]
-            self._trainer = open_trainer(backend, model, getattr(torch, dtype), actors, workers_per_engine, rank)
-            self._trainer_actors = actors
-        self._trainer.send_weights()
+            self._sender = Sender(backend, model, getattr(torch, dtype), actors, workers_per_engine, rank)
+        try:
+            self._sender.send()
+        except Exception:
+            self._leave_group()
+            raise
+
+    def _leave_group(self) -> None:
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.close()
 
     # ---- files
 
@@ -243,7 +248,8 @@ class Learner:
 
     def save_student(self, folder: str, card: str | None = None, dtype: str = "float32") -> None:
         """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card. Rank 0 writes."""
-        weights = gather(self._files.weights())
+        adapter = isinstance(self._files, AdapterFiles)  # it stays float32
+        weights = gather(self._files.weights(), None if adapter else getattr(torch, dtype))
         merged = gather(self._files.merged()) if isinstance(self._files, AdapterFiles) else {}
         if rank_and_size()[0] > 0:
             return
@@ -253,13 +259,13 @@ class Learner:
         self._files.write(folder, weights, card, dtype)
 
     def snapshot(self) -> None:
-        """Copy what `save` will write, between two steps: the next one may run while it is written. Every rank gives, rank 0 keeps."""
+        """Copy what `save` will write, between two steps: the next one may run while it is written. Every rank copies its part."""
         self._snapshot = snapshot(self._files, self._student, self._optimizer, self.weight_version, self._follower)
 
     def save(self, folder: str) -> None:
         """Write the snapshot for `restore` on any number of ranks: student, optimiser, generators, counters. Raises OSError.
 
-        On rank 0 only, which alone has it; it meets no other rank, so that steps go on meanwhile.
+        Every rank writes its part; they meet in a group of their own, so that steps go on meanwhile.
         """
         taken, self._snapshot = self._snapshot, None
         assert taken is not None, "save without a snapshot"

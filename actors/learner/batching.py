@@ -179,7 +179,7 @@ def _rollout_row(
     if support.hidden:
         if scores.hidden_TH is None:
             raise ValueError(f"objective.support {settings.support}: teacher {scores.teacher} returned no hidden states")
-        fields["teacher_hidden_NH"] = as_float32(scores.hidden_TH)
+        fields["teacher_hidden_NH"] = scores.hidden_TH
     for name, values in fields.items():
         assert len(values) == num_tokens, f"{name}: {len(values)} values for {num_tokens} tokens"
     return _Row(trajectory.prompt.token_ids, trajectory.token_ids, fields)
@@ -188,6 +188,13 @@ def _rollout_row(
 def as_float32(hidden_TH: np.ndarray) -> np.ndarray:
     """Hidden states of `TokenScores`: the bits of bfloat16 are the upper half of float32's."""
     return (hidden_TH.astype(np.uint32) << 16).view(np.float32) if hidden_TH.dtype == np.uint16 else hidden_TH
+
+
+def _hidden(parts: list[np.ndarray]) -> Tensor:
+    """All rows' hidden states, in bfloat16 where all of them are."""
+    if all(part.dtype == np.uint16 for part in parts):
+        return torch.from_numpy(np.concatenate(parts)).view(torch.bfloat16)
+    return torch.from_numpy(np.concatenate([as_float32(part) for part in parts]))
 
 
 def _blank_teacher(rows: list[_Row]) -> dict[str, np.ndarray]:
@@ -256,6 +263,8 @@ def _inputs(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: in
 def _join(rows: list[_Row], name: str) -> Tensor:
     """One field of all rows, as float32 unless it holds ids or flags; supports are padded to the widest, ids with -1."""
     parts = [row.fields[name] for row in rows]
+    if name == "teacher_hidden_NH":
+        return _hidden(parts)
     if parts[0].ndim == 2:
         width = max(part.shape[1] for part in parts)
         padding = -1 if name == "support_ids_NK" else 0

@@ -2,7 +2,8 @@
 
 checkpoints/step-40/
   student/              Hugging Face layout
-  optimizer.safetensors Adam moments by parameter name
+  optimizer.safetensors Adam moments by parameter name, of one rank
+  optimizer/            the same of several ranks: a file each, with its part
   random.safetensors    every rank's random state
   teacher.safetensors   weights of a teacher that follows the student
   learner.json          weight version
@@ -21,11 +22,10 @@ from typing import Any
 
 import torch
 
-from opd_governor.actors.learner.sharding import gather, scatter
-
 MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
+PARTS = "optimizer"
 STUDENT = "student"
 
 
@@ -118,23 +118,26 @@ def step_of(folder: Path) -> int:
 
 
 def moments(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
-    """Copies of the Adam moments as `parameter/field`, whole, on the first rank. safetensors holds tensors only: nothing that could
-    run code on load."""
+    """Copies of the Adam moments as `parameter/field`, on the CPU, of each rank its own part. safetensors holds tensors only: nothing
+    that could run code on load."""
     state = optimizer.state_dict()["state"]
     named = ((f"{names[index]}/{key}", torch.as_tensor(value)) for index, entry in state.items() for key, value in entry.items())
-    return gather(named, copy=True)
+    return {name: copied(tensor) for name, tensor in named}
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, never the tensor itself."""
+    tensor = tensor.detach()
+    return tensor.clone(memory_format=torch.contiguous_format) if tensor.device.type == "cpu" else tensor.cpu()
 
 
 def load_moments(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """The inverse of `moments` on any number of ranks, each given all tensors; parameter groups keep their present settings."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """The inverse of `moments`; parameter groups keep their present settings."""
     index_of = {name: index for index, name in enumerate(names)}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")
-        index = index_of[name]
-        moment = tensor.ndim > 0  # else Adam's own count of steps
-        state.setdefault(index, {})[field] = scatter(tensor, parameters[index]) if moment else tensor
+        state.setdefault(index_of[name], {})[field] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -104,6 +104,9 @@ class TokenLosses:
     def detach(self) -> "TokenLosses":
         return TokenLosses(*(getattr(self, f.name).detach() for f in dataclasses.fields(self)))
 
+    def to(self, device: torch.device | str) -> "TokenLosses":
+        return TokenLosses(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+
     @staticmethod
     def cat(parts: "list[TokenLosses]") -> "TokenLosses":
         return TokenLosses(*(torch.cat([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(TokenLosses)))

@@ -76,8 +76,9 @@ class LearnerGroup:
         await together(rank.snapshot.remote() for rank in self.ranks)
 
     async def save(self, folder: str) -> None:
-        """The first rank writes its snapshot, beside whatever else the ranks do. Raises OSError."""
-        await self.ranks[0].save.options(concurrency_group="disk").remote(folder)
+        """Every rank writes its snapshot, beside whatever else they do: the folder has to be shared where ranks are on several nodes.
+        Raises OSError."""
+        await together(rank.save.options(concurrency_group="disk").remote(folder) for rank in self.ranks)
 
     async def save_student(self, folder: str, card: str, dtype: str) -> None:
         await together(rank.save_student.remote(folder, card, dtype) for rank in self.ranks)

@@ -1,8 +1,13 @@
-"""The models of one learner rank: the student, and beside it the frozen ones that a loss may need."""
+"""The models of one learner rank: the student, and beside it the frozen ones that a loss may need.
 
+one rank:      load_models --> student, reference, teacher's head
+several ranks: load_models --> their shapes --shard--> parts without values --fill: rank 0 loads, broadcasts--> each rank's parts
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from opd_governor.actors.causal_lm import CausalLM, Head, compile_layers
+from opd_governor.actors.causal_lm import CausalLM, Head, compile_layers, load_head
 from opd_governor.actors.learner.lora import add_lora
 from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings
 from opd_governor.actors.settings import FollowSettings
@@ -33,12 +38,15 @@ class LearnerModels:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The models, loaded. All but the student are frozen."""
+    """The models. All but the student are frozen. Of several ranks student and reference have shapes alone, until they are cut over
+    the ranks and filled."""
 
     student: CausalLM
     reference: CausalLM | None
     """The student itself where it has an addition, which is turned off in passes of the reference."""
     teacher_head: Head | None
+    whole: Callable[[CausalLM], CausalLM]
+    """Student or reference with its values, whole, on the CPU: what rank 0 fills the parts of all ranks from."""
 
 
 def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
@@ -47,8 +55,7 @@ def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
     def load(path: str, dtype: str, device: str | None = None) -> CausalLM:
         return CausalLM(path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code)
 
-    # Models of several ranks are loaded on the CPU: whole, they may not fit one rank's device.
-    device = "cpu" if settings.num_ranks > 1 else None
+    device = "meta" if settings.num_ranks > 1 else None
 
     def frozen(path: str, device: str | None = None) -> CausalLM:
         lm = load(path, settings.dtype, device)
@@ -68,8 +75,17 @@ def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
     reference = None
     if models.with_reference:
         reference = student if models.lora is not None else frozen(models.student, device)
-    teacher_head = frozen(models.teacher).head if models.teacher else None
+    teacher_head = None
+    if models.teacher:
+        teacher_head = load_head(models.teacher, dtype=settings.dtype, trust_remote_code=models.trust_remote_code)
     if settings.compile:
         for lm in {id(lm): lm for lm in (student, reference) if lm is not None}.values():
             compile_layers(lm.model)
-    return Loaded(student, reference, teacher_head)
+
+    def whole(lm: CausalLM) -> CausalLM:
+        values = load(models.student, "float32" if lm is student else settings.dtype, "cpu")
+        if lm is student and models.lora is not None:
+            add_lora(values.model, models.lora, models.seed)
+        return values
+
+    return Loaded(student, reference, teacher_head, whole)

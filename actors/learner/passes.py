@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from opd_governor.actors.causal_lm import CausalLM
+from opd_governor.actors.causal_lm import CausalLM, Head
 from opd_governor.actors.learner.batching import MicroBatch, ModelInputs
 from opd_governor.actors.learner.fields import LazyLogits, TokenFields, TokenLosses
 from opd_governor.actors.learner.lora import without_lora
 from opd_governor.actors.learner.models import Loaded
 from opd_governor.actors.learner.objective import chunked_objective
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
-from opd_governor.actors.learner.sharding import shard, shard_frozen, summed, whole
+from opd_governor.actors.learner.sharding import fill, shard, shard_frozen, summed, whole
 from opd_governor.actors.trajectory import LengthLimits
 
 EAGER_ROW_TOKENS = 256
@@ -39,24 +39,27 @@ class Passes:
         return torch.tensor(self._stop_ids, device=self._student.device)
 
     def shard(self, device: torch.device) -> None:
-        """Keep this rank's part of the student, whose parameters are others afterwards, and of the reference."""
+        """Hold this rank's part of the student, whose parameters are others afterwards, and of the reference."""
         self._run = shard(self._student, device, self._settings.dtype)
+        fill(self._student, partial(self._models.whole, self._student))
         reference = self._models.reference
         if reference is not None and reference is not self._student:
             shard_frozen(reference, device)
+            fill(reference, partial(self._models.whole, reference))
 
     def gradient(
         self, micro_batches: Sequence[MicroBatch], limits: LengthLimits, optimizer: torch.optim.Optimizer
     ) -> tuple[float, float, list[TokenLosses]]:
-        """Loss, gradient norm before clipping, and each token's part; the gradient itself is left clipped on the parameters."""
+        """Loss, gradient norm before clipping, and each token's part, on the CPU; the gradient itself is left clipped on the parameters."""
         optimizer.zero_grad(set_to_none=True)
         total, parts = 0.0, []
-        for micro in micro_batches:
+        for held in micro_batches:
+            micro = held.to(self._student.device)  # when its turn comes: one at a time is there
             self._choose_attention(micro.student.input_ids_BL.shape[1])
             loss, losses = self._run(partial(self._loss, micro.student, micro.fields, limits))
             loss.backward()
             total += float(loss.detach())
-            parts.append(losses)
+            parts.append(losses.to("cpu"))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm)))
         return summed(total, self._student.device), grad_norm, parts
@@ -85,7 +88,7 @@ class Passes:
             teacher_logits = None
             if self._models.teacher_head is not None:
                 assert fields.teacher_hidden_NH is not None
-                teacher_logits = LazyLogits(fields.teacher_hidden_NH, self._models.teacher_head, ())
+                teacher_logits = LazyLogits(fields.teacher_hidden_NH, partial(_in_own_dtype, self._models.teacher_head), ())
             return chunked_objective(
                 _lazy(self._student, inputs),
                 fields,
@@ -96,6 +99,10 @@ class Passes:
                 teacher=teacher_logits,
                 reference=reference_logits,
             )
+
+
+def _in_own_dtype(head: Head, hidden_CH: torch.Tensor) -> torch.Tensor:
+    return head(hidden_CH.to(head.dtype))
 
 
 @contextlib.contextmanager

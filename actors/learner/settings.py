@@ -149,8 +149,8 @@ class LearnerSettings(Settings):
     """Ranks, optimiser, precision, micro-batches."""
 
     num_ranks: Annotated[int, Field(ge=1)] = 1
-    """Processes (on GPUs: one GPU each) that weights, gradients and moments are cut over (FSDP2). Any number resumes any other's
-    checkpoint."""
+    """Processes (on GPUs: one GPU each) that weights, gradients and moments are cut over (FSDP2). Each writes its own part of a
+    checkpoint, and any number resumes any other's."""
     total_steps: Annotated[int, Field(ge=1)] = 100
     """The run ends after this many steps."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5

@@ -1,7 +1,7 @@
 """One student over several ranks: FSDP2 shards, and tensors brought together or cut apart one at a time (pure torch).
 
-    rank 0 .. R-1 --join--> process group --shard--> each rank holds 1/R of every weight, its gradient and its moments
-    weights, checkpoints: gather (whole tensors on rank 0)        restore: scatter (whole tensor in, own part kept)
+    rank 0 .. R-1 --join--> process group --shard--> each rank has room for 1/R of every weight, its gradient and its moments
+    shapes alone, sharded --fill: rank 0 reads, all get their part--> a student        whole tensors on rank 0: gather
 
 Everything here is the identity where there is one rank: callers need not ask how many there are.
 """
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,6 +32,40 @@ def join(store: dist.TCPStore, rank: int, num_ranks: int, device: torch.device) 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=num_ranks)
+    _disk.group = dist.new_group(backend="gloo")
+
+
+class _Disk:
+    group: dist.ProcessGroup | None = None
+
+
+_disk = _Disk()
+
+
+def disk_group() -> dist.ProcessGroup | None:
+    """The same ranks again, for what they agree on while steps go on beside it: writing a checkpoint."""
+    return _disk.group
+
+
+@torch.no_grad()
+def fill(lm: CausalLM, read: Callable[[], CausalLM]) -> None:
+    """The values of a model that rank 0 reads, into the parts that all ranks hold of it, a tensor at a time.
+
+    Rank 0's host alone holds the model whole, and only meanwhile.
+    """
+    model, source = lm.model, read().model if rank_and_size()[0] == 0 else None
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, source.state_dict() if source is not None else {}, options=options)
+    conversions = [getattr(source, "_weight_conversions", None)]
+    dist.broadcast_object_list(conversions, src=0)
+    model._weight_conversions = conversions[0]
+    saved = set(model.state_dict())
+    own = dict(source.named_buffers()) if source is not None else {}
+    for name, buffer in model.named_buffers():
+        if name not in saved:  # rotary frequencies, scales: computed from the config, in no file
+            if source is not None:
+                buffer.copy_(own[name])
+            dist.broadcast(buffer, 0)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -53,7 +88,7 @@ class Sharded(nn.Module):
 
 
 def shard(lm: CausalLM, device: torch.device, dtype: str = "float32") -> Callable[[Callable[[], Any]], Any]:
-    """Cut the model over the group's ranks, layer by layer; returns what every pass over it has to run inside.
+    """Cut the model's shape over the group's ranks, layer by layer; returns what every pass over it has to run inside. `fill` follows.
 
     Gradients are summed over ranks, not averaged: each token's weight is its share of the whole batch's loss. All ranks must
     make the same passes in the same order. `dtype` bfloat16 gathers and multiplies in bfloat16; what a rank keeps, and what gradients
@@ -69,7 +104,7 @@ def shard(lm: CausalLM, device: torch.device, dtype: str = "float32") -> Callabl
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    lm.device = device
+    _make_room(lm, root, device)
 
     def run_inside(run: Callable[[], T]) -> T:
         result = root(run)
@@ -82,24 +117,21 @@ def shard(lm: CausalLM, device: torch.device, dtype: str = "float32") -> Callabl
 
 def shard_frozen(lm: CausalLM, device: torch.device) -> None:
     """Cut the layers of a model that is never trained: each is gathered for its own turn. Embeddings, last norm and head stay whole.
+    `fill` follows.
 
     Passes over it need nothing around them, but all ranks must make the same ones in the same order.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in decoder_layers(lm.model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    moved: dict[int, Tensor] = {}  # a tied weight stays one
-    for module in lm.model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, held in store.items():
-                if held is not None and not isinstance(held, DTensor):
-                    store[name] = moved.setdefault(id(held), _moved(held, device))
+    _make_room(lm, lm.model, device)
+
+
+def _make_room(lm: CausalLM, root: nn.Module, device: torch.device) -> None:
+    """Memory on `device` for a model that had none, for `fill`."""
+    root.to_empty(device=device)
+    lm.model.tie_weights()  # each module was given memory of its own
     lm.device = device
-
-
-def _moved(held: Tensor, device: torch.device) -> Tensor:
-    moved = held.detach().to(device)
-    return nn.Parameter(moved, requires_grad=False) if isinstance(held, nn.Parameter) else moved
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -109,13 +141,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None, *, copy: bool = False) -> dict[str, Tensor]:
-    """Whole tensors on the first rank's CPU, one at a time; the other ranks take part and get none. `copy`: never the tensor itself."""
+    """Whole tensors on the first rank's CPU, one at a time, numbers with a point in `dtype`; the other ranks take part and get none.
+    `copy`: never the tensor itself."""
     rank, _ = rank_and_size()
     tensors = {}
     for name, tensor in named:
         full = whole(tensor.detach())
         if rank == 0:
-            tensors[name] = full.to("cpu", dtype or full.dtype, copy=copy).contiguous()
+            tensors[name] = full.to("cpu", dtype if dtype and full.is_floating_point() else full.dtype, copy=copy).contiguous()
     return tensors
 
 

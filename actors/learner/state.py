@@ -1,6 +1,8 @@
 """All that a learner's steps change: copied in memory, written to a checkpoint's folder, and taken from one.
 
-snapshot (all ranks, between two steps) --> write (rank 0, while the next step runs)        restore (all ranks)
+snapshot (all ranks, between two steps) --> write (all ranks, while the next step runs)        restore (all ranks)
+
+Of one rank everything is whole. Of several each copies, writes and reads its own part; rank 0 adds what there is once.
 """
 
 import contextlib
@@ -13,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from opd_governor.actors.causal_lm import CausalLM
-from opd_governor.actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
+from opd_governor.actors.learner import parts
+from opd_governor.actors.learner.checkpoint import OPTIMIZER, PARTS, STUDENT, copied, load_moments, moments
 from opd_governor.actors.learner.follower import Follower
 from opd_governor.actors.learner.lora import adapter_names, lora_layers, read_adapter, write_adapter
 from opd_governor.actors.learner.models import LearnerModels
-from opd_governor.actors.learner.sharding import gather, of_every_rank, rank_and_size, scatter, whole
+from opd_governor.actors.learner.sharding import fill, gather, of_every_rank, rank_and_size, scatter, whole
 
 COUNTERS = "learner.json"
 RANDOM = "random.safetensors"
@@ -34,7 +38,7 @@ PROBE_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Copies in host memory of all that a step changes."""
+    """Copies in host memory of all that a step changes, of several ranks this one's parts."""
 
     weights: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor]
@@ -62,6 +66,12 @@ class StudentFiles:
         with disk_errors(folder):
             cast = {name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
             self._student.model.save_pretrained(folder, state_dict=cast)
+        self.describe(folder, card, dtype)
+
+    def describe(self, folder: str, card: str | None = None, dtype: str = "float32") -> None:
+        """Everything but the weights."""
+        with disk_errors(folder):
+            self._student.model.config.save_pretrained(folder)
             _change(Path(folder) / "config.json", dtype=dtype)
             self.write_beside(folder, card)
 
@@ -83,17 +93,28 @@ class StudentFiles:
 
     @torch.no_grad()
     def read(self, folder: str) -> None:
-        """Take the weights of a folder, this rank's part of them."""
-        saved = CausalLM(folder, device="cpu", trust_remote_code=self._trust)
+        """Take the weights of a folder, this rank's part of them. Of several ranks the first reads it."""
+
+        def saved() -> CausalLM:
+            return CausalLM(folder, device="cpu", trust_remote_code=self._trust)
+
+        if rank_and_size()[1] > 1:
+            fill(self._student, saved)
+            return
         own = self._student.model.state_dict()
-        for name, tensor in saved.model.state_dict().items():
-            own[name].copy_(scatter(tensor, own[name]))
+        for name, tensor in saved().model.state_dict().items():
+            own[name].copy_(tensor)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the model's file holds: a tied weight has one name there."""
         model = self._student.model
         tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {name for name, _ in model.named_parameters()}
         return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+    @property
+    def in_parts(self) -> bool:
+        """Ranks write their parts of the student's file themselves: there are several, and the file has the model's own names."""
+        return rank_and_size()[1] > 1 and not getattr(self._student.model, "_weight_conversions", None)
 
 
 def _change(file: Path, **values: Any) -> None:
@@ -122,6 +143,9 @@ class AdapterFiles:
         with torch.no_grad():
             for name, in_file in adapter_names(self._student.model).items():
                 own[name].copy_(scatter(stored[in_file], own[name]))
+
+    in_parts = False
+    """It is small: rank 0 writes it whole."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         own = dict(self._student.model.named_parameters())
@@ -167,9 +191,9 @@ def files_of(student: CausalLM, models: LearnerModels, stop_ids: Sequence[int]) 
 
 def snapshot(
     files: Files, student: CausalLM, optimizer: torch.optim.Optimizer, weight_version: int, follower: Follower | None = None
-) -> Snapshot | None:
-    """Copy what `write` will write, between two steps. Every rank takes part; None but on rank 0."""
-    weights = gather(files.weights(), copy=True)
+) -> Snapshot:
+    """Copy what this rank will `write`, between two steps. Every rank takes part."""
+    weights = {name: copied(tensor) for name, tensor in files.weights()} if files.in_parts else gather(files.weights(), copy=True)
     adam = moments(optimizer, optimized_names(student.model, optimizer))
     generators = {"cpu": torch.get_rng_state()}
     if student.device.type == "cuda":
@@ -179,15 +203,28 @@ def snapshot(
     }
     followed = {} if follower is None else gather(follower.weights(), copy=True)
     version = 0 if follower is None else follower.version
-    return Snapshot(weights, adam, random, weight_version, followed, version) if rank_and_size()[0] == 0 else None
+    return Snapshot(weights, adam, random, weight_version, followed, version)
 
 
 def write(files: Files, taken: Snapshot, folder: str) -> None:
     """Write a snapshot for `restore` on any number of ranks: student, optimiser, generators, counters. Raises OSError."""
-    path = Path(folder)
-    files.write(str(path / STUDENT), taken.weights)
+    path, (rank, size) = Path(folder), rank_and_size()
+    if files.in_parts:
+        with disk_errors(folder):
+            parts.write(path / STUDENT, taken.weights, whole=True)
+    if rank == 0:
+        if isinstance(files, StudentFiles) and files.in_parts:
+            files.describe(str(path / STUDENT))
+        else:
+            files.write(str(path / STUDENT), taken.weights)
     with disk_errors(folder):
-        save_file(taken.moments, path / OPTIMIZER)
+        if size == 1:
+            save_file(taken.moments, path / OPTIMIZER)
+        else:  # a number alone has no part
+            (path / PARTS).mkdir(exist_ok=True)  # before the first step there are no moments
+            parts.write(path / PARTS, {name: tensor.reshape(1) if not tensor.ndim else tensor for name, tensor in taken.moments.items()})
+        if rank:
+            return
         save_file(taken.random, path / RANDOM)
         counters = {"weight_version": taken.weight_version}
         if taken.followed:
@@ -199,7 +236,7 @@ def write(files: Files, taken: Snapshot, folder: str) -> None:
 def restore_run(student: CausalLM, optimizer: torch.optim.Optimizer, folder: str) -> int:
     """Take moments, generators and counters of a checkpoint, all but the weights; returns the weight version."""
     path = Path(folder)
-    load_moments(optimizer, optimized_names(student.model, optimizer), load_file(path / OPTIMIZER))
+    read_moments(optimizer, optimized_names(student.model, optimizer), path)
     random = load_file(path / RANDOM)
     rank, _ = rank_and_size()  # a rank that the checkpoint's run did not have keeps its own generators
     if (state := random.get(f"{rank}/cpu")) is not None:
@@ -207,6 +244,26 @@ def restore_run(student: CausalLM, optimizer: torch.optim.Optimizer, folder: str
     if (state := random.get(f"{rank}/cuda")) is not None and student.device.type == "cuda":
         torch.cuda.set_rng_state(state, student.device)
     return int(json.loads((path / COUNTERS).read_text())["weight_version"])
+
+
+def read_moments(optimizer: torch.optim.Optimizer, names: list[str], path: Path) -> None:
+    """Adam's moments of a checkpoint, written by any number of ranks; on several ranks each its own part."""
+    if (path / OPTIMIZER).is_file() and rank_and_size()[1] == 1:
+        load_moments(optimizer, names, load_file(path / OPTIMIZER))
+        return
+    parameters = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    folder = path if (path / OPTIMIZER).is_file() else path / PARTS
+    held = {name: name.rpartition("/") for name in parts.names(folder) if "/" in name and name.rpartition("/")[0] in parameters}
+    counts = {name for name, (_, _, field) in held.items() if field == "step"}
+    moments = {name: torch.zeros_like(parameters[owner]).detach() for name, (owner, _, _) in held.items() if name not in counts}
+    if folder == path:  # one rank's file, its numbers are as Adam holds them
+        with safe_open(path / OPTIMIZER, framework="pt") as file:
+            steps = {name: file.get_tensor(name) for name in counts}
+        parts.read(folder, moments)
+    else:
+        steps = {name: torch.zeros(1) for name in counts}
+        parts.read(folder, moments | steps)
+    load_moments(optimizer, names, moments | {name: step.reshape(()) for name, step in steps.items()})
 
 
 def restore_follower(follower: Follower, folder: str) -> None:

@@ -202,7 +202,8 @@ class RolloutActor:
     # The verbs of vLLM's RayVLLMWeightSyncClient: the learner's trainer engine (nccl, ipc) calls them on every rollout actor.
 
     async def announce_version(self, weight_version: int) -> None:
-        """The version that the update about to come will bring."""
+        """The version that the update about to come will bring. Raises where the engine is dead."""
+        await self._engine.check()
         self._incoming_version = weight_version
 
     async def init_weight_transfer_engine(self, request: Any) -> None:

@@ -31,8 +31,8 @@ from opd_governor.actors.rollout.arguments import engine_arguments
 from opd_governor.actors.rollout.logits import LOGITS_PROCESSORS
 from opd_governor.actors.rollout.settings import RolloutSettings
 
-BACKENDS = {"ipc": "opd_ipc"}
-"""The job's name of a transfer -> vLLM's, where the two differ (see ipc.py)."""
+BACKENDS = {"ipc": "opd_ipc", "nccl": "opd_nccl", "gloo": "opd_gloo"}
+"""The job's name of a transfer -> vLLM's, where the two differ (see ipc.py, broadcast.py)."""
 OWNER = "OPD_ENGINE_OWNER"
 """Environment variable: process id of the engine's parent (see worker.py)."""
 
@@ -151,7 +151,8 @@ class Engine:
         return last_output()
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
-        """Meet the trainer (a no-op for the file back end)."""
+        """Meet the trainer (a no-op for the file back end); an update that another one left unfinished is forgotten."""
+        await self._llm.collective_rpc("abandon_update")
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def load_file(self, path: str, weight_version: int) -> None:
@@ -160,6 +161,10 @@ class Engine:
         await self._llm.collective_rpc("load_file", args=(path,))
         self._updated(weight_version)
         await self._llm.resume_generation()
+
+    async def check(self) -> None:
+        """Raises where the engine's own processes are dead."""
+        await self._llm.check_health()
 
     async def load_adapter(self, folder: str, weight_version: int) -> list[str]:
         """Requests from here on use this adapter; those in flight keep theirs. Returns the folders that no request can use any more.

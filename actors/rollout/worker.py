@@ -5,8 +5,11 @@ import select
 import threading
 from typing import Any
 
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+import opd_governor.actors.rollout.broadcast
 import opd_governor.actors.rollout.ipc
-import opd_governor.actors.rollout.transfer  # noqa: F401  registers the file back end
+import opd_governor.actors.rollout.transfer  # noqa: F401  these register their back ends
 from opd_governor.actors.rollout.engine import OWNER
 
 
@@ -20,6 +23,18 @@ class EngineWorker:
         worker.start_weight_update()
         worker.update_weights({"path": path})
         worker.finish_weight_update()
+
+    def abandon_update(self) -> None:
+        """Forget an update whose sender went away in the middle: the next one brings every layer whole.
+
+        vLLM has no such verb: it would refuse the next update, or count what came of a layer twice and close it too early.
+        """
+        worker: Any = self
+        worker._weight_update_active = False
+        for layer in worker.weight_transfer_engine.model.modules():
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                info.load_numel, info.loaded_weights = 0, []
 
 
 def end_with(pid: int) -> None:

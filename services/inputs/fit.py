@@ -26,7 +26,7 @@ def check_fit(job: Job, hardware: Hardware) -> list[Check]:
         found = plan(_readable(job), hardware)
     except JobError as error:
         return [Check("plan", "fail", str(error))]
-    return [*(Check("plan", "pass", line) for line in found.lines()), *_check_precision(job)]
+    return [*(Check("plan", "pass", line) for line in found.lines()), *_check_precision(found.job)]
 
 
 def _readable(job: Job) -> Job:

@@ -142,7 +142,9 @@ class ClusterSettings(Settings):
     layout: Literal["auto", "colocated", "separate"] = "auto"
     """Where the cluster has GPUs: separate gives every learner rank, engine and teacher whole GPUs of its own; colocated puts rank i,
     engine i and teachers on GPU i; auto takes separate where it fits, else colocated. Ranks, engines, teacher actors and tensor
-    parallelism that the file does not name are chosen by the models' sizes. Without effect where gpus_per_* or placement_* is set."""
+    parallelism that the file does not name are chosen by the models' sizes. Without effect where gpus_per_* or placement_* is set.
+    Either way, what the file leaves open becomes on GPUs: dtype bfloat16 (learner, rollout, teacher), learner.gradient_checkpointing
+    true, rollout.enforce_eager false, rollout.max_num_seqs by memory, teacher.backend vllm where it can do what is asked."""
     gpus: Annotated[str, Field(pattern=r"^(\d+x)?\d+x\d+(\.\d+)?$")] | None = None
     """GPUs that an autoscaler will bring, as GPUs x GiB (8x80) or nodes x GPUs x GiB (4x8x80): the run plans for them and waits until
     they are there. None: those that the cluster has when the run starts."""
@@ -162,8 +164,9 @@ class ClusterSettings(Settings):
     pin_roles: bool = False
     """Place each actor on a node that offers the Ray resource of its role: opd_rollout, opd_teacher or opd_learner. The worker groups
     of deploy/kuberay do; elsewhere `ray start --resources '{"opd_learner": 1}'`."""
-    weight_transfer: Literal["auto", "file", "nccl", "ipc"] = "auto"
-    """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node)."""
+    weight_transfer: Literal["auto", "file", "nccl", "ipc", "gloo"] = "auto"
+    """auto: nccl where learner and engines have GPUs of their own, ipc on a shared one, else file (shared memory per node). gloo: nccl's
+    protocol on CPU tensors, to try it where there is no GPU."""
     probe_tolerance_nats: Annotated[float, Field(gt=0)] | None = None
     """Largest engine-learner gap on the probe after a sync; two misses in a row end the run. None: 0.01 when both are float32, else three
     times what bfloat16 does to the learner's own log-probs on the probe, and at least 0.5."""

@@ -3,7 +3,8 @@
     separate:  [learner 0] [learner 1] [rollout 0, TP 2] [teacher 0] ...      a bundle is a role's own
     colocated: [learner 0 + rollout 0 + teacher 0] [learner 1 + rollout 1 + teacher 1] ...
 
-Settings that the job file names are kept; those it leaves out are chosen: ranks, engines, teacher actors, tensor parallelism.
+Settings that the job file names are kept; those it leaves out are chosen: ranks, engines, teacher actors, tensor parallelism, and
+what defaults.py says of GPUs.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.job.settings import Job, JobError
+from opd_governor.services.plan.defaults import on_gpus, sequences_at_once
 from opd_governor.services.plan.hardware import Hardware
 from opd_governor.services.plan.memory import GIB, SHRINK, Need, engine_need, learner_need, local_teachers, teacher_need, window_tokens
 from opd_governor.services.plan.shapes import Shape, shape_of
@@ -66,7 +68,16 @@ class Plan:
             terms = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sorted(need.gpu.items(), key=lambda item: -item[1]) if size)
             gpus = f" of {self.share_words(need.role)}" if self.share(need.role) > 1 else ""
             told.append(f"{roles[need.role]} x {need.role}{gpus}: {need.gpu_bytes / GIB:.1f} GiB a GPU ({terms})")
-        return told
+        return [*told, self._modes()]
+
+    def _modes(self) -> str:
+        """Precision and the like, role by role."""
+        learner, rollout = self.job.learner, self.job.rollout
+        activations = "activations recomputed" if learner.gradient_checkpointing else "activations kept"
+        graphs = "no CUDA graphs" if rollout.enforce_eager else "CUDA graphs"
+        teachers = [f"teacher {t.name} {t.backend} {t.dtype}" for t in self.job.teacher if t.means.local]
+        engine = f"rollout {rollout.dtype}, {graphs}, {rollout.max_num_seqs} sequences at once"
+        return "; ".join([f"learner {learner.dtype}, {activations}", engine, *teachers])
 
     def share_words(self, role: str) -> str:
         return f"{self.share(role):g} GPUs each"
@@ -92,6 +103,7 @@ def plan(job: Job, hardware: Hardware) -> Plan:
 
     Raises JobError in one line where nothing fits: which role, its largest term, the setting that shrinks it.
     """
+    named, job = job, on_gpus(job)
     student = shape_of(job.student.model, job.student.trust_remote_code)
     if student.num_experts:
         raise JobError(
@@ -103,13 +115,20 @@ def plan(job: Job, hardware: Hardware) -> Plan:
     wanted = job.cluster.layout
     found = _separate(parts, hardware) if wanted != "colocated" else "not asked for"
     if isinstance(found, Plan):
-        return found
+        return _with_sequences(found, named, student)
     together = _colocated(parts, hardware) if wanted != "separate" else "not asked for"
     if isinstance(together, Plan):
-        return together
+        return _with_sequences(together, named, student)
     reasons = {"separate": found, "colocated": together}
     told = "; ".join(f"{layout}: {reason}" for layout, reason in reasons.items() if reason != "not asked for")
     raise JobError(f"cluster.layout: {wanted} does not fit {hardware.words()}; {told}")
+
+
+def _with_sequences(found: Plan, named: Job, student: Shape) -> Plan:
+    if "max_num_seqs" in named.rollout.model_fields_set:
+        return found
+    num = sequences_at_once(found.job, student, found.needs[1], found.hardware)
+    return replace(found, job=found.job.model_copy(update={"rollout": found.job.rollout.model_copy(update={"max_num_seqs": num})}))
 
 
 def too_large(need: Need, hardware: Hardware) -> str:

@@ -112,6 +112,9 @@ def learner_need(job: Job, student: Shape, num_ranks: int) -> Need:
     if settings.gradient_checkpointing:
         backward += full.per_layer_token * tokens
     terms |= {"loss": loss} if loss > backward else {"layer under way": backward}
+    if job.objective.needs.hidden:
+        teacher = shape_of(job.teacher[0].model, job.teacher[0].trust_remote_code)
+        terms["teacher's head"] = itemsize * teacher.head_bytes_per_dtype_byte
     if job.follow is not None:
         terms["teacher that follows"] = 4 * trained
     if with_reference(job):

@@ -1,5 +1,6 @@
 """How long each phase of a step takes on described hardware: FLOPs and bytes over a card's rates, times what such code reaches of them."""
 
+import math
 from dataclasses import dataclass
 
 from opd_governor.services.job.settings import Job
@@ -18,13 +19,18 @@ ANSWER_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a machine really does: FLOP/s in learning and in scoring, bytes/s read in decoding and sent in a sync, seconds a pass."""
+    """What a machine really does: FLOP/s in learning and in scoring, bytes/s read in decoding and sent in a sync, and the seconds that
+    a decoding pass, a sampled token, a micro-batch, a scoring batch and a sync take beside their arithmetic."""
 
     learn_flops: float
     score_flops: float
     read_bytes: float
     link_bytes: float
     pass_s: float = PASS_S
+    token_s: float = 0.0
+    micro_batch_s: float = 0.0
+    scoring_s: float = 0.0
+    sync_s: float = 0.0
 
     @classmethod
     def of(cls, card: Card) -> "Rates":
@@ -43,11 +49,13 @@ class Load:
     rollouts: int
     prompt_tokens: float
     answer_tokens: float
+    longest_tokens: float | None = None
+    """Of the longest answer: an engine that holds all sequences at once decodes for so many passes. None: the mean's."""
 
     @classmethod
     def of(cls, job: Job, prompt_tokens: float = 256.0) -> "Load":
         rollouts = job.rollout.prompts_per_step * job.rollout.samples_per_prompt
-        return cls(rollouts, prompt_tokens, ANSWER_SHARE * job.rollout.max_new_tokens)
+        return cls(rollouts, prompt_tokens, ANSWER_SHARE * job.rollout.max_new_tokens, float(job.rollout.max_new_tokens))
 
     @property
     def tokens(self) -> float:
@@ -62,14 +70,15 @@ def rollout_s(job: Job, student: Shape, load: Load, rates: Rates, num_engines: i
     kv = student.kv_bytes_per_token_at_2 * itemsize / 2 * (load.prompt_tokens + load.answer_tokens / 2)
     read = (itemsize * student.num_active + together * kv) / rates.read_bytes / tensor_parallel
     compute = 2 * student.num_active * together / rates.score_flops / tensor_parallel
-    passes = each / together * load.answer_tokens
+    passes = max(each / together * load.answer_tokens, load.longest_tokens or 0.0)
     prefill = 2 * student.num_active * each * load.prompt_tokens / rates.score_flops / tensor_parallel
-    return passes * (max(read, compute) + rates.pass_s) + prefill
+    return passes * (max(read, compute) + rates.pass_s) + each * load.answer_tokens * rates.token_s + prefill
 
 
-def score_s(teacher: Shape, load: Load, rates: Rates, num_gpus: int) -> float:
+def score_s(teacher: Shape, load: Load, rates: Rates, num_gpus: int, batch_tokens: int = 8192) -> float:
     """A forward pass over prompts and answers."""
-    return _forward_flops(teacher, load) / rates.score_flops / num_gpus
+    batches = math.ceil(load.tokens / batch_tokens)
+    return (_forward_flops(teacher, load) / rates.score_flops + batches * rates.scoring_s) / num_gpus
 
 
 def learn_s(job: Job, student: Shape, load: Load, rates: Rates, num_ranks: int) -> float:
@@ -77,12 +86,14 @@ def learn_s(job: Job, student: Shape, load: Load, rates: Rates, num_ranks: int) 
     gradient of its own, which is one less."""
     passes = (4 if job.learner.gradient_checkpointing else 3) + (1 if job.objective.reference_kl_weight > 0 else 0)
     passes -= job.student.lora is not None
-    return passes * job.learner.epochs_per_batch * _forward_flops(student, load) / rates.learn_flops / num_ranks
+    arithmetic = passes * _forward_flops(student, load) / rates.learn_flops
+    micro_batches = math.ceil(load.tokens / job.learner.micro_batch_tokens)
+    return job.learner.epochs_per_batch * (arithmetic + micro_batches * rates.micro_batch_s) / num_ranks
 
 
 def sync_s(job: Job, student: Shape, rates: Rates) -> float:
     """The weights once over the link: a broadcast passes them on."""
-    return sync_bytes(job, student) / rates.link_bytes
+    return sync_bytes(job, student) / rates.link_bytes + rates.sync_s
 
 
 def _forward_flops(shape: Shape, load: Load) -> float:

@@ -16,6 +16,7 @@ from opd_governor.actors.deadlines import Say
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import ClusterSettings, Job
+from opd_governor.services.plan.defaults import on_gpus
 from opd_governor.services.plan.hardware import Hardware, parse_gpus
 from opd_governor.services.plan.layout import Plan, plan
 from opd_governor.services.run.cluster import Role, role_resources
@@ -98,8 +99,10 @@ async def take_rooms(job: Job, models: Models, say: Say) -> Rooms:
     Raises JobError where the job fits neither what the cluster has nor what is promised. A group ends with its run.
     """
     hardware = await asyncio.to_thread(cluster_hardware, job.cluster, say)
-    if hardware is None or job.cluster.model_fields_set & BY_HAND:
+    if hardware is None:
         return Rooms(job)
+    if job.cluster.model_fields_set & BY_HAND:
+        return Rooms(on_gpus(job))
     found = await asyncio.to_thread(plan, _with_models(job, models), hardware)
     for line in found.lines():
         say(f"plan: {line}")

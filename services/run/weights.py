@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from opd_governor.actors.deadlines import Pace, Say
+from opd_governor.actors.deadlines import ActorLostError, Pace, Say, TransferError
 from opd_governor.actors.rollout.actor import RayEngine
 from opd_governor.actors.rollout.arguments import lora_arguments
 from opd_governor.actors.rollout.pool import RolloutPool
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.services.inputs.lora import lora_targets
-from opd_governor.services.job.settings import Job
+from opd_governor.services.job.settings import Job, JobError
 from opd_governor.services.record.batch import Sync
 from opd_governor.services.run.learner import RunLearner
 
@@ -35,6 +35,8 @@ LEAST_MOVE, LEAST_MOVED_SHARE = 0.1, 0.25
 """Of the tolerance, and of the learner's own move (see `addition_lost`)."""
 ROUNDINGS = 3.0
 """Engine and learner each round on their own: so often the learner's own rounding is allowed between them."""
+MAX_SENDS = 3
+"""Broadcasts of one sync; each that fails leaves out the engines that turned out dead."""
 
 
 class WeightSync:
@@ -53,7 +55,7 @@ class WeightSync:
         self._base: np.ndarray | None = None
         """The learner's probe without a LoRA student's addition; it never changes."""
         self.transfer = "file"
-        """How they travel: file (Ray's object store), nccl or ipc."""
+        """How they travel: file (Ray's object store), nccl, ipc or gloo."""
 
     async def to_all(self, on_taken: OnTaken = lambda: None) -> Sync:
         """Bring the weights into every live engine; requests stay in flight. Returns the worst of the engines' gaps."""
@@ -84,7 +86,7 @@ class WeightSync:
     async def _bring(self, on_each: OnEach, newcomers: Sequence[RayEngine] = (), on_taken: OnTaken = lambda: None) -> list[Sync]:
         """One Sync per engine that `on_each` reaches."""
         started = time.monotonic()
-        by_transfer = self._by_file if self.transfer == "file" else self._by_gpu
+        by_transfer = self._by_file if self.transfer == "file" else self._by_broadcast
         version, expected, probes = await by_transfer(on_each, newcomers, on_taken)
         seconds, tolerance = time.monotonic() - started, await self._tolerance_nats()
         if self._job.student.lora is None:
@@ -113,12 +115,25 @@ class WeightSync:
         self._complete_at = num_restores
         return version, expected, probes
 
-    async def _by_gpu(self, on_each: OnEach, newcomers: Sequence[RayEngine], on_taken: OnTaken) -> tuple[int, np.ndarray, list[np.ndarray]]:
-        """A group of GPUs is formed of all engines: beside a newcomer the others get the same weights again."""
+    async def _by_broadcast(
+        self, on_each: OnEach, newcomers: Sequence[RayEngine], on_taken: OnTaken
+    ) -> tuple[int, np.ndarray, list[np.ndarray]]:
+        """A group is formed of all engines: beside a newcomer the others get the same weights again."""
         version = await self._learner.version()
-        await self._engines.on_each("a version to come", lambda engine: engine.actor.announce_version.remote(version))
-        await asyncio.gather(*(engine.actor.announce_version.remote(version) for engine in newcomers))
-        await self._learner.send_weights(self.transfer, [engine.actor for engine in (*self._engines.handles, *newcomers)])
+        for _ in range(MAX_SENDS):
+            # An engine that is dead shows here, and is replaced; one that dies later costs the broadcast, and shows in the next round.
+            await self._engines.on_each("a version to come", lambda engine: engine.actor.announce_version.remote(version))
+            await asyncio.gather(*(engine.actor.announce_version.remote(version) for engine in newcomers))
+            engines = [engine.actor for engine in (*self._engines.handles, *newcomers)]
+            try:
+                if engines:
+                    await self._learner.send_weights(self.transfer, engines)
+                break
+            except TransferError as error:
+                failure = error
+                self._say(f"weights of version {version} did not reach every engine: {error}")
+        else:  # all engines answer, so what fails is the learner's own end
+            raise ActorLostError("learner", failure)
         expected = await self._learner.probe(self._probe)
         on_taken()
         probes = await on_each("the weight probe", lambda engine: engine.actor.probe.remote(self._probe))
@@ -160,10 +175,17 @@ def engine_settings(job: Job, student: str) -> RolloutSettings:
 
 
 def choose_transfer(job: Job, *, has_gpus: bool, planned: str | None = None) -> str:
-    """How weights travel: cluster.weight_transfer, or what fits the machines. A LoRA student's addition is small: always as a file."""
+    """How weights travel: cluster.weight_transfer, or what fits the machines. A LoRA student's addition is small: always as a file.
+    Raises JobError where the choice cannot be had."""
     if job.student.lora is not None:
         return "file"
     choice = job.cluster.weight_transfer
+    if choice in ("nccl", "ipc") and not has_gpus:
+        raise JobError(
+            f"cluster.weight_transfer: {choice} needs GPUs and the cluster has none; leave it at auto, or set gloo: nccl on CPUs"
+        )
+    if choice == "gloo" and has_gpus:
+        raise JobError("cluster.weight_transfer: gloo carries CPU tensors and the cluster has GPUs; leave it at auto")
     if choice != "auto":
         return choice
     if planned:

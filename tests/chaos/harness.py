@@ -126,13 +126,25 @@ class ChaosRun(LiveRun):
     def restarts(self, client: httpx.Client) -> Counter[str]:
         return restarts_in(client.get("/metrics").text)
 
-    def kill(self, client: httpx.Client, role: str, number: signal.Signals) -> Kill:
-        """Kill a process of this role, and wait until it is replaced and the run has continued."""
+    def _wait_until_learner_runs(self, method: str) -> None:
+        """Ray adds the method that an actor runs to its process' title."""
+        ranks = self.victims("learner")
+        until = time.monotonic() + RECOVERY_S
+        while not any(rank.cmdline()[0].startswith(f"{TITLES['learner']}.{method}") for rank in ranks):
+            assert time.monotonic() < until, f"no learner ran {method}"
+            time.sleep(0.002)
+
+    def kill(self, client: httpx.Client, role: str, number: signal.Signals, during: str | None = None) -> Kill:
+        """Kill a process of this role, and wait until it is replaced and the run has continued. `during`: not before the learner is in
+        this method."""
         self.remember()
         before, counted_as = self.restarts(client), COUNTED_AS.get(role, role)
         victim = self.victims(role)[0]
         doing, step, started = victim.cmdline()[0].strip(), self.step(client), time.monotonic()
         own = {process: process.name() for process in (victim, *victim.children(recursive=True))}
+        if during:
+            self._wait_until_learner_runs(during)
+            doing = f"{doing} (learner: {during})"
         victim.send_signal(number)
         self.wait_for(lambda: self.restarts(client)[counted_as] > before[counted_as] and self.step(client) > step, RECOVERY_S)
         recovered_s = round(time.monotonic() - started, 1)
@@ -148,7 +160,14 @@ def restarts_in(metrics: str) -> Counter[str]:
 
 
 def run_with_kills(
-    out: Path, plan: Sequence[tuple[str, signal.Signals]], *, seed: int, steps: int, staleness: int, sets: Sequence[str] = ()
+    out: Path,
+    plan: Sequence[tuple[str, signal.Signals]],
+    *,
+    seed: int,
+    steps: int,
+    staleness: int,
+    sets: Sequence[str] = (),
+    during: str | None = None,
 ) -> Outcome:
     """One run of the quickstart with the kills of the plan, in its order, at moments drawn from the seed."""
     rng, started = random.Random(seed), time.monotonic()
@@ -173,7 +192,7 @@ def run_with_kills(
                 live, client, kill = _kill_driver(live, client, settings)
                 kills.append(kill)
             else:
-                kills.append(live.kill(client, role, number))
+                kills.append(live.kill(client, role, number, during))
         exit_code = live.finish(RECOVERY_S)
     finally:
         if client is not None:

@@ -39,13 +39,19 @@ class Piece:
     stopped: tuple[str, ...] = ()
     """Roles whose process is stopped (SIGSTOP) rather than killed: it hangs."""
     steps: int | None = None
+    sets: tuple[str, ...] = ()
+    during: str | None = None
+    """A kill waits until a learner's rank runs this method."""
 
     def run(self, out: Path) -> dict[str, Any]:
         plan = [(role, STOP if role in self.stopped else KILL) for role in self.roles]
         steps = self.steps or 8 + STEPS_PER_KILL * len(plan)
-        return run_with_kills(out, plan, seed=self.seed, steps=steps, staleness=self.staleness).to_json()
+        return run_with_kills(
+            out, plan, seed=self.seed, steps=steps, staleness=self.staleness, sets=self.sets, during=self.during
+        ).to_json()
 
 
+BROADCAST = ("cluster.weight_transfer=gloo", "rollout.num_actors=2", "learner.num_ranks=2")
 STRICT_STEPS = 48
 PIECES = {
     "governor-0": Piece(("governor",) * 10, 1),
@@ -60,6 +66,7 @@ PIECES = {
     "driver-1": Piece(("driver",) * 4, 15),
     "driver-2": Piece(("driver",) * 3, 16),
     "hang-0": Piece(("learner", "teacher", "governor", "engine"), 10, stopped=("learner", "teacher", "governor", "engine")),
+    "broadcast-0": Piece(("rollout", "learner"), 17, sets=BROADCAST, during="send_weights"),
     "strict-none": Piece((), 0, staleness=0, steps=STRICT_STEPS),
     "strict-0": Piece(("learner", "governor", "teacher"), 11, staleness=0, steps=STRICT_STEPS),
     "strict-1": Piece(("rollout", "learner", "governor"), 12, staleness=0, steps=STRICT_STEPS),

@@ -78,7 +78,12 @@ def test_every_command_and_option_is_one_of_opd() -> None:
     for name, words in commands():
         assert words[0] in verbs, (name, words)
         assert {word for word in words if word.startswith("--")} <= options_of(words[0]), (name, words)
-    assert set(RUN_WORDS) == {"docker/compose.yaml", "docker/compose.gpu.yaml", "deploy/kuberay/rayjob.yaml"}
+    assert set(RUN_WORDS) == {
+        "docker/compose.yaml",
+        "docker/compose.gpu.yaml",
+        "deploy/kuberay/rayjob.yaml",
+        "deploy/kuberay/rayjob-8-gpu-pods.yaml",
+    }
 
 
 @pytest.mark.parametrize("name", RUN_WORDS)

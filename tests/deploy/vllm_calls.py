@@ -13,14 +13,20 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+from vllm.distributed.utils import StatelessProcessGroup
+from vllm.distributed.weight_transfer import nccl_common, packed_tensor
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine, WeightTransferEngine
 from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine, NCCLWeightTransferEngine
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.worker import gpu_worker
 
 from opd_governor.actors.learner import transfer as outgoing
 from opd_governor.actors.rollout import actor, engine, sampling
@@ -75,13 +81,22 @@ def transfers() -> dict[str, Any]:
     for verb in ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"):
         assert callable(getattr(actor.RolloutActor, verb))
         assert callable(getattr(RayVLLMWeightSyncClient, verb))
-    for backend in ("nccl", "file", engine.BACKENDS["ipc"]):
+    for backend in ("nccl", "file", *engine.BACKENDS.values()):
         assert WeightTransferConfig(backend=backend).backend == backend
         assert not inspect.isabstract(WeightTransferEngineFactory._registry[backend]()), backend  # the registry holds loaders
     for abstract in (WeightTransferEngine, TrainerWeightTransferEngine):
         assert abstract.__abstractmethods__
+    assert {"load_numel", "loaded_weights"} <= set(LayerReloadingInfo.__dataclass_fields__)  # what `abandon_update` forgets
+    assert get_layerwise_info(torch.nn.Linear(2, 2)).can_load() is False
+    assert "_weight_update_active" in inspect.getsource(gpu_worker)
+    assert "group" in PyNcclCommunicator.__annotations__  # the store that a sender leaves word in
     return {
-        "NCCLTrainerInitInfo": used(NCCLTrainerInitInfo, "127.0.0.1", 1, 3, rank=0),
+        "NCCLTrainerInitInfo": used(NCCLTrainerInitInfo, "127.0.0.1", 1, 3, rank=0, packed=outgoing.PACKED),
+        "stateless_init_process_group": used(nccl_common.stateless_init_process_group, "127.0.0.1", 1, 0, 2, 0),
+        "StatelessProcessGroup.create": used(StatelessProcessGroup.create, host="127.0.0.1", port=1, rank=0, world_size=2),
+        "_get_streams": used(packed_tensor._get_streams, 0, 2),
+        "PyNcclCommunicator.broadcast": used(PyNcclCommunicator.broadcast, 0, torch.zeros(1), src=0),
+        "PyNcclCommunicator.destroy": used(PyNcclCommunicator.destroy, 0),
         "IPCTrainerInitInfo": used(IPCTrainerInitInfo, rank=1),
         "ipc.parse_update_info": used(IPCWeightTransferEngine.parse_update_info, 0, {}),
         "trainer_init": used(WeightTransferTrainerFactory.trainer_init, 0, client=0, source=0),
@@ -107,6 +122,7 @@ def engines() -> dict[str, Any]:
         "add_request": used(AsyncLLM.add_request, 0, "1", {}, 0),
         "abort": used(AsyncLLM.abort, 0, "1"),
         "collective_rpc": used(AsyncLLM.collective_rpc, 0, "load_file", args=("p",)),
+        "check_health": used(AsyncLLM.check_health, 0),
         "resume_generation": used(AsyncLLM.resume_generation, 0),
         "init_weight_transfer_engine": used(AsyncLLM.init_weight_transfer_engine, 0, 1),
         "start_weight_update": used(AsyncLLM.start_weight_update, 0),

@@ -31,3 +31,12 @@ def reference_bytes(learner: Any) -> int:
     """What this rank keeps of the reference."""
     parameters = learner._passes._models.reference.model.parameters()
     return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in parameters)
+
+
+def save_told(learner: Any, folder: str) -> str:
+    """What a rank's save says."""
+    try:
+        learner.save(folder)
+    except OSError as error:
+        return f"OSError: {error}"
+    return "saved"

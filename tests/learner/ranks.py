@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from opd_governor.actors.learner.actor import Learner
 
+PATIENCE_S = 60.0
+
 
 def serve(connection: Connection) -> None:
     """Does to its learner what it is told until it is told None; `new` takes the place of the learner before."""
@@ -69,7 +71,7 @@ class Ranks:
 
     def save(self, folder: str) -> None:
         self.call("snapshot")
-        self.first("save", folder)
+        self.call("save", folder)
 
     def close(self) -> None:
         for connection in self._ours:
@@ -80,7 +82,7 @@ class Ranks:
 
     @staticmethod
     def _receive(connection: Connection) -> Any:
-        assert connection.poll(60), "a rank does not answer"
+        assert connection.poll(PATIENCE_S), "a rank does not answer"
         answer = connection.recv()
         if isinstance(answer, Exception):
             raise answer

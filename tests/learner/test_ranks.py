@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from held import save_told
 from ranks import Ranks
 from safetensors.torch import load, save
 from test_learner import STOP_IDS, batch, weights_of
@@ -177,6 +178,51 @@ def test_a_checkpoint_of_either_resumes_with_one_and_with_two(two: Ranks, folder
         assert max(float((t - expected[name]).abs().max()) for name, t in weights_of(resumed).items()) < TOLERANCE
 
 
+def test_two_ranks_checkpoint_resumes_on_four_and_four_s_on_one(two: Ranks, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    rollouts = batch(*folders, num=7)
+    straight = pair(two, *folders)
+    straight.step(rollouts, GOLDEN, LIMITS, 4.0)
+    two.step(rollouts, GOLDEN, LIMITS, 4.0)
+    two.save(str(tmp_path / "two"))
+    assert len(list((tmp_path / "two/optimizer").iterdir())) == 2
+    positional, options = arguments(*folders, {}, {"num_ranks": 4})
+    four = Ranks(4)
+    try:
+        four.new(*positional, **options)
+        assert four.call("restore", str(tmp_path / "two")) == [1] * 4
+        straight.step(rollouts, GOLDEN, LIMITS, 4.0)
+        four.step(rollouts, GOLDEN, LIMITS, 4.0)
+        four.save(str(tmp_path / "four"))
+    finally:
+        four.close()
+    resumed = pair(two, *folders)
+    assert resumed.restore(str(tmp_path / "four")) == 2
+    for learner in (straight, resumed):
+        learner.step(rollouts, GOLDEN, LIMITS, 4.0)
+    expected = weights_of(straight)
+    assert max(float((t - expected[name]).abs().max()) for name, t in weights_of(resumed).items() if name not in KEY_BIASES) < TOLERANCE
+
+
+def test_a_checkpoint_before_the_first_step_has_no_moments_and_resumes(two: Ranks, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    rollouts, one = batch(*folders, num=7), pair(two, *folders)
+    two.save(str(tmp_path))
+    resumed = pair(two, *folders)
+    assert two.call("restore", str(tmp_path)) == [0, 0]
+    assert resumed.restore(str(tmp_path)) == 0
+    for learner in (one, resumed, two):
+        learner.step(rollouts, GOLDEN, LIMITS, 4.0)
+    assert gap(one, two) < TOLERANCE
+
+
+def test_a_full_disk_is_an_oserror_on_every_rank_and_the_ranks_go_on(two: Ranks, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pair(two, *folders)
+    two.call("snapshot")
+    (tmp_path / "optimizer").write_text("no folder can be made here")
+    answers = two.call("apply", save_told, str(tmp_path))
+    assert all(answer.startswith("OSError") for answer in answers), answers
+    assert not two.step(batch(*folders, num=7), [], LIMITS, 4.0)[0].skipped
+
+
 def test_a_rollback_drops_the_moments_of_both_ranks(two: Ranks, folders: tuple[Path, Path], tmp_path: Path) -> None:
     one, rollouts = pair(two, *folders), batch(*folders, num=7)
     one.snapshot()
@@ -206,7 +252,7 @@ def test_two_ranks_with_dropout_go_on_from_a_snapshot_bit_for_bit(two: Ranks, fo
     go_on()
     two.call("snapshot")
     expected = go_on()
-    two.first("save", str(tmp_path / "saved"))
+    two.call("save", str(tmp_path / "saved"))
     pair(two, student, folders[1])
     assert two.call("restore", str(tmp_path / "saved")) == [2, 2]
     assert go_on() == expected

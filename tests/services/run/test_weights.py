@@ -6,8 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opd_governor.actors.deadlines import ActorLostError, TransferError
+from opd_governor.services.job.settings import JobError
 from opd_governor.services.record.batch import Sync
-from opd_governor.services.run.weights import BFLOAT16_TOLERANCE_NATS, FLOAT32_TOLERANCE_NATS, ROUNDINGS, WeightSync
+from opd_governor.services.run.weights import (
+    BFLOAT16_TOLERANCE_NATS,
+    FLOAT32_TOLERANCE_NATS,
+    MAX_SENDS,
+    ROUNDINGS,
+    WeightSync,
+    choose_transfer,
+)
 from tests.services.control.fake_run import make_job
 
 EXACT = np.linspace(-3, -1, 8).astype(np.float32)
@@ -70,6 +79,81 @@ def test_one_miss_is_told_and_tried_again_and_two_are_wrong() -> None:
     assert engines.asked == 2
     assert told == ["engine and learner differ by 3 nats on the probe, tolerance 0.01"]
     assert not sync([3.0, 2.0])[0].sound
+
+
+@pytest.mark.parametrize(
+    ("choice", "has_gpus", "told"), [("nccl", False, "needs GPUs"), ("ipc", False, "needs GPUs"), ("gloo", True, "carries CPU tensors")]
+)
+def test_a_transfer_that_the_cluster_cannot_have_is_refused_in_a_line(choice: str, has_gpus: bool, told: str) -> None:
+    with pytest.raises(JobError, match=rf"^cluster\.weight_transfer: {choice} {told}"):
+        choose_transfer(make_job(cluster={"weight_transfer": choice}), has_gpus=has_gpus)
+
+
+def test_without_a_choice_gpus_and_the_plan_decide() -> None:
+    auto = make_job(cluster={})
+    assert choose_transfer(auto, has_gpus=False) == "file"
+    assert choose_transfer(auto, has_gpus=True) == "nccl"
+    assert choose_transfer(auto, has_gpus=True, planned="ipc") == "ipc"
+
+
+class FakeActor:
+    """Takes a version."""
+
+    @property
+    def announce_version(self) -> "FakeActor":
+        return self
+
+    async def remote(self, *_: Any) -> None: ...
+
+
+class FakeHandle:
+    actor = FakeActor()
+
+
+class FakeGroup(FakeEngines):
+    """Engines that a broadcast reaches."""
+
+    def __init__(self) -> None:
+        super().__init__([0.0] * 9)
+        self.handles = [FakeHandle(), FakeHandle()]
+
+    async def on_each(self, what: str, call: Any) -> list[np.ndarray]:
+        return [EXACT for _ in self.handles]
+
+
+class SendingLearner(FakeLearner):
+    """Its broadcast fails so often."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__(0.0)
+        self.failures, self.sent = failures, 0
+
+    async def version(self) -> int:
+        return 7
+
+    async def send_weights(self, transfer: str, engines: list[Any]) -> None:
+        self.sent += 1
+        if self.sent <= self.failures:
+            raise TransferError("an engine died")
+
+
+@pytest.mark.parametrize("failures", [0, 1, MAX_SENDS - 1])
+def test_a_broadcast_that_fails_is_sent_again_to_those_that_answer(failures: int) -> None:
+    learner, told = SendingLearner(failures), list[str]()
+    sync = WeightSync(make_job(), [1, 2], learner, FakeGroup(), told.append)  # type: ignore[arg-type]
+    sync.transfer = "nccl"
+    found = asyncio.run(sync.to_all())
+    assert (found.weight_version, found.sound, learner.sent) == (7, True, failures + 1)
+    assert told == ["weights of version 7 did not reach every engine: an engine died"] * failures
+
+
+def test_a_broadcast_that_never_arrives_though_all_engines_answer_is_the_learner_s_fault() -> None:
+    learner = SendingLearner(MAX_SENDS)
+    sync = WeightSync(make_job(), [1, 2], learner, FakeGroup(), lambda line: None)  # type: ignore[arg-type]
+    sync.transfer = "nccl"
+    with pytest.raises(ActorLostError) as lost:
+        asyncio.run(sync.to_all())
+    assert lost.value.role == "learner"
 
 
 class MovedLearner(FakeLearner):
