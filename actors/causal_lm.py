@@ -51,12 +51,15 @@ class CausalLM:
         self, path: str, *, dtype: str = "float32", device: torch.device | str | None = None, trust_remote_code: bool = False
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,  # never a pickle
+            output_loading_info=True,
         )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"model {path}: its weights lack {missing[0]} ({len(missing)} in all), which would start at random")
         self.model: Any = model.to(self.device).eval()
         self.context_tokens: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]

@@ -70,24 +70,25 @@ def facts_of(name: str, where: str, *, trust: bool, tokenizer: str | None = None
             model = find(name)
         except JobError as error:
             raise JobError(f"{where}: {error}") from None
-        whole = _config(model, where, trust)
+        whole = _trusted(lambda: whole_config(model, trust), f"{where}: model {model}", trust)
         config = whole.get_text_config()
     of = tokenizer or model
     with theirs(where, f"the tokenizer of {of}", "put the tokenizer's files beside the model, or set student.tokenizer", JobError):
-        loaded = tokenizer_of(of, trust)
+        loaded = _trusted(lambda: tokenizer_of(of, trust), f"{where}: the tokenizer of {of}", trust)
         loaded.get_vocab()
     with theirs(where, f"model {name}", "mend its generation_config.json and config.json", JobError):
         stops = stop_event_ids(model, loaded, trust)
     return ModelFacts(model, config, whole, loaded, stops, context_tokens(config))
 
 
-def _config(model: str, where: str, trust: bool) -> Any:
+def _trusted(load: Callable[[], Any], what: str, trust: bool) -> Any:
+    """What `load` gives. Raises JobError for code of a model's own that the job does not trust."""
     try:
-        return whole_config(model, trust)
+        return load()
     except ValueError as error:
         if trust or "trust_remote_code" not in str(error):
             raise
-        raise JobError(f"{where}: model {model} brings custom code of its own; set trust_remote_code to true if you trust it") from None
+        raise JobError(f"{what} brings custom code of its own; set trust_remote_code to true if you trust it") from None
 
 
 def student_facts(settings: StudentSettings, find: Callable[[str], str] = resolve_model) -> ModelFacts:
