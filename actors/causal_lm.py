@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROBE_TOLERANCE = 1e-2
 """Largest relative gap between this head and the model's own forward on a probe: far above rounding (bf16 included), far below
@@ -17,10 +17,12 @@ a missing soft cap or scale."""
 class Head:
     """[C, H] hidden states to [C, V] logits as a model's own forward makes them; holds nothing else of the model.
 
+    `num_ids`: V, where the rows of the embedding past it are padding, of no token. None: every row.
     Known beside the linear layer: soft cap (Gemma 2), multiplier (Cohere), divisor (Granite).
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, num_ids: int | None = None) -> None:
+        self._num_ids = num_ids
         config = model.config.get_text_config()
         self._linear = model.get_output_embeddings()
         self._scale = getattr(config, "logit_scale", None)
@@ -28,7 +30,7 @@ class Head:
         self._cap = getattr(config, "final_logit_softcapping", None)
 
     def __call__(self, hidden_CH: Tensor) -> Tensor:
-        logits_CV = self._linear(hidden_CH)
+        logits_CV = self._linear(hidden_CH)[:, : self._num_ids]
         if self._scale:
             logits_CV = logits_CV * self._scale
         if self._divisor:
@@ -48,7 +50,13 @@ class CausalLM:
     """
 
     def __init__(
-        self, path: str, *, dtype: str = "float32", device: torch.device | str | None = None, trust_remote_code: bool = False
+        self,
+        path: str,
+        *,
+        dtype: str = "float32",
+        device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
+        num_ids: int | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -62,8 +70,9 @@ class CausalLM:
             raise ValueError(f"model {path}: its weights lack {missing[0]} ({len(missing)} in all), which would start at random")
         self.model: Any = model.to(self.device).eval()
         self.context_tokens: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
-        self.head = Head(self.model)
+        rows = model.get_output_embeddings().weight.shape[0]
+        self.vocabulary: int = min(rows, num_ids or rows)
+        self.head = Head(self.model, self.vocabulary if self.vocabulary < rows else None)
         self._check_head(path)
 
     def hidden(self, ids_BL: Tensor) -> Tensor:
@@ -76,13 +85,18 @@ class CausalLM:
     @torch.no_grad()
     def _check_head(self, path: str) -> None:
         ids_BL = torch.arange(min(4, self.vocabulary), device=self.device)[None]
-        theirs_LV = self.model(input_ids=ids_BL, use_cache=False).logits[0].float()
+        theirs_LV = self.model(input_ids=ids_BL, use_cache=False).logits[0, :, : self.vocabulary].float()
         gap = (self.head(self.hidden(ids_BL)[0]).float() - theirs_LV).abs().max() / theirs_LV.abs().max().clamp_min(1.0)
         if not gap <= PROBE_TOLERANCE:
             raise ValueError(
                 f"model {path}: {type(self.model).__name__} changes its logits in a way that is not known here "
                 f"(relative gap {gap:.3g} on a probe); use another architecture, or backend: vllm for a teacher"
             )
+
+
+def num_ids_of(tokenizer: str, trust_remote_code: bool = False) -> int:
+    """One more than the last id of a tokenizer, by folder or hub id. Rows of an embedding past them are padding, of no token."""
+    return max(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code).get_vocab().values()) + 1
 
 
 def compile_layers(model: Any) -> None:

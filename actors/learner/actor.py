@@ -186,7 +186,7 @@ class Learner:
     def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, np.ndarray]:
         """The weight version, and all weights as the bytes of a safetensors file (uint8), the tied output head on its own; no weights
         but on rank 0. `trained_only`: for engines that have had all of them, without those that no step changes."""
-        outgoing = Outgoing(self._student.model, getattr(torch, dtype), trained_only=trained_only)
+        outgoing = Outgoing(self._student.model, getattr(torch, dtype), trained_only=trained_only, num_ids=self._student.vocabulary)
         first = rank_and_size()[0] == 0
         tensors = {name: tensor.to("cpu").contiguous() for name, tensor in outgoing if first}
         if HEAD in tensors:
@@ -195,14 +195,15 @@ class Learner:
 
     def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
         """The same weights to every engine over GPUs: `backend` nccl or ipc. Every rank takes part."""
-        from opd_governor.actors.learner.transfer import open_trainer  # vllm takes seconds to import and is needed on GPUs only
+        # vllm takes seconds to import and is needed on GPUs only
+        from opd_governor.actors.learner.transfer import StudentSource, open_trainer
 
         if actors != self._trainer_actors:  # the first time, or an engine was replaced: form the group again
             if self._trainer is not None:
                 self._trainer.shutdown()
                 self._trainer = None
-            model, rank = self._student.model, rank_and_size()[0]
-            self._trainer = open_trainer(backend, model, getattr(torch, dtype), actors, workers_per_engine, rank)
+            source = StudentSource(self._student.model, getattr(torch, dtype), self._student.vocabulary)
+            self._trainer = open_trainer(backend, source, actors, workers_per_engine, rank_and_size()[0])
             self._trainer_actors = actors
         self._trainer.send_weights()
 

@@ -21,6 +21,8 @@ class LearnerModels:
     trust_remote_code: bool = False
     tokenizer: str | None = None
     """Folder or id of the tokenizer and chat template that the student is trained with. None: the student's own."""
+    num_ids: int | None = None
+    """The student's ids that are tokens; rows past them pad its embedding. None: every row is a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,8 @@ def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
     """The student in float32 whatever precision its passes run in: master weights and moments are float32."""
 
     def load(path: str, dtype: str, device: str | None = None) -> CausalLM:
-        return CausalLM(path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code)
+        num_ids = models.num_ids if path == models.student else None
+        return CausalLM(path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code, num_ids=num_ids)
 
     # Models of several ranks are loaded on the CPU: whole, they may not fit one rank's device.
     device = "cpu" if settings.num_ranks > 1 else None

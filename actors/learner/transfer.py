@@ -33,8 +33,8 @@ class Metadata(list[ParamMeta]):
 class StudentSource(WeightSource):
     """The student's weights (see `Outgoing`) for vLLM's trainer engines, 0.32 and 0.33."""
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self._outgoing = Outgoing(model, dtype)
+    def __init__(self, model: Any, dtype: torch.dtype, num_ids: int | None = None) -> None:
+        self._outgoing = Outgoing(model, dtype, num_ids=num_ids)
 
     @cached_property
     def metadata(self) -> Metadata:
@@ -73,7 +73,7 @@ class EnginesClient(RayVLLMWeightSyncClient):
 
 
 def open_trainer(
-    backend: str, model: Any, dtype: torch.dtype, actors: list[Any], workers_per_engine: int, rank: int = 0
+    backend: str, source: StudentSource, actors: list[Any], workers_per_engine: int, rank: int = 0
 ) -> TrainerWeightTransferEngine[Any]:
     """On every rank of the learner. Rank 0 meets the engines: it blocks until all of them have joined.
 
@@ -85,4 +85,4 @@ def open_trainer(
     if backend == "nccl":
         world_size = 1 + len(actors) * workers_per_engine
         init_info = NCCLTrainerInitInfo(get_node_ip_address(), get_open_port(), world_size, rank=rank)
-    return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=StudentSource(model, dtype))
+    return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=source)

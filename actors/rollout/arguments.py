@@ -5,17 +5,20 @@ from typing import Any
 from opd_governor.actors.rollout.settings import RolloutSettings
 
 
-def engine_arguments(model: str, settings: RolloutSettings, *, seed: int, max_logprobs: int, cpu: bool) -> dict[str, Any]:
+def engine_arguments(
+    model: str, settings: RolloutSettings, *, seed: int, max_logprobs: int, cpu: bool, num_ids: int | None = None
+) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs, all but the weight transfer and the logits processors.
 
-    `cpu`: vLLM's CPU platform. `settings.engine` comes last and wins.
+    `cpu`: vLLM's CPU platform. `num_ids`: the engine has that many ids, fewer than the embedding has rows, so that none past them can be
+    sampled; None: a row, an id. `settings.engine` comes last and wins; its hf_overrides are added to those here.
     """
+    # A tied lm_head keeps its old packed copy when weights are reloaded, silently: the learner sends it apart.
+    overrides = {"tie_word_embeddings": False} | ({"vocab_size": num_ids} if num_ids else {}) | settings.engine.get("hf_overrides", {})
     arguments: dict[str, Any] = {
         "model": model,
         "skip_tokenizer_init": True,
         "load_format": "dummy",
-        # A tied lm_head keeps its old packed copy when weights are reloaded, silently: the learner sends it apart.
-        "hf_overrides": {"tie_word_embeddings": False},
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
@@ -37,4 +40,4 @@ def engine_arguments(model: str, settings: RolloutSettings, *, seed: int, max_lo
         # takes back the draw of a seeded request, which vLLM can do on GPUs only: on a CPU the engine dies. Whole prompts are
         # never taken back.
         arguments["enable_chunked_prefill"] = False
-    return arguments | settings.engine
+    return arguments | settings.engine | {"hf_overrides": overrides}

@@ -61,6 +61,15 @@ class Models:
     """Folder or id of the student's tokenizer. None: the student's own."""
     dtype: str | None = None
     """Of the student's weights as they came, such as bfloat16. None: its config does not say."""
+    num_ids: int | None = None
+    """Ids that the student can write: its tokenizer's and the stop ids. None: not known."""
+    num_rows: int | None = None
+    """Of the student's embedding. Those past `num_ids` pad it and are no token: neither engine nor learner has them."""
+
+    @property
+    def cut_ids(self) -> int | None:
+        """Where the student's vocabulary is cut; None where nothing pads it."""
+        return self.num_ids if self.num_ids and self.num_rows and self.num_ids < self.num_rows else None
 
 
 def facts_of(name: str, where: str, *, trust: bool, tokenizer: str | None = None, find: Callable[[str], str] = resolve_model) -> ModelFacts:
@@ -137,6 +146,8 @@ def resolve(job: Job) -> tuple[Models, Any]:
         tokens=tuple(vocabularies(job, t, model, named, stop_ids) for t, model in zip(job.teacher, teachers, strict=True)),
         tokenizer=job.student.tokenizer,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        num_ids=min(student.num_rows, max(student.num_ids, *(stop + 1 for stop in stop_ids if stop < student.num_rows))),
+        num_rows=student.num_rows,
     ), student.tokenizer
 
 

@@ -92,6 +92,7 @@ class Fleet:
                 seed=job.seed,
                 top_k=job.objective.needs.student_top_k,
                 strict=job.strict,
+                num_ids=self._models.cut_ids,
             )
         )
 

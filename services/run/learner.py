@@ -55,6 +55,7 @@ class RunLearner:
             teacher=models.teachers[0] if job.objective.needs.hidden else None,
             trust_remote_code=job.student.trust_remote_code,
             tokenizer=models.tokenizer,
+            num_ids=models.cut_ids,
         )
         # A checkpoint is written while the next step runs. Ray takes the groups here only, not as an option.
         learner_type = ray.remote(concurrency_groups={"disk": 1})(Learner)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from tiny import Architecture, build_tiny
+from tiny import Architecture, build_tiny, tiny_tokenizer
+from transformers import AutoConfig
 
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
-from opd_governor.services.inputs.resolve import Models
+from opd_governor.services.inputs.resolve import Models, resolve
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.cluster import connect
 from opd_governor.services.run.fleet import Fleet
@@ -38,18 +39,24 @@ def test_engine_and_learner_agree_after_each_of_twenty_steps(tmp_path: Path, arc
 
 
 def test_after_an_update_no_prefix_of_older_weights_is_read_and_what_no_step_changes_is_still_there(tmp_path: Path) -> None:
-    folder = build_tiny(tmp_path / "student", "llama", seed=0)
-    told, expected, before = asyncio.run(_sample_learn_sample(str(folder)))
+    """Its embedding has 27 rows more than its tokenizer has ids: none of them is sampled, and neither side gives them probability."""
+    folder = build_tiny(tmp_path / "student", "llama", seed=0, extra=tuple("äöüßéèêáàâóòôúùûíìîñçåøæœþð"))
+    num_rows = AutoConfig.from_pretrained(folder).vocab_size
+    tiny_tokenizer().save_pretrained(folder)
+    models = resolve(make_job(str(folder), {}))[0]
+    assert (models.num_ids, models.num_rows) == (num_rows - 27, num_rows)
+    told, expected, before, ids = asyncio.run(_sample_learn_sample(str(folder), models))
+    assert max(ids) < num_rows - 27
     np.testing.assert_allclose(told, expected, atol=TOLERANCE_NATS)
     assert np.abs(told - before).max() > 100 * TOLERANCE_NATS, "the weights hardly changed: the comparison would prove nothing"
 
 
-async def _sample_learn_sample(folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A response's log-probs: as sampled after an update, as the learner gives them, as it gave them before. The prompt fills cache
-    blocks, which the same prompt left there before the update; embeddings are frozen."""
+async def _sample_learn_sample(folder: str, models: Models) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """A response's log-probs: as sampled after an update, as the learner gives them, as it gave them before; and the ids sampled. The
+    prompt fills cache blocks, which the same prompt left there before the update; embeddings are frozen."""
     job = make_job(folder, {"samples_per_prompt": 2, "prompts_per_step": 1}, {"freeze_embeddings": True})
     prompt = Prompt(0, tuple(int(i) for i in np.random.default_rng(1).integers(4, 80, 200)))
-    fleet = Fleet(job, Models(folder, (folder,), (1,), 256), PROBE)
+    fleet = Fleet(job, models, PROBE)
     await fleet.start()
 
     async def sample() -> list[Trajectory]:
@@ -58,7 +65,7 @@ async def _sample_learn_sample(folder: str) -> tuple[np.ndarray, np.ndarray, np.
 
     try:
         await fleet.sync_weights()
-        await sample()
+        first = await sample()
         learner = fleet.learner
         for version in range(1, 6):
             await fleet.learner.learn(_random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
@@ -67,7 +74,8 @@ async def _sample_learn_sample(folder: str) -> tuple[np.ndarray, np.ndarray, np.
         ids, length = [*prompt.token_ids, *trajectory.token_ids], len(trajectory.token_ids)
         expected = (await learner.probe(ids))[-length:]
         await fleet.restart_learner()
-        return trajectory.logprobs_T, expected, (await fleet.learner.probe(ids))[-length:]
+        sampled = [token for one in [*first, trajectory] for token in one.token_ids]
+        return trajectory.logprobs_T, expected, (await fleet.learner.probe(ids))[-length:], sampled
     finally:
         fleet.end_actors()
 
