@@ -96,6 +96,16 @@ def own_code(folder: Path) -> None:
     (folder / "mine.py").write_text("raise RuntimeError('my own code broke')\n")
 
 
+def llama_of_own_code(folder: Path) -> None:
+    """A Llama that only code in its own folder knows."""
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config(auto_map=auto_map, model_type="own-kind", architectures=["OwnModel"])(folder)
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own-kind'\n\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+
+
 def trusted(folder: Path, job: Tree) -> None:
     changed("student", own_code)(folder, job)
     job["student"]["trust_remote_code"] = True
