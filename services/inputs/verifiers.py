@@ -148,7 +148,7 @@ def judge_of(spec: str) -> Callable[[str], str]:
             except re.error as error:
                 return f"answer {answer!r} is no regular expression ({error}); mend it"
         if spec == "math-verify" and judged(verify, answer, answer) != "right":
-            return f"answer {answer!r} is nothing that math-verify can read; mend it, or choose another verifier"
+            return f"answer {answer!r} is nothing that math-verify can read; write LaTeX between $ signs, or choose another verifier"
         if is_own and not tried:
             tried.append(answer)
             if (said := judged(verify, answer, answer)) not in ("right", "wrong"):
