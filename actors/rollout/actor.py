@@ -39,8 +39,7 @@ class RolloutActor:
 
     `top_k` > 0 records the student's top-k ids at each position, for a dense loss on the student's support. `strict` starts
     the requests of a call together, one call at a time: the engine's arithmetic depends, in the last bits, on which requests
-    share a pass, and so the same call gives the same bits in any process. `num_ids`: ids past it are no tokens, though the student's
-    embedding has rows for them: they are not sampled.
+    share a pass, and so the same call gives the same bits in any process.
     """
 
     def __init__(
@@ -54,9 +53,7 @@ class RolloutActor:
         seed: int,
         top_k: int = 0,
         strict: bool = False,
-        num_ids: int | None = None,
     ) -> None:
-        self._num_ids = num_ids
         self._strict, self._turn = strict, asyncio.Lock()
         self._deliveries = Deliveries()
         self._model, self._settings, self._seed = model, settings, seed
@@ -74,14 +71,7 @@ class RolloutActor:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from opd_governor.actors.rollout.engine import Engine  # importing vllm takes seconds: not before the actor has its own process
 
-        self._engine = Engine(
-            self._model,
-            self._settings,
-            weight_transfer=self._weight_transfer,
-            seed=self._seed,
-            max_logprobs=self._top_k,
-            num_ids=self._num_ids,
-        )
+        self._engine = Engine(self._model, self._settings, weight_transfer=self._weight_transfer, seed=self._seed, max_logprobs=self._top_k)
         return self._engine.context_tokens
 
     def set_reference(self, reference_tokens: float) -> None:

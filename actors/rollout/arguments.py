@@ -5,16 +5,13 @@ from typing import Any
 from opd_governor.actors.rollout.settings import RolloutSettings
 
 
-def engine_arguments(
-    model: str, settings: RolloutSettings, *, seed: int, max_logprobs: int, cpu: bool, num_ids: int | None = None
-) -> dict[str, Any]:
+def engine_arguments(model: str, settings: RolloutSettings, *, seed: int, max_logprobs: int, cpu: bool) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs, all but the weight transfer and the logits processors.
 
-    `cpu`: vLLM's CPU platform. `num_ids`: the engine has that many ids, fewer than the embedding has rows, so that none past them can be
-    sampled; None: a row, an id. `settings.engine` comes last and wins; its hf_overrides are added to those here.
+    `cpu`: vLLM's CPU platform. `settings.engine` comes last and wins; its hf_overrides are added to those here.
     """
     # A tied lm_head keeps its old packed copy when weights are reloaded, silently: the learner sends it apart.
-    overrides = {"tie_word_embeddings": False} | ({"vocab_size": num_ids} if num_ids else {}) | settings.engine.get("hf_overrides", {})
+    overrides = {"tie_word_embeddings": False} | settings.engine.get("hf_overrides", {})
     arguments: dict[str, Any] = {
         "model": model,
         "skip_tokenizer_init": True,

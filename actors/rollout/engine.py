@@ -52,19 +52,9 @@ class Engine:
     >>> await engine.load_file("student/model.safetensors", 0); completion = await engine.generate([5, 9], params)
     """
 
-    def __init__(
-        self,
-        model: str,
-        settings: RolloutSettings,
-        *,
-        weight_transfer: str,
-        seed: int = 0,
-        max_logprobs: int = 20,
-        num_ids: int | None = None,
-    ) -> None:
-        """`num_ids`: see `engine_arguments`."""
+    def __init__(self, model: str, settings: RolloutSettings, *, weight_transfer: str, seed: int = 0, max_logprobs: int = 20) -> None:
         cpu = current_platform.is_cpu()
-        arguments = engine_arguments(model, settings, seed=seed, max_logprobs=max_logprobs, cpu=cpu, num_ids=num_ids)
+        arguments = engine_arguments(model, settings, seed=seed, max_logprobs=max_logprobs, cpu=cpu)
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=BACKENDS.get(weight_transfer, weight_transfer))
         if settings.stop_ramp.strength_nats > 0 or settings.no_repeat_ngram > 0:
             # Only where asked for: vLLM's newer model runner, the default on GPUs, does not load processors of this interface.

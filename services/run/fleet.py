@@ -78,9 +78,8 @@ class Fleet:
         self._remember_processes()
 
     def _create_engine(self, index: int) -> RayEngine:
-        job, settings = self._job, self._job.rollout
-        if job.student.trust_remote_code:
-            settings = settings.model_copy(update={"engine": {"trust_remote_code": True} | settings.engine})
+        job = self._job
+        settings = job.rollout.model_copy(update={"engine": self._engine_arguments()})
         rollout_type = ray.remote(RolloutActor).options(max_concurrency=10_000, **self._engine_places[index])
         return RayEngine(
             rollout_type.remote(
@@ -92,9 +91,17 @@ class Fleet:
                 seed=job.seed,
                 top_k=job.objective.needs.student_top_k,
                 strict=job.strict,
-                num_ids=self._models.cut_ids,
             )
         )
+
+    def _engine_arguments(self) -> dict[str, Any]:
+        """The job's own, and what the student needs: its code, and as many ids as are tokens, so that no other can be sampled."""
+        arguments = self._job.rollout.engine
+        if self._job.student.trust_remote_code:
+            arguments = {"trust_remote_code": True} | arguments
+        if self._models.cut_ids:
+            arguments = arguments | {"hf_overrides": {"vocab_size": self._models.cut_ids} | arguments.get("hf_overrides", {})}
+        return arguments
 
     async def _equip(self, engine: RayEngine) -> None:
         """A replacement gets the learner's weights before its first rollout."""
