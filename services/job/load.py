@@ -22,7 +22,7 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     `overrides` are `key.path=value` with YAML values. Raises JobError, one line per mistake.
     """
     try:
-        tree = yaml.load(path.read_text(), _OnceLoader)  # a SafeLoader
+        tree = _OnceLoader(path.read_text()).get_single_data()
     except OSError as error:
         raise JobError(f"{path}: {error.strerror}; give the path of a job file such as deploy/jobs/sums.yaml") from None
     except UnicodeDecodeError as error:

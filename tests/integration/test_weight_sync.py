@@ -43,7 +43,7 @@ def test_after_an_update_no_prefix_of_older_weights_is_read_and_what_no_step_cha
     folder = build_tiny(tmp_path / "student", "llama", seed=0, extra=tuple("äöüßéèêáàâóòôúùûíìîñçåøæœþð"))
     num_rows = AutoConfig.from_pretrained(folder).vocab_size
     tiny_tokenizer().save_pretrained(folder)
-    models = resolve(make_job(str(folder), {}))[0]
+    models = resolve(make_job(str(folder), {}, {}))[0]
     assert (models.num_ids, models.num_rows) == (num_rows - 27, num_rows)
     told, expected, before, ids = asyncio.run(_sample_learn_sample(str(folder), models))
     assert max(ids) < num_rows - 27
