@@ -97,8 +97,13 @@ class Kind(Mapping[str, T]):
 class Key:
     """Pydantic annotation of a field that names a part: validates the name, and lists the known ones in the JSON schema."""
 
-    def __init__(self, kind: Kind[Any]) -> None:
-        self._kind = kind
+    def __init__(self, kind: Kind[Any] | Callable[[], Kind[Any]]) -> None:
+        """`kind`: a function gives it once it is asked for, where what it comes from is slow to import."""
+        self._given = kind
+
+    @property
+    def _kind(self) -> Kind[Any]:
+        return self._given if isinstance(self._given, Kind) else self._given()
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))

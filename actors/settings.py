@@ -3,7 +3,7 @@
 from typing import Annotated, Any, get_args
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -50,3 +50,18 @@ def _without_own(keys: dict[str, Any]) -> dict[str, Any]:
 
 TemplateKeys = Annotated[dict[str, Any], AfterValidator(_without_own)]
 """Variables of a chat template, such as `enable_thinking: false`."""
+
+
+class FollowSettings(Settings):
+    """How a teacher follows the student that it began as. Name one of the two."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """It takes the student's weights after every so many steps."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """After each step its weights are `ema` of what they were and the rest of the student's: .99 follows within some 100 steps."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "FollowSettings":
+        if (self.every_steps is None) == (self.ema is None):
+            raise ValueError("name one of every_steps and ema")
+        return self

@@ -46,6 +46,10 @@ class Prompt:
     """A complete, terminating answer (its stop id included)."""
     teacher_finishes: bool | None = None
     """Whether the teacher itself finished this prompt within the budget; None: not tried."""
+    expected_tokens: float | None = None
+    """Mean length of the teacher's answers to it, tokens, by what the golden pass found; None: not known."""
+    longest_tokens: float | None = None
+    """Where the tail of their lengths begins, tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,10 @@ class LengthLimits:
     """Weight of KL(student || frozen initial student) on student prefixes."""
     stop_tilt_nats: float = 0.0
     """Strength b of the teacher's tilt toward stopping beyond the target length, nats."""
+    stop_weight: float = 0.0
+    """Weight of the dense loss on stopping."""
+    excess_weight: float = 1.0
+    """Weight of tokens beyond the teacher's longest answers to the same prompt: 1 keeps them, 0 masks them."""
     loop_tail_weight: float = 1.0
     """Weight of tokens after a loop's onset: 1 keeps them, 0 masks them."""
     admission_quota: float = 1.0

@@ -77,10 +77,10 @@ ACTUATORS.add("golden_weight")(
     Actuator(
         title="golden weight",
         unit="",
-        help="Weight of the cross-entropy on golden answers: they end, and teach stopping.",
+        help="Weight of the cross-entropy on golden answers: the teacher's own, which end.",
         tighter="up",
         bound=1.0,
-        moved_by=("long", "short"),
+        moved_by=("long", "short", "drift"),
         in_recovery=1.0,
         range=(0, 10),
         bound_key="max_golden_weight",
@@ -127,6 +127,33 @@ ACTUATORS.add("stop_tilt_nats")(
         bound_key="max_stop_tilt_nats",
     )
 )
+ACTUATORS.add("stop_weight")(
+    Actuator(
+        title="stop weight",
+        unit="",
+        help="Weight of the dense loss on stopping: toward the tilted teacher's at every token, whether a stop was sampled or not.",
+        tighter="up",
+        bound=1.0,
+        stage=(0.2, 0.7),
+        shortens=True,
+        in_recovery=1.0,
+        range=(0, 10),
+        bound_key="max_stop_weight",
+    )
+)
+ACTUATORS.add("excess_weight")(
+    Actuator(
+        title="excess weight",
+        unit="share",
+        help="Weight of tokens beyond the teacher's longest answers to the same prompt; 0 masks them.",
+        tighter="down",
+        bound=0.0,
+        stage=(0.0, 0.4),
+        shortens=True,
+        in_recovery=1.0,
+        bound_key="min_excess_weight",
+    )
+)
 ACTUATORS.add("loop_tail_weight")(
     Actuator(
         title="loop tail weight",
@@ -160,8 +187,8 @@ ACTUATORS.add("unfinished_quota")(
         help="Largest share of prompts in a step that the teacher itself does not finish, where prompts are chosen by it.",
         tighter="down",
         bound=0.0,
-        stage=(0.3, 0.7),
-        shortens=True,
+        moved_by=("long", "drift"),
+        stage=(0.1, 0.5),
         in_recovery=1.0,
         bound_key="min_unfinished_quota",
     )

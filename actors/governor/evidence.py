@@ -1,9 +1,10 @@
 """Sequential tests: from one step's observation to accumulated evidence against health. Pure.
 
 Each test is an e-detector (Shin, Ramdas, Rinaldo, "E-detectors", 2022). A step brings an e-value: a number whose mean is at most 1 while
-the run is healthy, whatever came before. Evidence is the log of M, where M <- max(1, M) x e. An alarm at M >= A then has an average run
-length of at least A steps between false alarms. Several alternatives (a small, a middle, a large departure) each keep their own M, and
-the evidence is that of their mean, which has the same property.
+the run is healthy, whatever came before. Evidence is the log of M, where M <- (1 + M) x e: the sum, over all steps at which a change may
+have begun, of the evidence since. An alarm at M >= A then has an average run length of at least A steps between false alarms. Several
+alternatives (a small, a middle, a large departure) each keep their own M, and the evidence is that of their mean, which has the same
+property.
 
 What is fed in is bounded and averaged over the step, so that heavy tails and batches of any size are the same to it. Rollouts of one
 step resemble each other: shares are read as those of fewer rollouts (a design effect), means by their scatter from step to step.
@@ -49,7 +50,7 @@ class Track:
     """What a test remembers."""
 
     logs: tuple[float, ...] = ()
-    """log M of each alternative, at least 0 after a step."""
+    """log M of each alternative."""
     baseline: float = 0.0
     baseline_weight: float = 0.0
     baseline_steps: int = 0
@@ -117,7 +118,7 @@ class ShareTest:
         num = seen.num / (1.0 + (seen.num - 1.0) * WITHIN_STEP_CORRELATION)
         hits = min(1.0, max(0.0, seen.value)) * num
         gains = []
-        for sick in (1.5 * healthy + 0.02, 3.0 * healthy + 0.05, 0.5 + healthy / 2):
+        for sick in (1.5 * healthy + 0.02, 3.0 * healthy + 0.05, 0.2 + healthy, 0.5 + healthy / 2):
             share = min(0.95, max(sick, healthy + 0.02))
             gains.append(hits * math.log(share / healthy) + (num - hits) * math.log((1 - share) / (1 - healthy)))
         return replace(track, logs=_accumulate(track.logs, gains, ceiling))
@@ -138,7 +139,10 @@ class MeanTest:
     slack_spreads: float = 0.0
     max_baseline: float = 0.0
     half_life_steps: float | None = None
-    """The expected is a running level that follows with this half-life; None: the reference."""
+    """The expected is a running level that follows what is worse with this half-life, what is better with a fifth of it; None: the
+    reference."""
+    max_step_nats: float = MAX_STEP_NATS
+    """Most evidence of one step: a small one asks for many steps in a row."""
     floor: float = 0.02
     """Smallest standard deviation of a step's mean that is believed, nats."""
     alternatives: tuple[float, ...] = (0.1, 0.3, 1.0)
@@ -159,10 +163,12 @@ class MeanTest:
             track = _learn(track, seen)
         excess = self.sign * (seen.value - self.bound(track, seen))
         gains = [(delta * excess - delta * delta / 2) / variance for delta in self.alternatives]
-        track = replace(track, logs=_accumulate(track.logs, gains, ceiling))
+        track = replace(track, logs=_accumulate(track.logs, [min(self.max_step_nats, gain) for gain in gains], ceiling))
         if self.half_life_steps is not None:
             level = self._level(track, seen)
-            level += (1.0 - 0.5 ** (steps / self.half_life_steps)) * (seen.value - level)
+            worse = self.sign * (seen.value - level) > 0
+            half_life_steps = self.half_life_steps if worse else self.half_life_steps / 5
+            level += (1.0 - 0.5 ** (steps / half_life_steps)) * (seen.value - level)
             track = replace(track, baseline=level, baseline_weight=1.0)
         return self._remember(track, seen, variance)
 
@@ -206,6 +212,11 @@ def _learn(track: Track, seen: Observation) -> Track:
 
 
 def _accumulate(logs: tuple[float, ...], gains: list[float], ceiling: float) -> tuple[float, ...]:
-    logs = logs or (0.0,) * len(gains)
     gains = [min(MAX_STEP_NATS, max(-MAX_RELIEF_NATS, gain)) for gain in gains]
-    return tuple(min(ceiling, max(0.0, log) + gain) for log, gain in zip(logs, gains, strict=True))
+    started = [_log_one_more(log) for log in logs] or [0.0] * len(gains)
+    return tuple(min(ceiling, log + gain) for log, gain in zip(started, gains, strict=True))
+
+
+def _log_one_more(log: float) -> float:
+    """log(1 + exp(log))."""
+    return max(0.0, log) + math.log1p(math.exp(-abs(log)))

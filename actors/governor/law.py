@@ -35,7 +35,8 @@ RECOVERED = 0.05
 LOST = 0.5
 """Severity at which a course that fails is followed by a rollback."""
 TRIAL_STEPS = 8.0
-"""Time that a course gets to show that it helps."""
+"""Time that a course gets to show that it helps, and, where it does at least no harm, ..."""
+LONG_TRIAL_STEPS = 32.0
 HELPS = 0.8
 """A course helps that lowers severity to this share in its time."""
 COOLDOWN_STEPS = 12.0
@@ -116,8 +117,11 @@ def _weigh(state: State, signals: Signals, policy: Policy) -> Outcome:
         reference_p99_tokens=signals.reference_p99_tokens or state.reference_p99_tokens,
     )
     moved, released_steps = _press(moved, readings, missing, steps)
-    moved = _follow_severity(moved, signals)
-    moved, command = _steer(moved, policy, steps)
+    share = _sick_share(signals)
+    weight = 1.0 - math.exp(-(signals.num_rollouts or 0.0) / SEVERITY_ROLLOUTS)
+    moved = replace(moved, severity=moved.severity + weight * (share - moved.severity))
+    moved = replace(moved, settled=moved.settled or moved.healthy_steps >= PATIENCE_STEPS)
+    moved, command = _steer(moved, policy, steps, stands=min(state.severity, share) >= ONSET)
     quiet = worst == "" and not missing
     return Outcome(
         moved,
@@ -173,15 +177,19 @@ def _press(state: State, readings: Mapping[str, Reading], missing: list[str], st
     return replace(state, releasing=releasing), beyond
 
 
-def _follow_severity(state: State, signals: Signals) -> State:
-    cut = (signals.truncation_rate or 0.0) + (signals.governor_cut_rate or 0.0) - (signals.expected_cut_rate or 0.0)
-    share = min(1.0, max(0.0, cut, signals.loop_rate or 0.0))
-    weight = 1.0 - math.exp(-(signals.num_rollouts or 0.0) / SEVERITY_ROLLOUTS)
-    return replace(state, severity=state.severity + weight * (share - state.severity))
+def _sick_share(signals: Signals) -> float:
+    """Of this reading's rollouts: beyond the teacher's longest or looping, less what the reference expects."""
+    tail = signals.observations.get("tail")
+    cut = (signals.truncation_rate or 0.0) + (signals.governor_cut_rate or 0.0)
+    return min(1.0, max(0.0, cut if tail is None else tail.value - tail.expected, signals.loop_rate or 0.0))
 
 
-def _steer(state: State, policy: Policy, steps: float) -> tuple[State, Command | None]:
-    """Which course is taken, and the last resort."""
+def _steer(state: State, policy: Policy, steps: float, *, stands: bool) -> tuple[State, Command | None]:
+    """Which course is taken, and rollbacks. `stands`: inflation is in this reading and was there before it.
+
+    A brake after an onset preserves the sickness, so an onset is answered by going back to before it, with the brake on. Where that
+    cannot be (no rollback is allowed, or the student was no sounder after one) the courses are tried in turn.
+    """
     cooling = state.cooldown_steps > 0
     short_steps = state.short_steps + steps if state.pressure_short >= 1.0 else 0.0
     state = replace(state, cooldown_steps=max(0.0, state.cooldown_steps - steps), short_steps=short_steps)
@@ -190,14 +198,18 @@ def _steer(state: State, policy: Policy, steps: float) -> tuple[State, Command |
     if state.severity < RECOVERED or not state.pressure_long:
         return replace(state, course="prevent", course_steps=0.0), None
     if state.course == "prevent":
-        if state.severity < ONSET or state.pressure_long < 0.5 or cooling:
+        if state.severity < ONSET or state.pressure_long < 0.5 or cooling or not stands:
             return state, None
+        if state.settled and policy.may_move("rollback") and state.rollbacks < policy.max_rollbacks:
+            return _roll_back(state, policy), "rollback"
         return replace(state, course="push", course_steps=0.0, course_severity=state.severity), None
     state = replace(state, course_steps=state.course_steps + steps)
     if state.course_steps < TRIAL_STEPS:
         return state, None
     if state.severity <= HELPS * state.course_severity:
         return replace(state, course_steps=0.0, course_severity=state.severity), None
+    if state.severity < min(LOST, state.course_severity) and state.course_steps < LONG_TRIAL_STEPS:
+        return state, None  # no worse: what is learned slowly takes time
     other = replace(state, course="brake" if state.course == "push" else "push", course_steps=0.0, course_severity=state.severity)
     if cooling or state.severity < LOST:
         return other, None
@@ -206,17 +218,21 @@ def _steer(state: State, policy: Policy, steps: float) -> tuple[State, Command |
 
 
 def _last_resort(state: State, policy: Policy, *, lost: bool) -> tuple[State, Command | None]:
-    """A rollback, with the brake on; once there were enough of them, and all is `lost`, the end of the run."""
+    """Another rollback; once there were enough of them, and all is `lost`, the end of the run."""
     if not policy.may_move("rollback"):
         return state, None
     if state.rollbacks >= policy.max_rollbacks:
         return state, "stop" if lost else None
+    return _roll_back(state, policy), "rollback"
+
+
+def _roll_back(state: State, policy: Policy) -> State:
+    """The restored student starts with clean tests and with the brake on; pressure is released like any other."""
     state = replace(state, cooldown_steps=COOLDOWN_STEPS, short_steps=0.0)
-    if policy.mode == "enforce":
-        # The restored student starts with clean tests. The pressure that led here stays, and is released like any other.
-        state = replace(state, rollbacks=state.rollbacks + 1, tracks={}, severity=0.0, healthy_steps=0.0, releasing=False)
-        state = replace(state, course="prevent", course_steps=0.0)
-    return state, "rollback"
+    if policy.mode != "enforce":
+        return state
+    state = replace(state, rollbacks=state.rollbacks + 1, tracks={}, severity=0.0, healthy_steps=0.0, releasing=False, settled=False)
+    return replace(state, course="prevent", course_steps=0.0, pressure_long=1.0 if state.pressure_long else 0.0)
 
 
 def _conclude(

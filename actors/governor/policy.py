@@ -50,6 +50,10 @@ class Policy(Settings):
     """Weight of KL to the initial student at full pressure."""
     max_stop_tilt_nats: Annotated[float, Field(ge=0, le=20)] = 4.0
     """Teacher's tilt toward stopping beyond the target length at full pressure."""
+    max_stop_weight: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """Weight of the dense loss on stopping at full pressure."""
+    min_excess_weight: Share = 0.0
+    """Weight of tokens beyond the teacher's longest answers to the same prompt, at full pressure."""
     min_loop_tail_weight: Share = 0.0
     """Weight of tokens after a loop's onset at full pressure; 0 masks them."""
     min_unfinished_quota: Share = 0.0

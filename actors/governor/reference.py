@@ -101,6 +101,14 @@ class LengthModel:
         mu += math.log(aim.factor)
         return mu if aim.budget_tokens is None else min(mu, math.log(aim.budget_tokens))
 
+    def expected_tokens(self, index: int, prompt_tokens: int, domain: str) -> float:
+        """Mean length of the teacher's answers to this prompt."""
+        return math.exp(self.mu(index, prompt_tokens, domain) + self.spread_nats**2 / 2)
+
+    def longest_tokens(self, index: int, prompt_tokens: int, domain: str) -> float:
+        """Length at which their tail begins."""
+        return math.exp(self.mu(index, prompt_tokens, domain) + self.tail_nats)
+
     def quantile_tokens(self, answers: Sequence[Answer], share: float) -> float:
         """Of lengths over these prompts, by the model."""
         mus = sorted(self.mu(-1, a.prompt_tokens, a.domain) for a in answers)

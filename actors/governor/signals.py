@@ -176,7 +176,7 @@ SIGNALS.add("kl")(
         unit="log nats",
         help="Log of mean KL against its running level. It also rises when prompts change: alone it moves the brake only, half way.",
         disease="drift",
-        test=MeanTest(sign=1.0, slack=math.log(2.5), half_life_steps=25.0, floor=0.15, alternatives=(0.3, 1.0)),
+        test=MeanTest(sign=1.0, slack=math.log(2.5), half_life_steps=50.0, floor=0.15, alternatives=(0.3, 1.0), max_step_nats=1.0),
         read=_kl,
         alone=0.5,
     )

@@ -11,8 +11,8 @@ from opd_governor.actors.trajectory import LengthLimits
 Action = Literal["hold", "tighten", "release", "fallback", "rollback", "stop"]
 Command = Literal["rollback", "stop"]
 Course = Literal["prevent", "push", "brake"]
-"""prevent: before an onset, limits follow pressure. Once inflation is there, push: full golden rate, tilt, short cap and no brake, so that
-the student learns its way out; or brake: what pressure asks for, after a rollback or where pushing did not help."""
+"""prevent: before an onset, and after a rollback, limits follow pressure. Where an inflation cannot be rolled back, push: full golden rate,
+tilt, short cap and no brake, so that the student learns its way out; or brake: what pressure asks for, where pushing did not help."""
 
 
 def together(*shares: float) -> float:
@@ -47,7 +47,9 @@ class State:
     course_severity: float = 0.0
     """Severity when the course began: a course that does not lower it is changed."""
     severity: float = 0.0
-    """Share of rollouts cut or looping beyond what the reference expects, over about 32 rollouts."""
+    """Share of rollouts beyond the teacher's longest or looping, less what the reference expects, over about 32 rollouts."""
+    settled: bool = False
+    """A healthy stretch was seen since the start or the last rollback: there is something to go back to when an onset comes."""
     short_steps: float = 0.0
     """Steps at full pressure for answers that are too short."""
     cap_tokens: int | None = None

@@ -21,6 +21,8 @@ from torch.distributed import TCPStore
 from opd_governor.actors.learner.batching import MicroBatch, build_micro_batches
 from opd_governor.actors.learner.checkpoint import STUDENT
 from opd_governor.actors.learner.fields import TokenLosses
+from opd_governor.actors.learner.follower import Follower
+from opd_governor.actors.learner.lora import adapter_bytes
 from opd_governor.actors.learner.metrics import BatchMetrics, summarise
 from opd_governor.actors.learner.models import LearnerModels, load_models
 from opd_governor.actors.learner.optimizer import build_optimizer, learning_rate_at
@@ -28,7 +30,16 @@ from opd_governor.actors.learner.outgoing import HEAD, Outgoing
 from opd_governor.actors.learner.passes import Passes
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.learner.sharding import gather, join, open_rendezvous, rank_and_size
-from opd_governor.actors.learner.state import Snapshot, StudentFiles, restore_run, snapshot, write
+from opd_governor.actors.learner.state import (
+    MERGED,
+    AdapterFiles,
+    Snapshot,
+    files_of,
+    restore_follower,
+    restore_run,
+    snapshot,
+    write,
+)
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout
 from opd_governor.actors.wire import rows_of, unpack
 
@@ -66,7 +77,9 @@ class Learner:
         loaded = load_models(models, settings)
         self._student = loaded.student
         self._passes = Passes(loaded, settings, objective, stop_ids)
-        self._files = StudentFiles(loaded.student, models, stop_ids)
+        self._files = files_of(loaded.student, models, stop_ids)
+        self._lora, self._follow = models.lora, models.follow
+        self._follower = self._new_follower()
         self._optimizer = self._new_optimizer()
         self.weight_version = 0
         self._snapshot: Snapshot | None = None
@@ -98,10 +111,13 @@ class Learner:
         store = self._store or TCPStore(host, port, self._settings.num_ranks, is_master=False)
         join(store, rank, self._settings.num_ranks, device)
         self._passes.shard(device)
-        self._optimizer = self._new_optimizer()
+        self._optimizer, self._follower = self._new_optimizer(), self._new_follower()
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         return build_optimizer([p for p in self._student.model.parameters() if p.requires_grad], self._settings)
+
+    def _new_follower(self) -> Follower | None:
+        return Follower(self._follow, self._files.weights()) if self._follow is not None else None
 
     # ---- steps
 
@@ -134,6 +150,8 @@ class Learner:
                 micro_batches = [MicroBatch(m.student, f) for m, f in zip(micro_batches, fields, strict=True)]
         assert first is not None
         self.weight_version += 1
+        if self._follower is not None and not skipped:
+            self._follower.after_step(self._files.weights(), self.weight_version)
         parts = [summarise(part, micro.fields, self._passes.stop_ids) for micro, part in zip(micro_batches, first, strict=True)]
         suspects = self._suspects(rollouts, limits, reference_tokens) if skipped else ()
         return StepReport(loss, grad_norm, rate, skipped, self.weight_version, reduce(add, parts), suspects)
@@ -178,14 +196,18 @@ class Learner:
 
     # ---- weights for engines
 
-    def probe(self, token_ids: Sequence[int], dtype: str = "float32") -> np.ndarray:
-        """Log-probs [L - 1] of a fixed sequence, float32, to hold against an engine's; `dtype`: what the engine computes in."""
-        return self._passes.probe(token_ids, dtype)
+    def probe(self, token_ids: Sequence[int], dtype: str = "float32", *, base: bool = False) -> np.ndarray:
+        """Log-probs [L - 1] of a fixed sequence, float32, to hold against an engine's; `dtype`: what the engine computes in; `base`:
+        without a LoRA student's addition."""
+        return self._passes.probe(token_ids, dtype, base=base)
 
     @torch.no_grad()
     def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, np.ndarray]:
         """The weight version, and all weights as the bytes of a safetensors file (uint8), the tied output head on its own; no weights
-        but on rank 0. `trained_only`: for engines that have had all of them, without those that no step changes."""
+        but on rank 0. `trained_only`: for engines that have had all of them, without those that no step changes. Of a student with an
+        addition always that alone, float32, with its settings in the file's header."""
+        if self._lora is not None:
+            return self.weight_version, np.frombuffer(adapter_bytes(gather(self._files.weights()), self._lora), np.uint8)
         outgoing = Outgoing(self._student.model, getattr(torch, dtype), trained_only=trained_only, num_ids=self._student.vocabulary)
         first = rank_and_size()[0] == 0
         tensors = {name: tensor.to("cpu").contiguous() for name, tensor in outgoing if first}
@@ -209,15 +231,31 @@ class Learner:
 
     # ---- files
 
+    def followed_version(self) -> int:
+        """The student's version when the weights of a teacher that follows it last changed."""
+        assert self._follower is not None, "no teacher follows"
+        return self._follower.version
+
+    @torch.no_grad()
+    def followed(self, dtype: str) -> tuple[int, np.ndarray]:
+        """That version, and those weights as the bytes of a safetensors file (uint8); no weights but on rank 0."""
+        assert self._follower is not None, "no teacher follows"
+        return self._follower.version, np.frombuffer(save(gather(self._follower.weights(), getattr(torch, dtype))), np.uint8)
+
     def save_student(self, folder: str, card: str | None = None, dtype: str = "float32") -> None:
         """Write the student in Hugging Face layout, with its tokenizer and, where given, a model card. Rank 0 writes."""
         weights = gather(self._files.weights())
-        if rank_and_size()[0] == 0:
-            self._files.write(folder, weights, card, dtype)
+        merged = gather(self._files.merged()) if isinstance(self._files, AdapterFiles) else {}
+        if rank_and_size()[0] > 0:
+            return
+        if merged and isinstance(self._files, AdapterFiles):
+            gap_nats = self._files.write_merged(f"{folder}/{MERGED}", merged, card, dtype)
+            card = f"{card or ''}\nMerged into the weights in `{MERGED}/`: log-probs {gap_nats:.2g} nats away in the mean.\n"
+        self._files.write(folder, weights, card, dtype)
 
     def snapshot(self) -> None:
         """Copy what `save` will write, between two steps: the next one may run while it is written. Every rank gives, rank 0 keeps."""
-        self._snapshot = snapshot(self._files, self._student, self._optimizer, self.weight_version)
+        self._snapshot = snapshot(self._files, self._student, self._optimizer, self.weight_version, self._follower)
 
     def save(self, folder: str) -> None:
         """Write the snapshot for `restore` on any number of ranks: student, optimiser, generators, counters. Raises OSError.
@@ -235,6 +273,8 @@ class Learner:
         dropped.
         """
         self._files.read(f"{folder}/{STUDENT}")
+        if self._follower is not None:
+            restore_follower(self._follower, folder)
         if rollback:
             self._optimizer.state.clear()
         else:

@@ -115,19 +115,22 @@ def build_micro_batches(
     ...     hidden_NH = model.model(micro.student.input_ids_BL).last_hidden_state.flatten(0, 1)[micro.student.predictor_N]
     """
     normaliser_tokens = settings.constant_normaliser_tokens or float(max_new_tokens)
-    target_tokens = settings.stop_tilt_target_tokens or reference_length_tokens
-    if limits.stop_tilt_nats > 0 and target_tokens is None:
+    targets = [settings.stop_tilt_target_tokens or r.trajectory.prompt.expected_tokens or reference_length_tokens for r in rollouts]
+    if limits.stop_tilt_nats > 0 and None in targets:
         raise ValueError("objective.stop_tilt_target_tokens: not set and no reference length known; set it or stop_tilt_nats to 0")
 
-    masks = [token_mask(r.trajectory, settings, limits.loop_tail_weight, stop_ids) * comparable(r.scores, settings) for r in rollouts]
+    masks = [
+        token_mask(r.trajectory, settings, limits.loop_tail_weight, stop_ids, limits.excess_weight) * comparable(r.scores, settings)
+        for r in rollouts
+    ]
     weights = token_weights(masks, settings.reduction, normaliser_tokens)
     whole_weights = weights
-    if settings.overlong_weight > 0:
+    if settings.overlong_weight > 0 or limits.stop_weight > 0:
         whole_masks = [token_mask(r.trajectory, settings, 1.0, stop_ids) * comparable(r.scores, settings) for r in rollouts]
         whole_weights = token_weights(whole_masks, settings.reduction, normaliser_tokens)
     rows = [
         _rollout_row(rollout, weight_T, whole_T, settings, limits, target_tokens or 0.0)
-        for rollout, weight_T, whole_T in zip(rollouts, weights, whole_weights, strict=True)
+        for rollout, weight_T, whole_T, target_tokens in zip(rollouts, weights, whole_weights, targets, strict=True)
     ]
     golden_masks = [within_horizon(prompt.golden_ids or (), settings.horizon_tokens, stop_ids) for prompt in golden]
     golden_weight = limits.golden_weight / max(sum(float(mask_T.sum()) for mask_T in golden_masks), 1)
@@ -164,6 +167,7 @@ def _rollout_row(
         "tilt_N": stop_tilt(num_tokens, limits.stop_tilt_nats, target_tokens, settings.stop_tilt_width_tokens),
         "overlong_N": overlong_T,
         "tail_weight_N": tail_weight_T,
+        "stop_weight_N": limits.stop_weight * whole_weight_T,
     }
     if scores.sampled_only_T is not None:
         fields["sampled_only_N"] = scores.sampled_only_T
@@ -206,7 +210,8 @@ def _golden_row(prompt: Prompt, weight_T: np.ndarray, blank: dict[str, np.ndarra
 
 def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
     num_tokens = len(response_ids)
-    names = ["weight", "golden_weight", "tail_weight", "behaviour_logp", "teacher_logp", "teacher_stop_logp", "tilt", "overlong"]
+    names = ["weight", "golden_weight", "tail_weight", "stop_weight", "behaviour_logp", "teacher_logp", "teacher_stop_logp", "tilt"]
+    names += ["overlong"]
     return {
         "sampled_ids_N": np.asarray(response_ids, np.int64),
         "position_N": np.arange(num_tokens),

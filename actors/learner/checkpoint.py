@@ -4,6 +4,7 @@ checkpoints/step-40/
   student/              Hugging Face layout
   optimizer.safetensors Adam moments by parameter name
   random.safetensors    every rank's random state
+  teacher.safetensors   weights of a teacher that follows the student
   learner.json          weight version
   state.json            data cursor, governor, limits, config generation, every metric, sizes of the record files
   manifest.json         {"step": 40, "files": {"student/model.safetensors": "<sha256>", ...}}

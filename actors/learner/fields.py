@@ -41,6 +41,8 @@ class TokenFields:
     """Stop tilt b(t), nats."""
     overlong_N: Tensor
     """Soft overlong penalty of the token's response, times its weight, nats."""
+    stop_weight_N: Tensor | None = None
+    """Weight of the dense loss on stopping; 0 on golden tokens. None: there is none."""
     tail_weight_N: Tensor | None = None
     """Weight of the overlong penalty alone, beside `weight_N`: what a loop's tokens lack where their distillation is masked."""
     support_ids_NK: Tensor | None = None
@@ -76,12 +78,14 @@ class TokenFields:
 
 @dataclass(frozen=True, slots=True)
 class TokenLosses:
-    """Per token, before weighting. The first three carry a gradient, the rest is for metrics."""
+    """Per token, before weighting. The first four carry a gradient, the rest is for metrics."""
 
     loss_N: Tensor
     """The distillation loss."""
     reference_kl_N: Tensor
     """KL to the reference; zeros without one."""
+    stop_loss_N: Tensor
+    """KL of {stop, go on} from the tilted teacher to the student; zeros where no token has a `stop_weight_N`."""
     action_logp_N: Tensor
     """The student's log-prob of the action: the stop class at a sampled stop, else the sampled id."""
     logp_N: Tensor

@@ -57,11 +57,20 @@ class LearnerGroup:
         version, *_ = await together(version for version, _ in replies)
         return version, replies[0][1]
 
+    async def followed_version(self) -> int:
+        return await self.ranks[0].followed_version.remote()
+
+    async def followed(self, dtype: str) -> tuple[int, Any]:
+        """As `weights`: the version, and a reference to the weights of a teacher that follows."""
+        replies = [rank.followed.options(num_returns=2).remote(dtype) for rank in self.ranks]
+        version, *_ = await together(version for version, _ in replies)
+        return version, replies[0][1]
+
     async def send_weights(self, backend: str, dtype: str, actors: list[Any], workers_per_engine: int) -> None:
         await together(rank.send_weights.remote(backend, dtype, actors, workers_per_engine) for rank in self.ranks)
 
-    async def probe(self, token_ids: Sequence[int], dtype: str) -> np.ndarray:
-        return (await together(rank.probe.remote(token_ids, dtype) for rank in self.ranks))[0]
+    async def probe(self, token_ids: Sequence[int], dtype: str, *, base: bool = False) -> np.ndarray:
+        return (await together(rank.probe.remote(token_ids, dtype, base=base) for rank in self.ranks))[0]
 
     async def snapshot(self) -> None:
         await together(rank.snapshot.remote() for rank in self.ranks)

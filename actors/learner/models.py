@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from opd_governor.actors.causal_lm import CausalLM, Head, compile_layers
+from opd_governor.actors.learner.lora import LoraSettings, add_lora
 from opd_governor.actors.learner.settings import LearnerSettings
+from opd_governor.actors.settings import FollowSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,12 @@ class LearnerModels:
     trust_remote_code: bool = False
     tokenizer: str | None = None
     """Folder or id of the tokenizer and chat template that the student is trained with. None: the student's own."""
+    lora: LoraSettings | None = None
+    """Train an addition to the student, frozen in the passes' precision; it is its own reference then. None: train its weights."""
+    seed: int = 0
+    """Of a new addition's weights."""
+    follow: FollowSettings | None = None
+    """Keep the weights of a teacher that follows the student. None: no teacher does."""
     num_ids: int | None = None
     """The student's ids that are tokens; rows past them pad its embedding. None: every row is a token."""
 
@@ -31,11 +39,12 @@ class Loaded:
 
     student: CausalLM
     reference: CausalLM | None
+    """The student itself where it has an addition, which is turned off in passes of the reference."""
     teacher_head: Head | None
 
 
 def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
-    """The student in float32 whatever precision its passes run in: master weights and moments are float32."""
+    """The student in float32 whatever precision its passes run in: master weights and moments are float32. Raises LoraError."""
 
     def load(path: str, dtype: str, device: str | None = None) -> CausalLM:
         num_ids = models.num_ids if path == models.student else None
@@ -49,16 +58,21 @@ def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
         lm.model.requires_grad_(False)
         return lm
 
-    student = load(models.student, "float32", device)
+    # A frozen base of one rank is kept in the passes' precision. Ranks share it out, and gather it in that precision.
+    in_passes = models.lora is not None and settings.num_ranks == 1
+    student = load(models.student, settings.dtype if in_passes else "float32", device)
     student.model.train()
     if settings.gradient_checkpointing:
         student.model.gradient_checkpointing_enable()
-    if settings.freeze_embeddings:
+    if models.lora is not None:
+        add_lora(student.model, models.lora, models.seed)
+    elif settings.freeze_embeddings:
         student.model.get_input_embeddings().requires_grad_(False)
-    reference = frozen(models.student, device) if models.with_reference else None
+    reference = None
+    if models.with_reference:
+        reference = student if models.lora is not None else frozen(models.student, device)
     teacher_head = frozen(models.teacher).head if models.teacher else None
     if settings.compile:
-        for lm in (student, reference):
-            if lm is not None:
-                compile_layers(lm.model)
+        for lm in {id(lm): lm for lm in (student, reference) if lm is not None}.values():
+            compile_layers(lm.model)
     return Loaded(student, reference, teacher_head)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from opd_governor.actors.learner.divergences import LOSSES
 from opd_governor.actors.learner.fields import LOWEST_LOGP, LazyLogits, TokenFields, TokenLosses, pick
-from opd_governor.actors.learner.sampled import policy_gradient, reference_kl
+from opd_governor.actors.learner.sampled import policy_gradient, reference_kl, stop_divergence
 from opd_governor.actors.learner.supports import SUPPORTS, Positions, close
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def chunked_objective(
     teacher: LazyLogits | None = None,
     reference: LazyLogits | None = None,
 ) -> tuple[Tensor, TokenLosses]:
-    """The loss of one micro-batch: sum of weight_N (loss + reference_kl_weight KL_ref) + golden_weight_N cross-entropy.
+    """The loss of one micro-batch: sum of weight_N (loss + reference_kl_weight KL_ref) + stop_weight_N KL of stopping
+    + golden_weight_N cross-entropy.
 
     Logits exist for `chunk_tokens` positions at a time and are made once: a chunk's gradient is taken while its logits are
     there, so memory does not grow with N x V. `teacher` is needed by a support with `hidden`, `reference` whenever
@@ -62,6 +63,8 @@ def chunked_objective(
         chunk = fields.select(index)
         losses = token_losses(student.head(hidden_CH), chunk, settings, stop_ids_E, teacher_CV, reference_CV)
         total = (chunk.weight_N * (losses.loss_N + reference_kl_weight * losses.reference_kl_N)).sum()
+        if chunk.stop_weight_N is not None and chunk.stop_weight_N.any():
+            total = total + (chunk.stop_weight_N * losses.stop_loss_N).sum()
         if chunk.tail_weight_N is not None and chunk.tail_weight_N.any():
             alone, _ = policy_gradient(torch.zeros_like(losses.kl_N), losses.logp_N, losses.action_logp_N, chunk, settings)
             total = total + (chunk.tail_weight_N * alone).sum()
@@ -149,10 +152,14 @@ def token_losses(
     with torch.no_grad():
         reference_CV = None if reference_logits_CV is None else _log_softmax(reference_logits_CV)
     reference_kl_C = reference_kl(logp_CV, at.p_CV, logp_C, reference_CV, fields, settings)
+    stop_loss_C = torch.zeros_like(gap_C)
+    if fields.stop_weight_N is not None and fields.stop_weight_N.any():
+        stop_loss_C = stop_divergence(at.stop_logp_C, at.teacher_stop_logp_C + tilt_C - log_tilt_sum_C)
     entropy_C = -at.p_CV.mul_(logp_CV.detach()).sum(-1)  # overwrites the probabilities; must stay last
     return TokenLosses(
         loss_N=loss_C,
         reference_kl_N=reference_kl_C,
+        stop_loss_N=stop_loss_C,
         action_logp_N=action_logp_C,
         logp_N=logp_C,
         kl_N=-gap_C,

@@ -1,6 +1,7 @@
 """Passes over the student: micro-batches in, the gradient on its parameters out. Also the probe that engines are compared with."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.actors.learner.batching import MicroBatch, ModelInputs
 from opd_governor.actors.learner.fields import LazyLogits, TokenFields, TokenLosses
+from opd_governor.actors.learner.lora import without_lora
 from opd_governor.actors.learner.models import Loaded
 from opd_governor.actors.learner.objective import chunked_objective
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
@@ -39,8 +41,9 @@ class Passes:
     def shard(self, device: torch.device) -> None:
         """Keep this rank's part of the student, whose parameters are others afterwards, and of the reference."""
         self._run = shard(self._student, device, self._settings.dtype)
-        if self._models.reference is not None:
-            shard_frozen(self._models.reference, device)
+        reference = self._models.reference
+        if reference is not None and reference is not self._student:
+            shard_frozen(reference, device)
 
     def gradient(
         self, micro_batches: Sequence[MicroBatch], limits: LengthLimits, optimizer: torch.optim.Optimizer
@@ -59,11 +62,12 @@ class Passes:
         return summed(total, self._student.device), grad_norm, parts
 
     @torch.no_grad()
-    def probe(self, token_ids: Sequence[int], dtype: str) -> np.ndarray:
-        """Log-probs [L - 1] of a fixed sequence, nats, float32, computed in `dtype`."""
+    def probe(self, token_ids: Sequence[int], dtype: str, *, base: bool = False) -> np.ndarray:
+        """Log-probs [L - 1] of a fixed sequence, nats, float32, computed in `dtype`; `base`: without a LoRA student's addition."""
         device = self._student.device
         ids_BL = torch.tensor([list(token_ids)], device=device)
-        with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        off = without_lora(self._student.model) if base else contextlib.nullcontext()
+        with off, _without_dropout(self._student.model), torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
             logits_LV = self._run(lambda: self._student.head(self._student.hidden(ids_BL)[0, :-1]))
         return logits_LV.float().log_softmax(-1).gather(1, ids_BL[0, 1:, None])[:, 0].cpu().numpy()
 
@@ -76,7 +80,7 @@ class Passes:
     def _loss(self, inputs: ModelInputs, fields: TokenFields, limits: LengthLimits) -> tuple[torch.Tensor, TokenLosses]:
         reference = self._models.reference if limits.reference_kl_weight > 0 else None
         with torch.autocast(self._student.device.type, torch.bfloat16, enabled=self._settings.dtype == "bfloat16"):
-            with torch.no_grad():
+            with torch.no_grad(), without_lora(self._student.model) if reference is self._student else contextlib.nullcontext():
                 reference_logits = _lazy(reference, inputs) if reference else None
             teacher_logits = None
             if self._models.teacher_head is not None:
@@ -92,6 +96,16 @@ class Passes:
                 teacher=teacher_logits,
                 reference=reference_logits,
             )
+
+
+@contextlib.contextmanager
+def _without_dropout(model: Any) -> Iterator[None]:
+    """As engines have it."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def _lazy(lm: CausalLM, inputs: ModelInputs) -> LazyLogits:

@@ -1,4 +1,4 @@
-"""Terms that look at the sampled token alone: the policy gradient toward the teacher and the KL to the reference. Pure torch.
+"""Terms beside the dense losses: the policy gradient toward the teacher, the KL to the reference, the KL of stopping. Pure torch.
 
 Shapes: C positions, V vocabulary.
 """
@@ -14,6 +14,9 @@ from opd_governor.actors.learner.fields import TokenFields, pick
 
 if TYPE_CHECKING:
     from opd_governor.actors.learner.settings import ObjectiveSettings
+
+CERTAIN = 1e-6
+"""A stop is not taken to be likelier than 1 minus this."""
 
 
 def importance_weight(logp_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings") -> Tensor:
@@ -65,3 +68,19 @@ def reference_kl(
     moved_C = 0.0 if fields.proximal_logp_N is None else logp_C.detach() - fields.proximal_logp_N
     ratio_C = torch.as_tensor(moved_C).exp() * importance_weight(logp_C, fields, settings)
     return ratio_C * (k3_C + (k2_C - k2_C.detach()))
+
+
+def stop_divergence(stop_logp_C: Tensor, teacher_stop_logp_C: Tensor) -> Tensor:
+    """KL(teacher || student) of the two classes {stop, go on}, nats: q log(q / p) + (1 - q) log((1 - q) / (1 - p)).
+
+    A policy gradient learns about stopping only where a stop was sampled; a student that rambles samples none. This term has a gradient
+    at every position, p - q by the stop's log-odds, and none by anything else. `stop_logp_C`: with a gradient.
+    """
+    student_C, teacher_C = stop_logp_C.clamp(max=-CERTAIN), teacher_stop_logp_C.clamp(max=-CERTAIN)
+    q_C = teacher_C.exp()
+    return q_C * (teacher_C - student_C) + (1 - q_C) * (_log_rest(teacher_C) - _log_rest(student_C))
+
+
+def _log_rest(logp_C: Tensor) -> Tensor:
+    """log(1 - p)."""
+    return torch.log(-torch.expm1(logp_C))

@@ -1,12 +1,28 @@
 """The objective's knobs and how the student is updated."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from opd_governor.actors.learner.divergences import LOSSES
-from opd_governor.actors.learner.supports import SUPPORTS, Needs
+from opd_governor.actors.extensions import Key, Kind
 from opd_governor.actors.settings import Settings
+
+if TYPE_CHECKING:
+    from opd_governor.actors.learner.supports import Needs, Support
+
+
+def _losses() -> Kind[Any]:
+    """Late: with the losses comes torch, which takes a second, and most commands read no job."""
+    from opd_governor.actors.learner.divergences import LOSSES
+
+    return LOSSES
+
+
+def _supports() -> "Kind[Support]":
+    """Late, as above."""
+    from opd_governor.actors.learner.supports import SUPPORTS
+
+    return SUPPORTS
 
 
 class ObjectiveSettings(Settings):
@@ -17,11 +33,11 @@ class ObjectiveSettings(Settings):
     full: the whole vocabulary (the teacher sends its hidden states, the learner has the teacher's head).
     """
 
-    loss: Annotated[str, LOSSES.key] = "reverse_kl"
+    loss: Annotated[str, Key(_losses)] = "reverse_kl"
     """The divergence between student and teacher; formulas in actors/learner/README.md."""
     loss_options: dict[str, float] = Field(default={})
     """Parameters of a loss of your own, which reads them from here."""
-    support: Annotated[str, SUPPORTS.key] = "sampled"
+    support: Annotated[str, Key(_supports)] = "sampled"
     """The tokens over which the divergence is taken; see above."""
     top_k: Annotated[int, Field(ge=1, le=1024)] = 32
     """Ids in a student, teacher or union support; the sampled token and the stop class are always added."""
@@ -64,9 +80,15 @@ class ObjectiveSettings(Settings):
     stop_tilt_nats: Annotated[float, Field(ge=0, le=20)] = 0.0
     """Strength of the teacher's tilt toward stopping beyond the target length."""
     stop_tilt_target_tokens: Annotated[int, Field(ge=1)] | None = None
-    """None: the reference length (mean of golden or teacher answers)."""
+    """None: the mean length of the teacher's answers to the same prompt (golden pass), or to all prompts where that is not known."""
     stop_tilt_width_tokens: Annotated[int, Field(ge=1)] = 32
     """Tokens from the target length to the tilt's full strength."""
+    stop_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Weight of the KL of {stop, go on} from the tilted teacher to the student, at every token of a rollout, loops included: a student that
+    samples no stop learns it all the same."""
+    excess_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Weight of tokens beyond the teacher's longest answers to the same prompt (golden pass); 1 keeps them, 0 masks them. They are states
+    that the teacher itself does not reach, where its scores say little, and they fill the batch. A stop among them counts whole."""
     horizon_tokens: Annotated[int, Field(ge=1)] | None = None
     """Loss on the first tokens of each response only, and on its stop event wherever that stands, sampled or golden. None: all."""
     position_gamma: Annotated[float, Field(ge=0, le=10)] = 0.0
@@ -85,19 +107,19 @@ class ObjectiveSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ObjectiveSettings":
-        dense = SUPPORTS[self.support].dense
+        dense = _supports()[self.support].dense
         if not dense and self.loss != "reverse_kl":
             raise ValueError(f"loss {self.loss} needs a dense support: set support to student, teacher, union or full")
         if dense and self.overlong_weight > 0:
             raise ValueError("overlong_weight acts on the sampled estimator only: set support to sampled or the weight to 0")
-        if SUPPORTS[self.support].hidden and self.position_gamma > 0:
+        if _supports()[self.support].hidden and self.position_gamma > 0:
             raise ValueError(f"position_gamma needs log-probs of the sampled tokens; support {self.support} has none: set it to 0")
         return self
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> "Needs":
         """What engines, teachers and the learner have to know of each position for this support."""
-        return SUPPORTS[self.support].needs(self)
+        return _supports()[self.support].needs(self)
 
 
 class LearnerSettings(Settings):

@@ -5,6 +5,7 @@ snapshot (all ranks, between two steps) --> write (rank 0, while the next step r
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,17 @@ from transformers.utils.hub import cached_file
 
 from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.actors.learner.checkpoint import OPTIMIZER, STUDENT, load_moments, moments
+from opd_governor.actors.learner.follower import Follower
+from opd_governor.actors.learner.lora import adapter_names, lora_layers, read_adapter, write_adapter
 from opd_governor.actors.learner.models import LearnerModels
-from opd_governor.actors.learner.sharding import gather, of_every_rank, rank_and_size, scatter
+from opd_governor.actors.learner.sharding import gather, of_every_rank, rank_and_size, scatter, whole
 
 COUNTERS = "learner.json"
 RANDOM = "random.safetensors"
+TEACHER = "teacher.safetensors"
+MERGED = "merged"
+"""Folder inside an adapter's that holds the merged model."""
+PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,9 @@ class Snapshot:
     random: dict[str, torch.Tensor]
     """Generator state by rank and device, "0/cpu"; dropout draws from it."""
     weight_version: int
+    followed: dict[str, torch.Tensor]
+    """Weights of a teacher that follows the student; empty: none does."""
+    followed_version: int
 
 
 class StudentFiles:
@@ -56,14 +66,23 @@ class StudentFiles:
             self._student.model.generation_config = GenerationConfig(bos_token_id=known.bos_token_id, pad_token_id=known.pad_token_id)
             self._student.model.save_pretrained(folder, state_dict=cast)
             _change(Path(folder) / "config.json", dtype=dtype)
-            source = self._models.tokenizer or self._models.student
-            AutoTokenizer.from_pretrained(source, trust_remote_code=self._trust).save_pretrained(folder)
-            generation = Path(folder) / "generation_config.json"
-            if own := cached_file(self._models.student, generation.name, _raise_exceptions_for_missing_entries=False):
-                shutil.copyfile(own, generation)
-            _change(generation, eos_token_id=self._stop_ids[0] if len(self._stop_ids) == 1 else self._stop_ids)
-            if card is not None:
-                (Path(folder) / "README.md").write_text(card)
+            self.write_beside(folder, card)
+
+    def write_beside(self, folder: str, card: str | None) -> None:
+        """What stands beside the weights: tokenizer, generation config, model card."""
+        source = self._models.tokenizer or self._models.student
+        AutoTokenizer.from_pretrained(source, trust_remote_code=self._trust).save_pretrained(folder)
+        generation = Path(folder) / "generation_config.json"
+        if own := cached_file(self._models.student, generation.name, _raise_exceptions_for_missing_entries=False):
+            shutil.copyfile(own, generation)
+        _change(generation, eos_token_id=self._stop_ids[0] if len(self._stop_ids) == 1 else self._stop_ids)
+        if card is not None:
+            (Path(folder) / "README.md").write_text(card)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether code of the model's own may run."""
+        return self._trust
 
     @torch.no_grad()
     def read(self, folder: str) -> None:
@@ -86,7 +105,72 @@ def _change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(held | values, indent=2) + "\n")
 
 
-def snapshot(files: StudentFiles, student: CausalLM, optimizer: torch.optim.Optimizer, weight_version: int) -> Snapshot | None:
+class AdapterFiles:
+    """The same verbs for a student with an addition: only that is written, in peft's format, with the student's tokenizer."""
+
+    def __init__(self, student: CausalLM, models: LearnerModels, stop_ids: Sequence[int]) -> None:
+        assert models.lora is not None
+        self._student, self._source, self._settings = student, models.student, models.lora
+        self._whole = StudentFiles(student, models, stop_ids)
+
+    def write(self, folder: str, weights: dict[str, torch.Tensor], card: str | None = None, dtype: str = "float32") -> None:
+        """The addition stays float32 whatever `dtype`, which is the merged model's."""
+        with disk_errors(folder):
+            write_adapter(Path(folder), weights, self._settings, self._source)
+            self._whole.write_beside(folder, card)
+
+    def read(self, folder: str) -> None:
+        own = dict(self._student.model.named_parameters())
+        stored = read_adapter(Path(folder), self._settings)
+        with torch.no_grad():
+            for name, in_file in adapter_names(self._student.model).items():
+                own[name].copy_(scatter(stored[in_file], own[name]))
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        own = dict(self._student.model.named_parameters())
+        return ((in_file, own[name]) for name, in_file in adapter_names(self._student.model).items())
+
+    def merged(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The student's file with the addition in its weights, where the job asks for it; whole tensors, on every rank."""
+        layers = lora_layers(self._student.model)
+        for name, tensor in self._whole.weights() if self._settings.merge else ():
+            layer, _, part = name.rpartition(".")
+            if part in ("lora_A", "lora_B"):
+                continue
+            if layer in layers and part == "weight":
+                one = layers[layer]
+                yield name, one.merged(whole(tensor.detach()), whole(one.lora_A.detach()), whole(one.lora_B.detach()))
+            else:
+                yield name, tensor
+
+    def write_merged(self, folder: str, weights: dict[str, torch.Tensor], card: str | None, dtype: str) -> float:
+        """A model in Hugging Face layout that needs no adapter. Returns what rounding to its dtype costs: the mean gap of log-probs to the
+        student with its addition, nats, on a sequence over the vocabulary. With several ranks it is not measured: NaN."""
+        self._whole.write(folder, weights, card, dtype)
+        if rank_and_size()[1] > 1:
+            return math.nan
+        merged = CausalLM(folder, dtype=dtype, device=self._student.device, trust_remote_code=self._whole.trusted)
+        ids_BL = torch.linspace(0, merged.vocabulary - 1, PROBE_TOKENS, device=self._student.device).long()[None]
+        self._student.model.eval()
+        with torch.no_grad():
+            logps = [
+                lm.head(lm.hidden(ids_BL)[0, :-1]).float().log_softmax(-1).gather(1, ids_BL[0, 1:, None]) for lm in (self._student, merged)
+            ]
+        self._student.model.train()
+        return float((logps[0] - logps[1]).abs().mean())
+
+
+Files = StudentFiles | AdapterFiles
+
+
+def files_of(student: CausalLM, models: LearnerModels, stop_ids: Sequence[int]) -> Files:
+    """What is written of a student: all of it, or its addition."""
+    return StudentFiles(student, models, stop_ids) if models.lora is None else AdapterFiles(student, models, stop_ids)
+
+
+def snapshot(
+    files: Files, student: CausalLM, optimizer: torch.optim.Optimizer, weight_version: int, follower: Follower | None = None
+) -> Snapshot | None:
     """Copy what `write` will write, between two steps. Every rank takes part; None but on rank 0."""
     weights = gather(files.weights(), copy=True)
     adam = moments(optimizer, optimized_names(student.model, optimizer))
@@ -96,17 +180,23 @@ def snapshot(files: StudentFiles, student: CausalLM, optimizer: torch.optim.Opti
     random = {
         f"{rank}/{kind}": part for kind, state in generators.items() for rank, part in enumerate(of_every_rank(state, student.device))
     }
-    return Snapshot(weights, adam, random, weight_version) if rank_and_size()[0] == 0 else None
+    followed = {} if follower is None else gather(follower.weights(), copy=True)
+    version = 0 if follower is None else follower.version
+    return Snapshot(weights, adam, random, weight_version, followed, version) if rank_and_size()[0] == 0 else None
 
 
-def write(files: StudentFiles, taken: Snapshot, folder: str) -> None:
+def write(files: Files, taken: Snapshot, folder: str) -> None:
     """Write a snapshot for `restore` on any number of ranks: student, optimiser, generators, counters. Raises OSError."""
     path = Path(folder)
     files.write(str(path / STUDENT), taken.weights)
     with disk_errors(folder):
         save_file(taken.moments, path / OPTIMIZER)
         save_file(taken.random, path / RANDOM)
-        (path / COUNTERS).write_text(json.dumps({"weight_version": taken.weight_version}))
+        counters = {"weight_version": taken.weight_version}
+        if taken.followed:
+            save_file(taken.followed, path / TEACHER)
+            counters["followed_version"] = taken.followed_version
+        (path / COUNTERS).write_text(json.dumps(counters))
 
 
 def restore_run(student: CausalLM, optimizer: torch.optim.Optimizer, folder: str) -> int:
@@ -120,6 +210,14 @@ def restore_run(student: CausalLM, optimizer: torch.optim.Optimizer, folder: str
     if (state := random.get(f"{rank}/cuda")) is not None and student.device.type == "cuda":
         torch.cuda.set_rng_state(state, student.device)
     return int(json.loads((path / COUNTERS).read_text())["weight_version"])
+
+
+def restore_follower(follower: Follower, folder: str) -> None:
+    """Take the weights that a checkpoint's teacher had. One without them, of a job in which no teacher followed, leaves the student's as
+    it came."""
+    path = Path(folder)
+    if (path / TEACHER).is_file():
+        follower.restore(load_file(path / TEACHER), int(json.loads((path / COUNTERS).read_text())["followed_version"]))
 
 
 def optimized_names(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -11,14 +11,24 @@ from opd_governor.actors.learner.settings import ObjectiveSettings
 from opd_governor.actors.trajectory import TokenScores, Trajectory
 
 
-def token_mask(trajectory: Trajectory, settings: ObjectiveSettings, loop_tail_weight: float, stop_ids: Sequence[int] = ()) -> np.ndarray:
-    """[T] how much each token counts: 1, or `loop_tail_weight` from one period after a loop's onset; 0 beyond the horizon, and
-    throughout where truncated rollouts are masked."""
+def token_mask(
+    trajectory: Trajectory,
+    settings: ObjectiveSettings,
+    loop_tail_weight: float,
+    stop_ids: Sequence[int] = (),
+    excess_weight: float = 1.0,
+) -> np.ndarray:
+    """[T] how much each token counts: 1, or `loop_tail_weight` from one period after a loop's onset, or `excess_weight` beyond the
+    teacher's longest answers to the same prompt; 0 beyond the horizon, and throughout where truncated rollouts are masked. Neither the
+    excess nor the horizon takes a stop."""
     mask_T = np.ones(len(trajectory.token_ids))
     if trajectory.truncated and settings.truncated == "mask":
         return np.zeros_like(mask_T)
     if trajectory.loop_onset is not None:
         mask_T[tail_start(trajectory) :] = loop_tail_weight
+    if excess_weight < 1 and trajectory.prompt.longest_tokens is not None:
+        inside_T = within_horizon(trajectory.token_ids, int(trajectory.prompt.longest_tokens), stop_ids)
+        mask_T = np.minimum(mask_T, excess_weight + (1 - excess_weight) * inside_T)
     return mask_T * within_horizon(trajectory.token_ids, settings.horizon_tokens, stop_ids)
 
 

@@ -6,9 +6,13 @@ learner --weights--> RolloutActor(Engine) --chunks of Trajectory--> driver
 import asyncio
 import contextlib
 import itertools
+import json
 import os
+import shutil
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +63,11 @@ class RolloutActor:
         self._model, self._settings, self._seed = model, settings, seed
         self._stop_ids, self._reference_tokens, self._top_k = stop_ids, reference_tokens, top_k
         self._weight_transfer = weight_transfer
+        self._folder: str | None = None
+        """Of a LoRA student: its adapters', one folder a version."""
+        self._base: np.ndarray | None = None
+        """Its base's log-probs of the probe."""
+        self._numbers = itertools.count()
 
     async def start(self) -> int:
         """Bring the engine up; returns its context window, tokens."""
@@ -209,7 +218,10 @@ class RolloutActor:
         await self._engine.finish_update(self._incoming_version)
 
     async def load_weights(self, weights: np.ndarray, weight_version: int, probe: Sequence[int]) -> np.ndarray:
-        """A whole update from the bytes of a safetensors file (uint8), which the object store brought to this node; then the probe."""
+        """A whole update from the bytes of a safetensors file (uint8), which the object store brought to this node; then the probe:
+        log-probs [L - 1], or [2, L - 1] of a LoRA student, the second of its base."""
+        if self._settings.engine.get("enable_lora"):
+            return await self._load_adapter(weights, weight_version, probe)
         # Memory without a name, opened by the engine's process through /proc: it goes with this process, however that ends. A file
         # in /dev/shm would stay behind a killed actor and take a student's worth of memory each time.
         with os.fdopen(os.memfd_create("opd-weights"), "wb") as file:
@@ -218,10 +230,28 @@ class RolloutActor:
             await self._engine.load_file(f"/proc/{os.getpid()}/fd/{file.fileno()}", weight_version)
         return await self.probe(probe)
 
+    async def _load_adapter(self, weights: np.ndarray, weight_version: int, probe: Sequence[int]) -> np.ndarray:
+        """A LoRA student's addition, from a safetensors file with its configuration in the header. vLLM reads it from a folder."""
+        if self._base is None:
+            # Once, before the first addition: on CPUs vLLM gives a request without one that shares a pass with others another's.
+            self._base = await self._engine.probe(list(probe), base=True)
+        self._folder = self._folder or tempfile.mkdtemp(prefix="opd-adapters-")
+        folder = Path(self._folder, str(next(self._numbers)))
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(weights.data)
+        length = int.from_bytes(weights[:8].tobytes(), "little")
+        header = json.loads(weights[8 : 8 + length].tobytes())
+        (folder / "adapter_config.json").write_text(header["__metadata__"]["adapter_config"])
+        for gone in await self._engine.load_adapter(str(folder), weight_version):
+            shutil.rmtree(gone, ignore_errors=True)
+        return np.stack([await self.probe(probe), self._base])
+
     async def shutdown(self) -> None:
         """End the engine's processes; the actor itself is ended by Ray."""
         if hasattr(self, "_engine"):
             self._engine.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Delivery:

@@ -8,6 +8,8 @@ Each token's log-prob is that of the distribution it was drawn from. The version
 import asyncio
 import itertools
 import os
+import threading
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,7 @@ from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logprobs import FlatLogprobs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -64,6 +67,9 @@ class Engine:
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._request_ids = itertools.count()
         self.weight_version = -1
+        self._adapters: deque[LoRARequest] = deque()
+        """Of a LoRA student: the one in force last, before it those that requests in flight may still use."""
+        self._num_kept: int = arguments.get("max_loras", 0)
         self._num_updates = 0
         """Unlike the version, never reused: a learner that went back to a checkpoint takes its steps again, to other weights."""
         self.context_tokens: int = self._llm.model_config.max_model_len
@@ -95,10 +101,10 @@ class Engine:
         """All requests submitted since `hold` begin in the same pass, in the order in which they came."""
         await self._llm.resume_generation()
 
-    async def probe(self, token_ids: list[int]) -> np.ndarray:
-        """Log-probs [L - 1] of a fixed sequence under the weights in force, nats, float32."""
+    async def probe(self, token_ids: list[int], *, base: bool = False) -> np.ndarray:
+        """Log-probs [L - 1] of a fixed sequence under the weights in force, nats, float32; `base`: without a LoRA student's addition."""
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-        output = await (await self._add(token_ids, params))
+        output = await (await self._add(token_ids, params, base=base))
         assert output.prompt_logprobs is not None
         return np.array([row[token].logprob for row, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)], np.float32)
 
@@ -121,11 +127,14 @@ class Engine:
         ids = [*within.token_ids[first:], *last.token_ids]
         return np.array(ids, np.int32).reshape(len(token_ids), num + 1)[:, 1:]
 
-    async def _add(self, prompt_token_ids: list[int], params: SamplingParams) -> Coroutine[None, None, RequestOutput]:
+    async def _add(
+        self, prompt_token_ids: list[int], params: SamplingParams, *, base: bool = False
+    ) -> Coroutine[None, None, RequestOutput]:
         request_id = str(next(self._request_ids))
         # The salt keeps a request from a prefix that other weights have left in the cache.
         prompt = {"prompt_token_ids": prompt_token_ids, "cache_salt": str(self._num_updates)}
-        collector = await self._llm.add_request(request_id, prompt, params)
+        adapter = self._adapters[-1] if self._adapters and not base else None
+        collector = await self._llm.add_request(request_id, prompt, params, lora_request=adapter)
 
         async def last_output() -> RequestOutput:
             try:
@@ -152,6 +161,26 @@ class Engine:
         self._updated(weight_version)
         await self._llm.resume_generation()
 
+    async def load_adapter(self, folder: str, weight_version: int) -> list[str]:
+        """Requests from here on use this adapter; those in flight keep theirs. Returns the folders that no request can use any more.
+
+        Every adapter has a name, an id and a folder of its own: vLLM's prefix cache goes by them, and would serve an older one's.
+        Raises ValueError for a folder that is in use.
+        """
+        if any(folder == held.lora_path for held in self._adapters):
+            raise ValueError(f"{folder} is an older version's: vLLM serves what it held before; give each version a folder of its own")
+        number = self._num_updates + 1
+        request = LoRARequest(f"policy-{number}", number, folder)
+        await self._llm.add_lora(request)
+        self._adapters.append(request)
+        self._updated(weight_version)
+        gone = []
+        while len(self._adapters) > self._num_kept:
+            old = self._adapters.popleft()
+            await self._llm.remove_lora(old.lora_int_id)
+            gone.append(old.lora_path)
+        return gone
+
     async def start_update(self) -> None:
         """Freeze the requests in flight and make the model ready to load."""
         await self._pause("keep")
@@ -174,6 +203,8 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._llm.shutdown()
+        # vLLM closes the sockets of this context and forgets the context. Its end waits for a socket that is open after all: beside us.
+        threading.Thread(target=self._llm.engine_core.resources.ctx.term, daemon=True).start()
 
 
 def _completion(output: CompletionOutput, weight_version: int) -> Completion:

@@ -9,14 +9,17 @@ import ray
 import torch
 
 from opd_governor.actors.teacher.cross_tokenizer import CrossTokenizerScorer, Vocabularies
-from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, digest_weights
+from opd_governor.actors.teacher.scorers import Follows, GenerateOptions, ScoreRequest, digest_weights
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.actors.trajectory import TokenScores
 from opd_governor.actors.wire import pack, rows_of, tabulate, unpack
 
+Followed = tuple[str, list[Any]]
+"""Weights that a teacher should have: a name that no others had, and a reference to them (in a list, which Ray does not fetch)."""
+
 
 class TeacherActor:
-    """One frozen teacher in a process of its own. `settings.model` is a folder or an id that transformers resolves."""
+    """One teacher in a process of its own, frozen unless it follows. `settings.model` is a folder or an id that transformers resolves."""
 
     def __init__(self, settings: TeacherSettings, stop_ids: tuple[int, ...], seed: int, tokens: Vocabularies | None = None) -> None:
         """`tokens`: of a teacher with another tokenizer."""
@@ -25,12 +28,18 @@ class TeacherActor:
         self.settings = settings
         scorer = settings.means.load(settings, stop_ids if tokens is None else tokens.teacher_stop_ids, seed)
         self.scorer = scorer if tokens is None else CrossTokenizerScorer(scorer, tokens)
+        self._followed = ""
+        """Name of the weights that it has; empty: those of its model's folder."""
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores | None]:
         return self.scorer.score(requests)
 
-    def score_packed(self, message: bytes) -> bytes:
-        """`score` as the driver calls it, with the process's name."""
+    def score_packed(self, message: bytes, followed: Followed | None = None) -> bytes:
+        """`score` as the driver calls it, with the process's name. `followed`: with these weights, also in a process that was restarted."""
+        if followed is not None and followed[0] != self._followed:
+            assert isinstance(self.scorer, Follows), "a check lets only such back ends follow"
+            self.scorer.follow(ray.get(followed[1][0]).tobytes())
+            self._followed = followed[0]
         return pack((self.ping(), tabulate(self.score(rows_of(unpack(message))))))
 
     def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
@@ -52,9 +61,14 @@ class RayTeacher:
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
+        self._followed: Followed | None = None
+
+    def follow(self, name: str, weights: Any) -> None:
+        """Score with these weights from the next call on. `weights`: a reference to the bytes of a safetensors file."""
+        self._followed = name, [weights]
 
     async def score(self, requests: Sequence[ScoreRequest]) -> tuple[str, list[TokenScores | None]]:
-        process, scores = unpack(await self.actor.score_packed.remote(pack(tabulate(requests))))
+        process, scores = unpack(await self.actor.score_packed.remote(pack(tabulate(requests)), self._followed))
         return process, rows_of(scores)
 
     async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
@@ -78,7 +92,7 @@ def start_teacher(
     """Start `settings.num_actors` actors of one teacher on the connected cluster. They load in the background: ping them to wait.
 
     `places`: Ray options of each actor, what it reserves and where; None: nothing, anywhere. Ray restarts one that dies, without
-    limit: its weights are frozen and it holds nothing else. `tokens`: of a teacher with another tokenizer.
+    limit: it holds nothing but its weights, and each call says which these should be. `tokens`: of a teacher with another tokenizer.
     """
     teacher_type = ray.remote(TeacherActor)
     places = places or [{"num_cpus": 0}] * settings.num_actors

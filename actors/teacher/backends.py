@@ -39,6 +39,8 @@ class Backend:
     """It can give hidden states, which support `full` needs."""
     given_ids: bool = True
     """It scores any ids it is given, which supports `student` and `union` need. False: it depends on the server."""
+    follows: bool = False
+    """Its scorer has `follow`, which takes new weights while it serves."""
     beams: bool = False
     """Golden answers by beam search and without repeated n-grams."""
     repeatable: bool = True
@@ -73,6 +75,6 @@ def _http(settings: "TeacherSettings", stop_ids: StopIds, seed: int) -> "Scorer"
     return HttpScorer(settings, stop_ids, seed)
 
 
-TEACHER_BACKENDS.add("torch")(Backend(_torch, hidden=True, beams=True))
+TEACHER_BACKENDS.add("torch")(Backend(_torch, hidden=True, follows=True, beams=True))
 TEACHER_BACKENDS.add("vllm")(Backend(_vllm, cpu_vocabulary=MAX_FULL_VOCABULARY, package="vllm"))
 TEACHER_BACKENDS.add("http")(Backend(_http, local=False, given_ids=False, repeatable=False))

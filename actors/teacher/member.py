@@ -34,6 +34,10 @@ class TeacherHandle(Protocol):
 
     async def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]: ...
 
+    def follow(self, name: str, weights: Any) -> None:
+        """Only asked of teachers that follow the student: score with these weights from the next call on."""
+        ...
+
     async def ping(self) -> str:
         """Names the actor's process: no other one has had the name."""
         ...

@@ -8,11 +8,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from safetensors.torch import load
 from transformers import GenerationConfig
 
 from opd_governor.actors.causal_lm import CausalLM
@@ -80,6 +81,13 @@ class Scorer(Protocol):
     def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]: ...
 
 
+@runtime_checkable
+class Follows(Protocol):
+    """A scorer that takes new weights while it serves."""
+
+    def follow(self, weights: bytes) -> None: ...
+
+
 class TorchScorer:
     """A transformers causal model. Float32 log-probs whatever its dtype; logits exist for `chunk_tokens` positions at a time.
 
@@ -107,6 +115,13 @@ class TorchScorer:
             for index, scored in zip(batch, self._score_batch([requests[index] for index in batch]), strict=True):
                 scores[index] = scored
         return scores
+
+    @torch.no_grad()
+    def follow(self, weights: bytes) -> None:
+        """Take the weights of a safetensors file, by the names of the model's own."""
+        own = dict(self.lm.model.named_parameters()) | dict(self.lm.model.named_buffers())
+        for name, tensor in load(weights).items():
+            own[name].copy_(tensor)
 
     @torch.inference_mode()
     def _score_batch(self, requests: list[ScoreRequest]) -> list[TokenScores]:

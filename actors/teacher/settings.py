@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from opd_governor.actors.settings import Settings, TemplateKeys, Url
+from opd_governor.actors.settings import FollowSettings, Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.backends import TEACHER_BACKENDS, Backend
 
 ASKED = {"name", "domains", "weight", "system_prompt", "context", "demonstration", "copied_run_tokens", "template", "render"}
@@ -84,6 +84,8 @@ class TeacherSettings(Settings):
     """Longest time of one try, and longest wait for an actor to come back, seconds. A server's own retries fall within it."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings along. Off: such a model is refused."""
+    follow: FollowSettings | None = None
+    """Its weights follow the student's, which it begins as: its model is the student's (back end `torch`). None: it is frozen."""
     beams: Annotated[int, Field(ge=1)] = 1
     """Golden pass: 1 samples, more searches with transformers' beam search."""
     length_penalty: float = 1.0

@@ -272,7 +272,12 @@ LEARNER = (
         "suffix: steps",
         ((mean("opd_sample_staleness_steps"), "mean {{run}}"),),
     ),
-    Panel("Weight version", "The engines are behind while a sync is under way.", "none", ((of("opd_weight_version"), "{{role}} {{run}}"),)),
+    Panel(
+        "Weight version",
+        "Engines are behind while a sync is under way. A teacher's: the step that last changed one that follows.",
+        "none",
+        ((of("opd_weight_version"), "{{role}} {{run}}"),),
+    ),
     Panel(
         "Weight sync",
         "",
@@ -312,6 +317,13 @@ LEARNER = (
             (quantile(0.5, "opd_teacher_request_seconds", "teacher"), "median {{teacher}} {{run}}"),
             (quantile(0.95, "opd_teacher_request_seconds", "teacher"), "p95 {{teacher}} {{run}}"),
         ),
+    ),
+    Panel(
+        "Other views and other tokens",
+        "copied: share of tokens copied from what only the teacher sees. With another tokenizer: spans per token (1: both cut alike), "
+        "share of unaligned tokens, unaligned bytes a response, share of responses that the student's tokenizer would cut otherwise.",
+        "none",
+        ((of("opd_scores"), "{{field}} {{run}}"),),
     ),
     Panel(
         "Actors restarted so far",

@@ -11,6 +11,7 @@ import torch
 
 from opd_governor.services.control.server import ServiceError, bind
 from opd_governor.services.inputs.checks import Check
+from opd_governor.services.inputs.lora import trained_parameters
 from opd_governor.services.inputs.refusals import words
 from opd_governor.services.inputs.resolve import ModelFacts
 from opd_governor.services.job.settings import Job
@@ -40,8 +41,12 @@ def check_disk(job: Job, student: ModelFacts, directory: Path) -> Iterator[Check
     while not place.exists():
         place = place.parent
     bytes_per_parameter = 2 if getattr(student.config, "dtype", None) in (torch.bfloat16, torch.float16) else 4
-    parameters = weights / bytes_per_parameter
-    needed = (job.checkpoint.keep + 2) * parameters * (bytes_per_parameter + ADAM_BYTES_PER_PARAMETER)
+    each = weights / bytes_per_parameter * (bytes_per_parameter + ADAM_BYTES_PER_PARAMETER)
+    if job.student.lora is not None:
+        each = trained_parameters(student, job.student) * (4 + ADAM_BYTES_PER_PARAMETER)
+    elif job.follow is not None:
+        each += 4 * weights / bytes_per_parameter
+    needed = (job.checkpoint.keep + 2) * each
     free = shutil.disk_usage(place).free
     detail = f"{free / 2**30:.1f} GiB free at {place}, checkpoints need about {needed / 2**30:.1f}"
     if free < needed:

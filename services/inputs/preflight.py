@@ -21,6 +21,8 @@ from opd_governor.services.inputs.check_machine import (
 from opd_governor.services.inputs.check_models import check_pad, check_pair, check_stop_ids, check_student, check_teacher
 from opd_governor.services.inputs.check_servers import check_server
 from opd_governor.services.inputs.checks import Check, exit_code, failures, render
+from opd_governor.services.inputs.follow import check_follow
+from opd_governor.services.inputs.lora import check_lora
 from opd_governor.services.inputs.models import resolve_model, split_pruned
 from opd_governor.services.inputs.resolve import ModelFacts, server_tokenizer, student_facts, teacher_facts, window_of
 from opd_governor.services.inputs.tokens import own_tokenizer
@@ -36,7 +38,7 @@ def check(job: Job, directory: Path) -> list[Check]:
     teachers = [_look_at_teacher(settings, checks) for settings in job.teacher]
     if student is None:
         return checks
-    checks += [*check_student(student), *check_stop_ids(job, student), *check_pad(student.tokenizer)]
+    checks += [*check_student(student), *check_lora(job, student), *check_stop_ids(job, student), *check_pad(student.tokenizer)]
     others: dict[str, Any] = {}
     for settings, teacher in zip(job.teacher, teachers, strict=True):
         if teacher is not None:
@@ -88,7 +90,7 @@ def _server_tokenizer(settings: TeacherSettings, checks: list[Check]) -> Any:
 
 def check_job_alone(job: Job) -> list[Check]:
     """What needs no model, no data and no machine."""
-    return [*check_objective(job), *check_repeatable(job)]
+    return [*check_objective(job), *check_repeatable(job), *check_follow(job)]
 
 
 def stand_in(model: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from opd_governor.actors.governor.reference import LengthModel
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.encode import Terms
 from opd_governor.services.inputs.refusals import NAMED, DataError, some_of
@@ -81,6 +82,7 @@ class PromptStream:
         self._indices = np.asarray(survey.indices, np.int64)
         self._finished: dict[int, bool] = {}
         self._golden: dict[int, tuple[int, ...] | None] = {}
+        self._lengths: LengthModel | None = None
         self._epoch = self._position = 0
         self._order = self._shuffle()
         self.accept_changes = False
@@ -131,15 +133,22 @@ class PromptStream:
             batch.append(self.at(index))
         return batch
 
-    def mark(self, finished: Mapping[int, bool], golden: Mapping[int, tuple[int, ...]] | None = None, refused: Sequence[int] = ()) -> None:
+    def mark(
+        self,
+        finished: Mapping[int, bool],
+        golden: Mapping[int, tuple[int, ...]] | None = None,
+        refused: Sequence[int] = (),
+        lengths: LengthModel | None = None,
+    ) -> None:
         """Note what the golden pass learned: prompt index -> whether the teacher finished it, and its golden answer.
 
-        `refused`: prompts whose own golden answer was not kept; it is not learned either. Raises DataError when the policy is drop and
-        nothing would be left.
+        `refused`: prompts whose own golden answer was not kept; it is not learned either. `lengths`: of the teacher's answers. Raises
+        DataError when the policy is drop and nothing would be left.
         """
         self._finished |= finished
         self._golden |= dict.fromkeys(refused)
         self._golden |= golden or {}
+        self._lengths = lengths
         if self._unfinished == "drop" and self._num_finished_or_new() == 0:
             raise DataError(
                 f"data.unfinished_by_teacher: drop leaves none of {len(self)} prompts, the teacher finishes none of them; "
@@ -169,6 +178,7 @@ class PromptStream:
         answer = row["golden_ids"]
         if answer is not None and self.survey.golden_fits is not None and not self.survey.golden_fits[index]:
             answer = None
+        asked = index, len(row["token_ids"]), row["domain"]
         return Prompt(
             index=index,
             token_ids=tuple(row["token_ids"]),
@@ -181,6 +191,8 @@ class PromptStream:
             teacher_weights=tuple(json.loads(row["weights"]).items()) if row["weights"] else (),
             golden_ids=self._golden.get(index, None if answer is None else tuple(answer)),
             teacher_finishes=self._finished.get(index),
+            expected_tokens=self._lengths.expected_tokens(*asked) if self._lengths else None,
+            longest_tokens=self._lengths.longest_tokens(*asked) if self._lengths else None,
         )
 
     def _num_finished_or_new(self) -> int:

@@ -64,7 +64,7 @@ class Models:
     num_ids: int | None = None
     """Ids that the student can write: its tokenizer's and the stop ids. None: not known."""
     num_rows: int | None = None
-    """Of the student's embedding. Those past `num_ids` pad it and are no token: neither engine nor learner has them."""
+    """Of the student's embedding. Those past `num_ids` pad it and are no token: neither engine nor learner has them. None: they stay."""
 
     @property
     def cut_ids(self) -> int | None:
@@ -147,7 +147,7 @@ def resolve(job: Job) -> tuple[Models, Any]:
         tokenizer=job.student.tokenizer,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         num_ids=min(student.num_rows, max(student.num_ids, *(stop + 1 for stop in stop_ids if stop < student.num_rows))),
-        num_rows=student.num_rows,
+        num_rows=None if job.student.lora else student.num_rows,  # its engine reads the base's own file, with every row
     ), student.tokenizer
 
 

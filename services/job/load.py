@@ -151,9 +151,14 @@ def _resolve_paths(job: Job, base: Path) -> Job:
             "eval": job.data.eval.model_copy(update={"path": resolve(job.data.eval.path), "verifier": verifier}),
         }
     )
+    lora = job.student.lora
+    if lora is not None:
+        lora = lora.model_copy(update={"start_from": resolve(lora.start_from)})
     return job.model_copy(
         update={
-            "student": job.student.model_copy(update={"model": resolve(job.student.model), "tokenizer": resolve(job.student.tokenizer)}),
+            "student": job.student.model_copy(
+                update={"model": resolve(job.student.model), "tokenizer": resolve(job.student.tokenizer), "lora": lora}
+            ),
             "teacher": tuple(t.model_copy(update={"model": resolve(t.model), "tokenizer": resolve(t.tokenizer)}) for t in job.teacher),
             "data": data,
         }

@@ -6,9 +6,10 @@ from pydantic import Field, field_validator, model_validator
 
 from opd_governor.actors.deadlines import FLOOR_S
 from opd_governor.actors.governor.policy import Policy
+from opd_governor.actors.learner.lora import LoraSettings
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.rollout.settings import RolloutSettings
-from opd_governor.actors.settings import Settings, TemplateKeys, Url
+from opd_governor.actors.settings import FollowSettings, Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.job.trackers import TRACKERS
 
@@ -23,6 +24,8 @@ class StudentSettings(Settings):
     """Folder or id to take the tokenizer and chat template from. None: the student's own."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings along. Off: such a model is refused."""
+    lora: LoraSettings | None = None
+    """Train a low-rank addition to the model, which stays as it is. None: train its weights."""
 
 
 OnBadRow = Literal["refuse", "stop"]
@@ -237,7 +240,7 @@ class Job(Settings):
     teacher: tuple[TeacherSettings, ...]
     data: DataSettings
     rollout: RolloutSettings = RolloutSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
     governor: Policy = Policy()
     learner: LearnerSettings = LearnerSettings()
     cluster: ClusterSettings = ClusterSettings()
@@ -248,6 +251,11 @@ class Job(Settings):
     def strict(self) -> bool:
         """No rollout is sampled ahead, so the same job gives the same weights bit for bit, resumed or not (terms: deploy/README.md)."""
         return self.rollout.max_staleness == 0
+
+    @property
+    def follow(self) -> FollowSettings | None:
+        """How a teacher follows the student; None: all teachers are frozen."""
+        return next((teacher.follow for teacher in self.teacher if teacher.follow is not None), None)
 
     @model_validator(mode="before")
     @classmethod

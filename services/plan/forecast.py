@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_governor.services.plan.layout import Plan
-from opd_governor.services.plan.memory import GIB, local_teachers
+from opd_governor.services.plan.memory import GIB, local_teachers, sync_bytes, trained_parameters
 from opd_governor.services.plan.shapes import BYTES, shape_of
 from opd_governor.services.plan.times import Load, Rates, learn_s, rollout_s, score_s, sync_s
 
@@ -80,12 +80,15 @@ def forecast(plan: Plan, rates: Rates | None = None, load: Load | None = None) -
     scoring = [score_s(shape, load, rates, t.num_actors * t.tensor_parallel_size) / len(teachers) for t, shape in teachers]
     per_token = 8 * job.objective.top_k if job.objective.support in ("teacher", "student", "union") else 8
     answers_gib = load.rollouts * load.answer_tokens * per_token / GIB
-    weights_gib = BYTES[job.rollout.dtype] * student.num_parameters / GIB
+    # nccl sends to every engine, the object store to every node; ipc sends nothing over a network.
+    copies = {"nccl": engines, "file": len(plan.hardware.nodes), "ipc": 0}[plan.transfer]
+    # Ranks gather each weight twice and reduce the gradients of those that are trained.
+    moved = 2 * BYTES[job.learner.dtype] * student.num_parameters + 4 * trained_parameters(job, student)
     phases = (
         Phase("rollout", rollout_s(job, student, load, rates, engines, tp), engines * tp, answers_gib),
         Phase("score", max(scoring, default=0.0), sum(t.num_actors * t.tensor_parallel_size for t, _ in teachers), answers_gib),
-        Phase("learn", learn_s(job, student, load, rates, ranks), ranks, 2 * 4 * student.num_parameters * (ranks - 1) / ranks / GIB),
-        Phase("sync", sync_s(job, student, rates), engines * tp, weights_gib * (engines if plan.transfer == "nccl" else 0)),
+        Phase("learn", learn_s(job, student, load, rates, ranks), ranks, moved * (ranks - 1) / ranks / GIB),
+        Phase("sync", sync_s(job, student, rates), engines * tp, sync_bytes(job, student) * copies / GIB),
     )
     apart = [phase.seconds for phase in phases[:3]]
     shared = plan.layout == "colocated" or job.strict

@@ -19,6 +19,7 @@ from opd_governor.services.plan.times import Load, Rates, learn_s, rollout_s, sc
 
 WORTH_IT = 0.97
 """A GPU more has to take this much of a phase's time off; else it stays idle, and is said to."""
+Transfer = Literal["nccl", "ipc", "file"]
 Actor = tuple[str, int]
 """(role, index): ("learner", 0), ("rollout", 3), ("teacher NAME", 1)."""
 
@@ -40,7 +41,7 @@ class Plan:
     hardware: Hardware
     bundles: tuple[Bundle, ...]
     needs: tuple[Need, ...]
-    transfer: Literal["nccl", "ipc"]
+    transfer: Transfer
 
     def share(self, role: str) -> float:
         """GPUs that one actor of this role asks Ray for."""
@@ -163,7 +164,7 @@ def _separate(parts: _Parts, hardware: Hardware) -> Plan | str:
     bundles += [Bundle(1, (("learner", i),)) for i in range(ranks)]
     bundles.sort(key=lambda bundle: -bundle.num_gpus)
     filled = _filled(parts, ranks, num_engines, engine_tp, teachers)
-    return Plan("separate", filled, hardware, tuple(bundles), tuple(parts.needs(ranks, engine_tp, teachers)), "nccl")
+    return Plan("separate", filled, hardware, tuple(bundles), tuple(parts.needs(ranks, engine_tp, teachers)), _transfer(job, "nccl"))
 
 
 def _grow(
@@ -234,7 +235,12 @@ def _colocated(parts: _Parts, hardware: Hardware) -> Plan | str:
     engine = replace(needs[1], gpu=needs[1].gpu | {"KV cache": float(kv)})
     filled = _sharing(_filled(parts, num, num, 1, teachers), hardware, (needs[0], engine, *needs[2:]))
     bundles = tuple(Bundle(1, tuple(actors)) for actors in each)
-    return Plan("colocated", filled, hardware, bundles, (needs[0], engine, *needs[2:]), "ipc")
+    return Plan("colocated", filled, hardware, bundles, (needs[0], engine, *needs[2:]), _transfer(job, "ipc"))
+
+
+def _transfer(job: Job, by_gpu: Transfer) -> Transfer:
+    """An addition is small and always travels as a file."""
+    return by_gpu if job.student.lora is None else "file"
 
 
 def _filled(parts: _Parts, ranks: int, engines: int, engine_tp: int, teachers: list[TeacherSettings]) -> Job:

@@ -5,9 +5,10 @@ Every term is a product that a person can check; `tests/services/plan/test_memor
 
 from dataclasses import dataclass, field
 
+from opd_governor.actors.rollout.arguments import lora_arguments
 from opd_governor.actors.teacher.settings import PER_TEACHER, TeacherSettings
 from opd_governor.services.job.settings import Job
-from opd_governor.services.plan.shapes import BYTES, Shape, kept_of, shape_of
+from opd_governor.services.plan.shapes import BYTES, Shape, adapter_parameters, kept_of, shape_of
 
 GIB = 2**30
 CONTEXT_BYTES = 1.2 * GIB
@@ -61,8 +62,20 @@ SHRINK = {
 
 
 def with_reference(job: Job) -> bool:
-    """Whether the learner holds the initial student beside the student."""
-    return job.objective.reference_kl_weight > 0 or job.governor.may_move("reference_kl_weight")
+    """Whether the learner holds the initial student beside the student. A LoRA student is its own with the addition off."""
+    return job.student.lora is None and (job.objective.reference_kl_weight > 0 or job.governor.may_move("reference_kl_weight"))
+
+
+def trained_parameters(job: Job, student: Shape) -> int:
+    """Those that a step changes: they have gradients and moments, are in every checkpoint and travel to the engines."""
+    if job.student.lora is None:
+        return student.num_parameters
+    return adapter_parameters(student.name, job.student.lora, job.student.trust_remote_code)
+
+
+def sync_bytes(job: Job, student: Shape) -> float:
+    """What one transfer of weights brings to an engine: all of them in its dtype, or an addition in float32."""
+    return trained_parameters(job, student) * (BYTES[job.rollout.dtype] if job.student.lora is None else 4)
 
 
 def window_tokens(job: Job, *shapes: Shape) -> int:
@@ -72,34 +85,39 @@ def window_tokens(job: Job, *shapes: Shape) -> int:
 
 def learner_need(job: Job, student: Shape, num_ranks: int) -> Need:
     """One rank. Several micro-batches a step are assumed: gradients are there while the next one passes."""
-    settings, trusted = job.learner, job.student.trust_remote_code
+    settings, trusted, lora = job.learner, job.student.trust_remote_code, job.student.lora
     tokens, itemsize = settings.micro_batch_tokens, BYTES[settings.dtype]
-    whole, cut = student.num_parameters, student.num_parameters / num_ranks
-    kept = kept_of(student.name, settings.dtype, settings.gradient_checkpointing, trusted)
-    full = kept_of(student.name, settings.dtype, False, trusted)
+    whole, trained = student.num_parameters, trained_parameters(job, student) / num_ranks
+    # A frozen base: one rank keeps it in the passes' precision, several share it out in float32.
+    frozen = 0 if lora is None else whole / num_ranks * (itemsize if num_ranks == 1 else 4)
+    kept = kept_of(student.name, settings.dtype, settings.gradient_checkpointing, trusted, lora)
+    full = kept_of(student.name, settings.dtype, False, trusted, lora)
     layer = (whole - student.num_outside) / student.num_layers
     terms = {
-        "weights": 4 * cut,
-        "moments": 8 * cut,
-        "gradients": 4 * cut,
+        "weights": 4 * trained + frozen,
+        "moments": 8 * trained,
+        "gradients": 4 * trained,
         "activations": kept.per_token * tokens + student.num_layers * kept.per_layer_token * tokens,
     }
     if num_ranks > 1:
         terms["copy"] = itemsize * (student.num_outside + 2 * layer)
-        terms["gathered gradients"] = itemsize * (student.num_outside + layer)
+        terms["gathered gradients"] = itemsize * (student.num_outside + layer) if lora is None else 0.0
     elif settings.dtype == "bfloat16":
         terms["copy"] = full.fixed + student.num_layers * full.per_layer  # autocast holds it until the loss is there
     # The loss is done before the first layer goes back: the larger of the two moments counts.
-    head = 4 * student.head_bytes_per_dtype_byte
+    head = 4 * student.head_bytes_per_dtype_byte if lora is None else 0
     loss = LOSS_COPIES * 4 * min(settings.chunk_tokens, tokens) * student.vocabulary + 2 * head + 4 * tokens * student.hidden
-    backward = BACKWARD_COPIES * 4 * tokens * (student.hidden + student.inner) + 2 * head
+    stream = 4 if lora is None else itemsize  # autocast adds up float32 weights' outputs in float32, a frozen base's in its own dtype
+    backward = BACKWARD_COPIES * stream * tokens * (student.hidden + student.inner) + 2 * head
     if settings.gradient_checkpointing:
         backward += full.per_layer_token * tokens
     terms |= {"loss": loss} if loss > backward else {"layer under way": backward}
+    if job.follow is not None:
+        terms["teacher that follows"] = 4 * trained
     if with_reference(job):
         terms["reference"] = itemsize * (student.num_outside + (whole - student.num_outside) / num_ranks)
-    snapshot = 12 * cut
-    loading = 4 * whole
+    snapshot = (12 if job.follow is None else 16) * trained
+    loading = whole * (4 if lora is None or num_ranks > 1 else itemsize)
     return Need("learner", terms, {"snapshot for a checkpoint": snapshot, "loading the student (rank 0)": loading})
 
 
@@ -108,12 +126,18 @@ def engine_need(job: Job, student: Shape, tensor_parallel: int, window: int) -> 
     itemsize = BYTES[job.rollout.dtype]
     kv = student.kv_bytes_per_token_at_2 * (0.5 if str(job.rollout.engine.get("kv_cache_dtype", "")).startswith("fp8") else itemsize / 2)
     sequences = min(LEAST_SEQUENCES, job.rollout.max_num_seqs)
-    head = itemsize * student.head_bytes_per_dtype_byte  # a tied one is sent on its own and held on its own
+    lora = job.student.lora
+    # A tied head is sent on its own and held on its own; a base that is never sent keeps it tied.
+    head = itemsize * student.head_bytes_per_dtype_byte if lora is None else 0
     terms = {
         "engine weights": (itemsize * student.num_parameters + head) / tensor_parallel,
         "KV cache": kv * window * sequences / tensor_parallel,
         "engine workspace": GRAPHS_BYTES + CONTEXT_BYTES,
     }
+    if lora is not None:
+        room = lora_arguments(lora.rank, lora.targets, job.rollout.max_staleness)
+        each = itemsize * trained_parameters(job, student) * room["max_lora_rank"] / lora.rank
+        terms["versions of the addition"] = room["max_loras"] * each / tensor_parallel
     return Need("rollout", terms, {"engine process": 4.0 * GIB})
 
 

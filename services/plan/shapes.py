@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from opd_governor.actors.causal_lm import decoder_layers
+from opd_governor.actors.learner.lora import LoraError, LoraSettings, add_lora
 from opd_governor.services.job.settings import JobError
 
 SHIPPED = Path(__file__).parent / "configs"
@@ -110,12 +111,23 @@ def shape_of(model: str, trust_remote_code: bool = False) -> Shape:
     )
 
 
+@lru_cache(maxsize=16)
+def adapter_parameters(model: str, lora: LoraSettings, trust_remote_code: bool = False) -> int:
+    """How many parameters a LoRA student trains, counted as `shape_of` counts. Raises JobError where the model takes no addition."""
+    built = _without_storage(config_for(model, trust_remote_code), trust_remote_code)
+    try:
+        add_lora(built, lora.model_copy(update={"start_from": None}), seed=0)
+    except LoraError as error:
+        raise JobError(str(error)) from None
+    return sum(p.numel() for p in built.parameters() if p.requires_grad)
+
+
 @lru_cache(maxsize=32)
-def kept_of(model: str, dtype: str, checkpointing: bool, trust_remote_code: bool = False) -> Kept:
+def kept_of(model: str, dtype: str, checkpointing: bool, trust_remote_code: bool = False, lora: LoraSettings | None = None) -> Kept:
     """What a forward pass of the learner keeps, per token and layer: one and two layers are run on tensors without storage."""
     config = config_for(model, trust_remote_code)
     found = {
-        (num_layers, num_tokens): _saved_bytes(config, num_layers, num_tokens, dtype, checkpointing, trust_remote_code)
+        (num_layers, num_tokens): _saved_bytes(config, num_layers, num_tokens, dtype, checkpointing, trust_remote_code, lora)
         for num_layers in (1, 2)
         for num_tokens in PROBE_TOKENS
     }
@@ -138,12 +150,17 @@ def _without_storage(config: Any, trust_remote_code: bool) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
-def _saved_bytes(config: Any, num_layers: int, num_tokens: int, dtype: str, checkpointing: bool, trust_remote_code: bool) -> int:
+def _saved_bytes(
+    config: Any, num_layers: int, num_tokens: int, dtype: str, checkpointing: bool, trust_remote_code: bool, lora: LoraSettings | None
+) -> int:
     """Bytes of distinct storages that autograd saves, weights themselves left out."""
     small = type(config).from_dict(config.to_dict() | {"num_hidden_layers": num_layers} | _cut_lists(config, num_layers))
+    held = torch.bfloat16 if lora is not None and dtype == "bfloat16" else torch.float32
     with FakeTensorMode():
-        model: Any = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_config(small, dtype=held, trust_remote_code=trust_remote_code)
         model.train()
+        if lora is not None:
+            add_lora(model, lora.model_copy(update={"start_from": None}), seed=0)
         if checkpointing:
             model.gradient_checkpointing_enable()
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from opd_governor.services.job.settings import Job
 from opd_governor.services.plan.hardware import Card
+from opd_governor.services.plan.memory import sync_bytes
 from opd_governor.services.plan.shapes import BYTES, Shape
 
 LEARN_SHARE, SCORE_SHARE, READ_SHARE, LINK_SHARE = 0.40, 0.45, 0.60, 0.60
@@ -72,14 +73,16 @@ def score_s(teacher: Shape, load: Load, rates: Rates, num_gpus: int) -> float:
 
 
 def learn_s(job: Job, student: Shape, load: Load, rates: Rates, num_ranks: int) -> float:
-    """Forward and backward: three forward passes' FLOPs, four with checkpointing, one more for a reference."""
+    """Forward and backward: three forward passes' FLOPs, four with checkpointing, one more for a reference. A frozen base takes no
+    gradient of its own, which is one less."""
     passes = (4 if job.learner.gradient_checkpointing else 3) + (1 if job.objective.reference_kl_weight > 0 else 0)
+    passes -= job.student.lora is not None
     return passes * job.learner.epochs_per_batch * _forward_flops(student, load) / rates.learn_flops / num_ranks
 
 
 def sync_s(job: Job, student: Shape, rates: Rates) -> float:
     """The weights once over the link: a broadcast passes them on."""
-    return BYTES[job.rollout.dtype] * student.num_parameters / rates.link_bytes
+    return sync_bytes(job, student) / rates.link_bytes
 
 
 def _forward_flops(shape: Shape, load: Load) -> float:

@@ -53,8 +53,17 @@ class Sync:
     tolerance_nats: float = 0.0
     weight_version: int = 0
     """What the engines sample with afterwards."""
+    lost: bool = False
+    """Of a LoRA student: the engine answers as the base, though the learner has moved away from it."""
 
     @property
     def sound(self) -> bool:
         """False for a NaN gap, too."""
-        return self.gap_nats <= self.tolerance_nats
+        return self.gap_nats <= self.tolerance_nats and not self.lost
+
+    @property
+    def words(self) -> str:
+        """What is wrong with one that is not sound."""
+        if self.lost:
+            return "the engine answers as the student's base on the probe: the addition did not reach it"
+        return f"engine and learner differ by {self.gap_nats:.3g} nats on the probe, tolerance {self.tolerance_nats:.3g}"

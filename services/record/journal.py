@@ -14,6 +14,7 @@ from opd_governor.services.inputs.verifiers import Evaluation
 from opd_governor.services.record.batch import Batch, Sync
 from opd_governor.services.record.monitor import RunMonitor
 from opd_governor.services.record.rundir import Record, RunDirectory, read_records
+from opd_governor.services.record.scores import SCORE_FIELDS
 from opd_governor.services.record.steps import Source, StepTimes, evaluation_fields, nonfinite_record, record_batch, sample_records
 from opd_governor.services.record.telemetry import Series, Telemetry
 
@@ -105,6 +106,9 @@ class Journal:
         """The step is over: its record, a few of its samples, its seconds."""
         for phase, seconds in times.by_phase().items():
             self._telemetry.observe("opd_step_seconds", seconds, phase=phase)
+        for field in SCORE_FIELDS:
+            if field in record:
+                self._telemetry.set("opd_scores", record[field], field=field)
         samples = sample_records(batch, self._samples_per_step, self._decode)
         for sample in samples:
             self._directory.append(self._directory.samples, sample)
@@ -128,6 +132,10 @@ class Journal:
     def learner_version(self, weight_version: int) -> None:
         """What the learner has now; the engines follow with the next sync."""
         self._telemetry.set("opd_weight_version", weight_version, role="learner")
+
+    def followed(self, weight_version: int) -> None:
+        """The student's version whose step last changed a teacher that follows it."""
+        self._telemetry.set("opd_weight_version", weight_version, role="teacher")
 
     def aim(self, aim: Aim) -> None:
         """What rollouts are measured against from here on."""

@@ -7,6 +7,8 @@ import numpy as np
 from opd_governor.actors.trajectory import ScoredRollout
 from opd_governor.services.record.rundir import Record
 
+SCORE_FIELDS = ("copied", "spans_per_token", "unaligned", "unaligned_bytes", "noncanonical")
+
 
 def score_fields(scored: Sequence[ScoredRollout]) -> Record:
     """Fields of a step's record; none where every teacher sees what the student sees, in its tokens.

@@ -50,6 +50,7 @@ def record_batch(telemetry: Telemetry, batch: Batch, report: StepReport | None, 
         "masked_tail": masked,
         "over_quota": batch.num_over_quota,
         "unscored": batch.num_unscored,
+        "undemonstrated": batch.num_undemonstrated,
     }
     for outcome, number in outcomes.items():
         telemetry.inc("opd_admitted_rollouts_total", number, outcome=outcome)

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import psutil
@@ -43,8 +44,38 @@ def connect(address: str | None) -> None:
     if address:
         ray.init(address=address, **options)
     else:
-        # address="local": without it Ray attaches to whatever cluster it remembers on this machine.
-        ray.init(address="local", include_dashboard=False, **options)
+        with _interrupted_later():
+            # address="local": without it Ray attaches to whatever cluster it remembers on this machine.
+            ray.init(address="local", include_dashboard=False, **options)
+
+
+@contextlib.contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block. Interrupted while it starts, Ray loses sight of the processes that it has started by then."""
+    interrupts: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for number in interrupts:
+            signal.raise_signal(number)
+
+
+def descendants() -> dict[int, float]:
+    """Process id -> create time of every process that this one has started, directly or not."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[process.pid] = process.create_time()
+    return found
+
+
+def leave(started: Mapping[int, float]) -> None:
+    """Leave the cluster and end a private one. `started`: processes of the run (see `descendants`); those still alive end too: Ray's
+    agents outlive a raylet that is killed by a minute."""
+    ray.shutdown()
+    end_processes(started.items())
 
 
 def role_resources(job: Job, role: Role) -> dict[str, float]:

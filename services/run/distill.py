@@ -45,6 +45,7 @@ from opd_governor.services.run.collect import collect
 from opd_governor.services.run.data import TrainingData
 from opd_governor.services.run.errors import GuardRailError, LearnerError, SyncError
 from opd_governor.services.run.fleet import Fleet
+from opd_governor.services.run.following import Following
 from opd_governor.services.run.gate import Gate
 from opd_governor.services.run.recovery import LearnerRecovery
 from opd_governor.services.run.state import RunState
@@ -97,6 +98,7 @@ class Distillation:
         """`evaluate` is None without held-out problems. `finish` is awaited after the last checkpoint."""
         self._data, self._fleet, self._journal, self._checkpoints = data, actors.fleet, journal, checkpoints
         self._evaluate, self._finish = evaluate, finish
+        self._following = Following(job, actors.fleet.learner, actors.pool, journal)
         self._terms = Terms(job, store, actors.governor, journal)
         self._ahead = Ahead(data.stream, partial(collect, actors.fleet, actors.pool, demonstrations=data.demonstrations))
         self._gate = Gate(actors.pool, journal, max(teacher.timeout_s for teacher in job.teacher))
@@ -228,12 +230,12 @@ class Distillation:
         return await self._sync(on_taken) if learned.report else Sync()
 
     async def _sync(self, on_taken: OnTaken = lambda: None) -> Sync:
+        await self._following.bring()
         sync = await self._fleet.sync_weights(on_taken)
         self._journal.sync(sync)
         if not sync.sound:
             raise SyncError(
-                f"weight sync {sync.weight_version}: engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance "
-                f"{sync.tolerance_nats:g}; the engine does not hold the student's weights "
+                f"weight sync {sync.weight_version}: {sync.words}; the engine does not hold the student's weights "
                 "(raise cluster.probe_tolerance_nats only if bfloat16 explains it)"
             )
         return sync

@@ -9,7 +9,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-import psutil
 import ray
 
 from opd_governor.actors.deadlines import Say
@@ -21,10 +20,10 @@ from opd_governor.actors.trajectory import LengthLimits, Trajectory
 from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job
 from opd_governor.services.record.batch import Sync
-from opd_governor.services.run.cluster import end_processes
+from opd_governor.services.run.cluster import descendants, leave
 from opd_governor.services.run.learner import RunLearner
 from opd_governor.services.run.rooms import Rooms
-from opd_governor.services.run.weights import OnTaken, WeightSync, choose_transfer
+from opd_governor.services.run.weights import OnTaken, WeightSync, choose_transfer, engine_settings
 
 logger = logging.getLogger(__name__)
 OnRestart = Callable[[str, str], None]
@@ -57,7 +56,7 @@ class Fleet:
         """Ray options of each engine, in order; its replacement takes them over, with the room they hold."""
         self._reference_tokens: float | None = None
         self._descendants: dict[int, float] = {}
-        """Process id -> create time of every process that a run's actor has started."""
+        """Every process that a run's actor has started, those that are gone too."""
 
     async def start(self, rooms: Rooms | None = None) -> None:
         """Bring learner and engines up side by side; returns when all of them answer. `rooms` None: placed role by role."""
@@ -78,8 +77,9 @@ class Fleet:
         self._remember_processes()
 
     def _create_engine(self, index: int) -> RayEngine:
-        job = self._job
-        settings = job.rollout.model_copy(update={"engine": self._engine_arguments()})
+        job, settings = self._job, engine_settings(self._job, self._models.student, self._models.cut_ids)
+        if job.student.trust_remote_code:
+            settings = settings.model_copy(update={"engine": {"trust_remote_code": True} | settings.engine})
         rollout_type = ray.remote(RolloutActor).options(max_concurrency=10_000, **self._engine_places[index])
         return RayEngine(
             rollout_type.remote(
@@ -93,15 +93,6 @@ class Fleet:
                 strict=job.strict,
             )
         )
-
-    def _engine_arguments(self) -> dict[str, Any]:
-        """The job's own, and what the student needs: its code, and as many ids as are tokens, so that no other can be sampled."""
-        arguments = self._job.rollout.engine
-        if self._job.student.trust_remote_code:
-            arguments = {"trust_remote_code": True} | arguments
-        if self._models.cut_ids:
-            arguments = arguments | {"hf_overrides": {"vocab_size": self._models.cut_ids} | arguments.get("hf_overrides", {})}
-        return arguments
 
     async def _equip(self, engine: RayEngine) -> None:
         """A replacement gets the learner's weights before its first rollout."""
@@ -136,9 +127,7 @@ class Fleet:
 
     def _remember_processes(self) -> None:
         """Engines start processes of their own: every descendant of this process is ended with the run."""
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._descendants[process.pid] = process.create_time()
+        self._descendants |= descendants()
 
     async def close(self) -> None:
         """Start no more replacements."""
@@ -149,8 +138,7 @@ class Fleet:
         self._remember_processes()
         if ray.is_initialized():
             self.end_actors()
-            ray.shutdown()
-        end_processes(self._descendants.items())
+        leave(self._descendants)
 
     def end_actors(self) -> None:
         """Engines first, so that they end their own processes."""

@@ -28,7 +28,7 @@ from opd_governor.services.record.trackers import Trackers
 from opd_governor.services.remote.jobs import announced
 from opd_governor.services.report.report import write_report
 from opd_governor.services.run.checkpoints import Checkpoints
-from opd_governor.services.run.cluster import connect, refuse_taken_name, require_roles
+from opd_governor.services.run.cluster import connect, descendants, leave, refuse_taken_name, require_roles
 from opd_governor.services.run.data import TrainingData
 from opd_governor.services.run.distill import Actors, Distillation
 from opd_governor.services.run.errors import TerminatedError
@@ -176,7 +176,7 @@ class Run:
                 f"rollout counts as the tail; its own lengths ask for a cap of {reference.asked_cap_tokens}"
             )
         self.telemetry.use_reference(reference)
-        sources.stream.mark(golden.finished, golden.answers, golden.refused)
+        sources.stream.mark(golden.finished, golden.answers, golden.refused, reference.model)
         await fleet.set_reference(reference.mean_tokens)
         self._loop = Distillation(
             job,
@@ -209,7 +209,7 @@ class Run:
         """No process of the run is left, and its report lies there."""
         self._ending = True
         if fleet is None:  # no room was found for any actor
-            ray.shutdown()
+            leave(descendants())
         else:
             await fleet.close()
             await asyncio.to_thread(fleet.stop)
@@ -247,7 +247,8 @@ class Run:
 def model_card(job: Job, directory: RunDirectory) -> str:
     """README.md of `final/`: what the student came from, and how it was trained."""
     teachers = ", ".join(t.model for t in job.teacher)
-    header = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [on-policy-distillation]\n---\n"
+    library = "transformers" if job.student.lora is None else f"peft\nbase_model: {job.student.model}"
+    header = f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [on-policy-distillation]\n---\n"
     return f"""{header}
 # {job.name}
 

@@ -55,6 +55,9 @@ class RunLearner:
             teacher=models.teachers[0] if job.objective.needs.hidden else None,
             trust_remote_code=job.student.trust_remote_code,
             tokenizer=models.tokenizer,
+            lora=job.student.lora,
+            seed=job.seed,
+            follow=job.follow,
             num_ids=models.cut_ids,
         )
         # A checkpoint is written while the next step runs. Ray takes the groups here only, not as an option.
@@ -101,9 +104,10 @@ class RunLearner:
         tokens += sum(len(prompt.token_ids) + len(prompt.golden_ids or ()) for prompt in golden)
         return await self._ask("step", rollouts, golden, limits, reference_tokens, learning_rate, tokens=tokens)
 
-    async def probe(self, token_ids: Sequence[int], dtype: str | None = None) -> np.ndarray:
-        """[len(token_ids) - 1] log-probs of a sequence in the engines' precision: what rounding does to both sides is no gap."""
-        return await self._ask("probe", token_ids, dtype or self._job.rollout.dtype)
+    async def probe(self, token_ids: Sequence[int], dtype: str | None = None, *, base: bool = False) -> np.ndarray:
+        """[len(token_ids) - 1] log-probs of a sequence in the engines' precision: what rounding does to both sides is no gap. `base`:
+        of a LoRA student without its addition."""
+        return await self._ask("probe", token_ids, dtype or self._job.rollout.dtype, base=base)
 
     async def version(self) -> int:
         """Rises by one with every step taken."""
@@ -112,6 +116,14 @@ class RunLearner:
     async def weights(self, *, trained_only: bool) -> tuple[int, Any]:
         """The version, and a reference to the weights in the engines' precision. `trained_only` leaves out what no step changes."""
         return await self._ask("weights", self._job.rollout.dtype, trained_only=trained_only)
+
+    async def followed_version(self) -> int:
+        """The student's version when the weights of a teacher that follows it last changed."""
+        return await self._ask("followed_version")
+
+    async def followed(self, dtype: str) -> tuple[int, Any]:
+        """That version, and a reference to those weights."""
+        return await self._ask("followed", dtype)
 
     async def send_weights(self, transfer: str, engines: list[Any]) -> None:
         """From GPU to GPU, to engines that expect them."""

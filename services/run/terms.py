@@ -111,6 +111,8 @@ def base_limits(job: Job) -> LengthLimits:
         golden_weight=objective.golden_weight,
         reference_kl_weight=objective.reference_kl_weight,
         stop_tilt_nats=objective.stop_tilt_nats,
+        excess_weight=objective.excess_weight,
+        stop_weight=objective.stop_weight,
         loop_tail_weight=tail_weight,
         admission_quota=objective.admission_quota,
         unfinished_quota=1.0 if job.data.unfinished_by_teacher == "quota" else None,

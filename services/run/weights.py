@@ -12,7 +12,10 @@ import numpy as np
 
 from opd_governor.actors.deadlines import Pace, Say
 from opd_governor.actors.rollout.actor import RayEngine
+from opd_governor.actors.rollout.arguments import HEAD_APART, lora_arguments
 from opd_governor.actors.rollout.pool import RolloutPool
+from opd_governor.actors.rollout.settings import RolloutSettings
+from opd_governor.services.inputs.lora import lora_targets
 from opd_governor.services.job.settings import Job
 from opd_governor.services.record.batch import Sync
 from opd_governor.services.run.learner import RunLearner
@@ -28,6 +31,8 @@ FLOAT32_TOLERANCE_NATS = 1e-2
 """Rounding in float32 stays a tenth of this on models of 30 layers; wrong weights differ by whole nats."""
 BFLOAT16_TOLERANCE_NATS = 0.5
 """The least in bfloat16: its rounding was at .18 to .22 on SmolLM2, both sides computing in it."""
+LEAST_MOVE, LEAST_MOVED_SHARE = 0.1, 0.25
+"""Of the tolerance, and of the learner's own move (see `addition_lost`)."""
 ROUNDINGS = 3.0
 """Engine and learner each round on their own: so often the learner's own rounding is allowed between them."""
 
@@ -45,6 +50,8 @@ class WeightSync:
         """The learner's `num_restores` when the engines last got all its weights: until it changes they need only the trained ones."""
         self._rounding_nats: float | None = None
         """What bfloat16 does to the learner's own log-probs on the probe, when the run began: models differ by ten times in it."""
+        self._base: np.ndarray | None = None
+        """The learner's probe without a LoRA student's addition; it never changes."""
         self.transfer = "file"
         """How they travel: file (Ray's object store), nccl or ipc."""
 
@@ -54,7 +61,7 @@ class WeightSync:
             syncs = await self._bring(self._engines.on_each, on_taken=on_taken)
             if bad := [sync for sync in syncs if not sync.sound]:
                 # Once more before it counts: a single miss is no proof.
-                self._say(f"engine and learner differ by {bad[0].gap_nats:.3g} nats on the probe, tolerance {bad[0].tolerance_nats:.3g}")
+                self._say(bad[0].words)
                 syncs = await self._bring(self._engines.on_each)
         if syncs:
             self._last = max(syncs, key=lambda sync: (not sync.sound, sync.gap_nats))
@@ -71,7 +78,7 @@ class WeightSync:
         async with self._turn:
             (sync,) = await self._bring(only, [engine])
         if not sync.sound:
-            raise RuntimeError(f"engine and learner differ by {sync.gap_nats:.3g} nats on the probe, tolerance {sync.tolerance_nats:g}")
+            raise RuntimeError(sync.words)
         self._last = sync
 
     async def _bring(self, on_each: OnEach, newcomers: Sequence[RayEngine] = (), on_taken: OnTaken = lambda: None) -> list[Sync]:
@@ -80,7 +87,15 @@ class WeightSync:
         by_transfer = self._by_file if self.transfer == "file" else self._by_gpu
         version, expected, probes = await by_transfer(on_each, newcomers, on_taken)
         seconds, tolerance = time.monotonic() - started, await self._tolerance_nats()
-        return [Sync(seconds, float(np.abs(probe - expected).max()), tolerance, version) for probe in probes]
+        if self._job.student.lora is None:
+            return [Sync(seconds, largest_gap(probe, expected), tolerance, version) for probe in probes]
+        if self._base is None:
+            self._base = await self._learner.probe(self._probe, base=True)
+        moved = largest_gap(expected, self._base)
+        return [
+            Sync(seconds, largest_gap(probe, expected), tolerance, version, addition_lost(moved, largest_gap(probe, base), tolerance))
+            for probe, base in probes
+        ]
 
     async def _by_file(
         self, on_each: OnEach, newcomers: Sequence[RayEngine], on_taken: OnTaken
@@ -121,8 +136,38 @@ class WeightSync:
         return max(BFLOAT16_TOLERANCE_NATS, ROUNDINGS * self._rounding_nats)
 
 
+def largest_gap(one_L: np.ndarray, other_L: np.ndarray) -> float:
+    """Nats; NaN where one of them has a NaN."""
+    return float(np.abs(one_L - other_L).max())
+
+
+def addition_lost(learner_moved: float, engine_moved: float, tolerance: float) -> bool:
+    """Whether an engine stayed at its base while the learner moved away from it, both in nats on the probe.
+
+    Engines lose adapters on the way without an error, long before that shows as a gap beyond the tolerance. Below a tenth of it rounding
+    may hide an addition in the engine.
+    """
+    return learner_moved > LEAST_MOVE * tolerance and engine_moved < LEAST_MOVED_SHARE * learner_moved
+
+
+def engine_settings(job: Job, student: str, cut_ids: int | None = None) -> RolloutSettings:
+    """What engines are started with: those of a LoRA student have its base, and room for additions.
+
+    `cut_ids`: as many ids as are tokens, fewer than the student's embedding has rows, so that no other can be sampled.
+    """
+    if job.student.lora is None:
+        own = job.rollout.engine
+        overrides = ({"vocab_size": cut_ids} if cut_ids else {}) | own.get("hf_overrides", {})
+        return job.rollout.model_copy(update={"engine": own | {"hf_overrides": HEAD_APART | overrides}}) if overrides else job.rollout
+    targets = lora_targets(student, job.student.lora, job.student.trust_remote_code)
+    more = lora_arguments(job.student.lora.rank, targets, job.rollout.max_staleness)
+    return job.rollout.model_copy(update={"engine": more | job.rollout.engine})
+
+
 def choose_transfer(job: Job, *, has_gpus: bool, planned: str | None = None) -> str:
-    """How weights travel: cluster.weight_transfer, or what fits the machines."""
+    """How weights travel: cluster.weight_transfer, or what fits the machines. A LoRA student's addition is small: always as a file."""
+    if job.student.lora is not None:
+        return "file"
     choice = job.cluster.weight_transfer
     if choice != "auto":
         return choice

@@ -54,9 +54,14 @@ class Page:
         box.send_keys(text)
 
     def press(self, selector: str) -> None:
-        button = wait_until(lambda: self.find(selector))
-        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
-        button.click()
+        def pressed() -> bool:
+            """A button that is redrawn or covered for a moment refuses the click."""
+            button = self.find(selector)
+            self.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+            button.click()
+            return True
+
+        wait_until(pressed)
 
     def screenshot(self, path: Path) -> Path:
         """The whole page, beyond what the screen shows."""

@@ -15,7 +15,7 @@ from tests.integration.test_submitted_runs import home, make_job_file, said, wai
 
 pytestmark = pytest.mark.chaos
 
-STEPS = 200
+STEPS = 120
 
 
 def driver_of(out: Path) -> int | None:
@@ -30,7 +30,7 @@ def test_a_submitted_run_whose_driver_is_killed_goes_on_by_itself(home: Path, tm
     out = tmp_path / "runs/one"
     with ray_head(auth=False) as head:
         said(head.opd("submit", make_job_file(home, "one", STEPS), "--set", "checkpoint.every_steps=10", "--out", out))
-        wait_for_steps(head, "one", 12)
+        wait_for_steps(head, "one", out, 12)
         killed = driver_of(out)
         assert killed is not None
         os.kill(killed, signal.SIGKILL)

@@ -90,6 +90,7 @@ class ObservedRun:
             telemetry.observe("opd_step_seconds", seconds, phase=phase)
         telemetry.observe("opd_weight_sync_seconds", 0.1)
         telemetry.set("opd_weight_sync_gap_nats", 4e-5)
+        telemetry.set("opd_scores", 0.8, field="spans_per_token")
         for role in ("learner", "rollout"):
             telemetry.set("opd_weight_version", self.steps, role=role)
         telemetry.inc("opd_teacher_requests_total", teacher="teacher", result="ok")

@@ -183,20 +183,23 @@ def test_a_healthy_run_is_left_alone():
 def test_inflation_is_met_within_three_steps_and_the_sentence_names_the_evidence(sick, signal):
     decisions = run([HEALTHY] * 20 + [sick] * 3)
     assert decisions[19].after.pressure == 0
-    last = decisions[-1]
-    assert last.after.pressure_long > 0.05
-    assert last.signal == signal
-    assert last.limits.golden_weight > BASE.golden_weight
-    assert SIGNALS[signal].title in last.reason
-    assert "a healthy run shows this once in" in last.reason
+    met = next(d for d in decisions[20:] if d.after.pressure_long > 0.05)
+    assert met.signal == signal
+    assert met.limits.golden_weight > BASE.golden_weight
+    assert SIGNALS[signal].title in met.reason
+    assert "a healthy run shows this once in" in met.reason
 
 
-def test_kl_alone_moves_nothing_but_the_brake_and_that_half_way():
+def test_kl_alone_brakes_and_calls_for_golden_answers_half_way_and_shortens_nothing():
     drifting = signals(kl=2.0)
-    last = run([HEALTHY] * 20 + [drifting] * 8)[-1]
+    decisions = run([HEALTHY] * 20 + [drifting] * 25)
+    last = decisions[-1]
     assert last.signal == "kl"
     assert last.limits.lr_scale == pytest.approx(0.55)
-    assert replace(last.limits, lr_scale=1.0, generation=0) == BASE
+    assert last.limits.golden_weight == pytest.approx((BASE.golden_weight + Policy().max_golden_weight) / 2)
+    rest = {"golden_weight": BASE.golden_weight, "unfinished_quota": BASE.unfinished_quota}
+    assert replace(last.limits, lr_scale=1.0, generation=0, **rest) == BASE
+    assert not any(d.after.pressure for d in decisions[:28]), "a jump may be new prompts; KL that stays up is not"
 
 
 def test_short_answers_take_back_what_shortens():
@@ -263,22 +266,59 @@ def test_a_drug_that_does_not_work_is_changed():
     assert not any(d.command for d in decisions)
 
 
+def test_an_onset_is_answered_by_going_back_once_with_the_brake_on():
+    rambling = signals(tail=0.35, length=0.5, cut=0.35)
+    decisions = run([HEALTHY] * 20 + [rambling] * 4 + [HEALTHY] * 100)
+    (back,) = [d for d in decisions if d.command]
+    assert back.before.severity >= ONSET
+    assert decisions.index(back) in (21, 22)
+    assert (back.command, back.after.pressure) == ("rollback", 1)
+    assert back.limits.lr_scale == pytest.approx(Policy().min_lr_scale)
+    assert back.reason.endswith("roll back to the last healthy checkpoint")
+    assert decisions[-1].after.pressure == 0, "the brake is let go step by step"
+
+
+def test_one_bad_batch_is_no_onset():
+    decisions = run([HEALTHY] * 20 + [replace(LOST_RUN, num_rollouts=512)] + [HEALTHY] * 20)
+    assert not any(d.command for d in decisions)
+    assert decisions[20].after.severity > LOST
+    assert decisions[20].after.pressure > 0
+
+
+def test_a_student_that_was_never_sound_is_pushed_at_once():
+    rambling = signals(tail=0.35, length=0.5, cut=0.35)
+    decisions = run([rambling] * 4 + [signals(tail=0.28, length=0.5, cut=0.28)] * 60)
+    assert not any(d.command for d in decisions)
+    assert {d.after.course for d in decisions[3:30]} == {"push"}, "no worse: what is learned slowly takes time"
+    assert decisions[20].limits.lr_scale == 1
+    assert decisions[-1].after.course != "push", "but not for ever"
+
+
+def test_where_the_student_is_no_sounder_after_a_rollback_it_is_pushed():
+    rambling = signals(tail=0.35, length=0.5, cut=0.35)
+    decisions = run([HEALTHY] * 20 + [rambling] * 30)
+    assert [d.command for d in decisions if d.command] == ["rollback"]
+    assert "push" in {d.after.course for d in decisions}
+
+
 def test_a_course_that_helps_is_kept():
+    policy = Policy(actuators=tuple(name for name in ACTUATORS if name != "rollback"))
     falling = [signals(tail=share, length=0.3, cut=share) for share in (0.6 * 0.9**i for i in range(40))]
-    decisions = run([HEALTHY] * 5 + [LOST_RUN] * 2 + falling, Policy())
+    decisions = run([HEALTHY] * 5 + [LOST_RUN] * 2 + falling, policy)
     assert not any(d.command for d in decisions)
     assert {d.after.course for d in decisions} == {"prevent", "push"}
     assert decisions[-1].after.course == "prevent"
 
 
 def test_inflation_that_nothing_helps_rolls_back_and_stops_in_the_end():
-    decisions = run([HEALTHY] * 3 + [LOST_RUN] * 150, Policy(max_rollbacks=2))
+    decisions = run([HEALTHY] * 20 + [LOST_RUN] * 150, Policy(max_rollbacks=2))
     commands = [d.command for d in decisions if d.command]
     assert commands[:3] == ["rollback", "rollback", "stop"]
-    first = next(d for d in decisions if d.command)
-    assert first.before.severity >= LOST
+    first, second, *_ = (d for d in decisions if d.command)
+    assert first.before.course == "prevent"
     assert first.after.pressure == 1
-    assert first.reason.endswith("roll back to the last healthy checkpoint")
+    assert second.before.severity >= LOST
+    assert second.reason.endswith("roll back to the last healthy checkpoint")
 
 
 def test_observe_decides_but_commands_and_changes_nothing():

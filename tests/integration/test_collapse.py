@@ -1,10 +1,6 @@
-"""The short form of the collapse bench: one seed, plain and governed. The whole of it is tests/bench/collapse/.
-
-The governed run does not stay under a tenth here: it peaks near .44 and ends between .1 and .2, where the plain run ends near .75.
-"""
+"""The short form of the collapse bench: one seed, plain and governed. The whole of it is tests/bench/collapse/."""
 
 from pathlib import Path
-from statistics import mean
 
 import pytest
 
@@ -30,10 +26,9 @@ def test_the_governed_run_holds_where_the_plain_one_collapses(tmp_path: Path) ->
     rows = PROMPTS.read_text().splitlines(keepends=True)
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join((rows[:NUM_EASY] + rows[FIRST_HARD:])[: STEPS * 32]))
-    shared = (f"data.prompts.path={path}", f"data.golden.cache_dir={tmp_path / 'golden'}")
+    shared = (f"data.prompts.path={path}", f"data.golden.cache_dir={tmp_path / 'golden'}", "checkpoint.every_steps=10")
     plain = truncations(tmp_path / "plain", *shared)
     governed = truncations(tmp_path / "governed", *shared, "governor.mode=enforce", "data.unfinished_by_teacher=quota")
     assert max(plain) > 0.5
-    # A governed run's cuts are those of a cap that the governor lowered, to half of the job's: they count here all the same.
-    assert mean(governed[-20:]) < 0.5 * mean(plain[-20:])
-    assert mean(governed[-10:]) < 0.3
+    # A cap that the governor lowered counts as well.
+    assert max(governed[20:]) < 0.1

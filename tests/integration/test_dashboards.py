@@ -21,8 +21,9 @@ def test_every_query_about_runs_has_data_while_one_goes_and_its_target_goes_with
     (tmp_path / "prometheus").mkdir()
     server = Prometheus(tmp_path / "prometheus")
     live = LiveRun(
-        tmp_path / "sums", *SMALL, "learner.total_steps=60", "data.unfinished_by_teacher=quota", f"service.file_sd_dir={server.targets}"
-    )
+        tmp_path / "sums", *SMALL, "learner.total_steps=60", "data.unfinished_by_teacher=quota", f"service.file_sd_dir={server.targets}",
+        "teacher.model=../sums/pairs",  # with tokens of its own, which one panel is about
+    )  # fmt: skip
     try:
         live.wait_for(lambda: server.value('opd_learner_steps_total{run="sums"}'))
         live.wait_for(lambda: unanswered(server, without=FLEET) == [], 120)

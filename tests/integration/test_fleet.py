@@ -24,7 +24,7 @@ from opd_governor.services.run.cluster import connect
 from opd_governor.services.run.fleet import Fleet
 from tests.tiny import build_tiny
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.alone]
 
 LIMITS = LengthLimits(8)
 PROBE = tuple(range(4, 40))

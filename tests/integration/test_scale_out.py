@@ -1,8 +1,6 @@
-"""A run over several ranks and nodes takes the steps of one rank, places actors as asked, and copies weights once per node."""
+"""A fleet over several ranks and nodes places actors as asked, and copies weights once per node."""
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,36 +15,13 @@ from tiny import build_tiny
 from opd_governor.actors.trajectory import LengthLimits, Prompt
 from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job, JobError
-from opd_governor.services.record.rundir import read_records
 from opd_governor.services.run.cluster import connect
 from opd_governor.services.run.fleet import Fleet
 from opd_governor.services.run.placement import place
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
 PROBE = [int(i) for i in np.random.default_rng(0).integers(4, 80, 48)]
-
-
-def test_the_quickstart_takes_the_same_steps_on_one_rank_and_on_two(tmp_path: Path) -> None:
-    records = {}
-    for num_ranks in (1, 2):
-        out = tmp_path / f"ranks-{num_ranks}"
-        sets = (
-            "learner.total_steps=6", f"learner.num_ranks={num_ranks}", "rollout.max_staleness=0", "data.eval.path=null",
-            "data.golden.num_prompts=32",
-        )  # fmt: skip
-        command = [sys.executable, "-m", "opd_governor", "run", str(ROOT / "deploy/jobs/sums.yaml"), "--out", str(out)]
-        command += [part for override in sets for part in ("--set", override)]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-        records[num_ranks] = read_records(out / "metrics.jsonl")
-    assert len(records[1]) == len(records[2]) == 6
-    for one, two in zip(records[1], records[2], strict=True):
-        assert one["lengths"] == two["lengths"]
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
-        assert two["kl_nats"] == pytest.approx(one["kl_nats"], abs=1e-5)
 
 
 @pytest.fixture(scope="module")

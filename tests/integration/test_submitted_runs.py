@@ -21,8 +21,9 @@ from tests.tiny import build_tiny
 
 pytestmark = pytest.mark.integration
 
-POLL_S = 2
-"""Each look is an `opd` process, whose start takes a core from the run it looks at."""
+POLL_S = 0.5
+LOOK_S = 20
+"""A look at a run is an `opd` process, whose start takes a core from that run: only so often where a file tells too."""
 TRANSCRIPT = ROOT / "deploy/jobs/README.md"
 
 
@@ -66,12 +67,19 @@ def facts(head: RayHead, run: str) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
-def wait_for_steps(head: RayHead, run: str, steps: int = 1) -> dict[str, Any]:
+def wait_for_steps(head: RayHead, run: str, out: Path, steps: int = 1) -> dict[str, Any]:
+    """Wait at the run's own records, then ask for it by name."""
+
     def reached() -> dict[str, Any] | None:
+        records = out / "metrics.jsonl"
+        if not (records.exists() and len(read_records(records)) >= steps) and time.monotonic() < next_look[0]:
+            return None
+        next_look[0] = time.monotonic() + LOOK_S
         now = facts(head, run)
         assert now["status"] in ("PENDING", "RUNNING"), head.opd("logs", run).stdout[-3000:]
         return now if now.get("step", 0) >= steps else None
 
+    next_look = [time.monotonic() + LOOK_S]
     return dict(wait_for(reached, f"step {steps} of {run}"))
 
 
@@ -91,7 +99,7 @@ def test_two_runs_on_a_guarded_cluster_are_steered_by_name(guarded: RayHead, hom
     out = {name: tmp_path / f"runs/{name}" for name in ("one", "two")}
     file = {"one": make_job_file(home, "one", 100_000), "two": make_job_file(home, "two", 6)}
     assert "submitted one as one" in said(head.opd("submit", file["one"], "--out", out["one"]))
-    wait_for_steps(head, "one")
+    wait_for_steps(head, "one", out["one"])
     # Only now: two engines that start at once on two cores take longer than one after the other.
     assert "submitted two as two" in said(head.opd("submit", file["two"], "--out", out["two"]))
     assert "attached to one" in said(head.opd("submit", file["one"], "--out", out["one"]))
@@ -116,7 +124,7 @@ def test_two_runs_on_a_guarded_cluster_are_steered_by_name(guarded: RayHead, hom
     assert "rollout.max_new_tokens  24   16" in said(head.opd("tune", "one", "rollout.max_new_tokens=16"))
     assert "nothing to change" in said(head.opd("tune", "one", "rollout.max_new_tokens=16"))
     step = facts(head, "one")["step"]
-    wait_for_steps(head, "one", step + 3)
+    wait_for_steps(head, "one", out["one"], step + 3)
     newest = read_records(out["one"] / "metrics.jsonl")[-1]
     assert (newest["config_generation"], newest["cap_tokens"], newest["length_max"]) == (2, 16, 16)
     history = read_records(out["one"] / "config.jsonl")
@@ -128,7 +136,7 @@ def test_two_runs_on_a_guarded_cluster_are_steered_by_name(guarded: RayHead, hom
     time.sleep(1)
     assert facts(head, "one")["step"] == paused["step"]
     said(head.opd("resume", "one"))
-    wait_for_steps(head, "one", paused["step"] + 1)
+    wait_for_steps(head, "one", out["one"], paused["step"] + 1)
 
     # The token is with the cluster's jobs, which its authentication guards; it is in no log.
     tokens = [(directory / "token").read_text().strip() for directory in out.values()]
@@ -165,7 +173,7 @@ def test_the_transcript_in_the_docs_is_what_happens(home: Path, tmp_path: Path) 
             if words[0] == "submit":
                 words += ["--out", str(tmp_path / "sums")]
             if words[0] == "status":
-                wait_for_steps(head, "sums")
+                wait_for_steps(head, "sums", tmp_path / "sums")
             if words[0] == "resume":
                 wait_for(lambda: facts(head, "sums")["phase"] == "paused", "the pause")
             assert shape(said(head.opd(*words)).splitlines()) == shape(expected), line

@@ -33,6 +33,7 @@ class Case:
     proximal_probs: Tensor | None = None
     golden_weight: float = 0.1
     reference_kl_weight: float = 0.3
+    stop_weight: float = 0.4
 
 
 def random_case(seed: int, *, teacher_vocabulary: int = 10, proximal: bool = False) -> Case:
@@ -96,6 +97,7 @@ def fields_of(case: Case, settings: ObjectiveSettings, weights: list[float]) -> 
         teacher_stop_logp_N=q[:, case.stop_ids].sum(-1).log(),
         tilt_N=torch.tensor(case.tilts, dtype=torch.float64),
         overlong_N=torch.tensor(case.overlong, dtype=torch.float64) * settings.overlong_weight,
+        stop_weight_N=torch.tensor(weights, dtype=torch.float64) * case.stop_weight,
         support_ids_NK=supports if dense else None,
         support_logp_NK=q.gather(-1, supports.clamp(min=0)).log() if dense else None,
         proximal_logp_N=None if proximal is None else proximal[rows, case.sampled].log(),
@@ -137,8 +139,9 @@ def objective(case: Case, settings: ObjectiveSettings, logits: Tensor) -> tuple[
             continue
         term = sampled_loss(case, settings, n, p) if settings.support == "sampled" else dense_loss(case, settings, n, p)
         kl, differentiable_kl = reference_kl(case, settings, n, p)
-        value = value + weight * number(term + case.reference_kl_weight * kl)
-        differentiable = differentiable + weight * (term + case.reference_kl_weight * differentiable_kl)
+        stop = stop_loss(case, settings, n, p)
+        value = value + weight * number(term + case.reference_kl_weight * kl + case.stop_weight * stop)
+        differentiable = differentiable + weight * (term + case.reference_kl_weight * differentiable_kl + case.stop_weight * stop)
     return value, differentiable
 
 
@@ -161,6 +164,17 @@ def tilted(q: list[Tensor], stop_ids: list[int], b: float) -> list[Tensor]:
     """p'(v) = p(v) e^(b [v in E]) / sum of the same."""
     lifted = [mass * math.exp(b if token in stop_ids else 0.0) for token, mass in enumerate(q)]
     return [mass / sum(lifted) for mass in lifted]
+
+
+def stop_loss(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor]) -> Tensor:
+    """KL of {stop, go on}, teacher to student."""
+    q = list(case.teacher_probs[n])
+    if settings.support == "full":
+        common = q[: min(len(p), len(q))]
+        q = [mass / sum(common) for mass in common]
+    q = tilted(q, case.stop_ids, case.tilts[n])
+    theirs, mine = sum(q[token] for token in case.stop_ids), sum(p[token] for token in case.stop_ids)
+    return theirs * torch.log(theirs / mine) + (1 - theirs) * torch.log((1 - theirs) / (1 - mine))
 
 
 def importance(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor]) -> float:

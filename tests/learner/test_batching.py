@@ -256,3 +256,22 @@ def test_a_tuned_cap_does_not_move_the_divisor_of_the_constant_reduction():
     assert len(before) == len(after)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert float(max(weight_N.max() for weight_N in before)) == pytest.approx(1 / (2 * 40))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_every_token_is_dealt_once_and_ranks_make_equally_many_passes(num_ranks):
+    rollouts = batch_of([3, 9, 1, 12, 5, 7, 4])
+    shares = [
+        build_micro_batches(
+            rollouts, [GOLDEN], ObjectiveSettings(), LIMITS, micro_batch_tokens=48, max_new_tokens=32, reference_length_tokens=4.0,
+            share=(rank, num_ranks),
+        )
+        for rank in range(num_ranks)
+    ]  # fmt: skip
+    assert len({len(share) for share in shares}) == 1
+    fields = [micro.fields for share in shares for micro in share]
+    assert sum(float(f.weight_N.sum()) for f in fields) == pytest.approx(1)
+    assert sum(float(f.golden_weight_N.sum()) for f in fields) == pytest.approx(LIMITS.golden_weight)
+    assert sum(int(f.rollout_N.sum()) for f in fields) == sum(len(r.trajectory.token_ids) for r in rollouts)
+    tokens = [sum(len(micro.fields) for micro in share) for share in shares]
+    assert max(tokens) - min(tokens) <= 30

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -216,6 +217,29 @@ def test_rollouts_sampled_at_another_temperature_are_weighed_back(temperature):
     rows = student.expand(6, -1).clone().requires_grad_()
     token_losses(rows, fields, ObjectiveSettings(importance_cap=1e6), stop_ids).loss_N.sum().backward()
     assert torch.allclose(behaviour @ rows.grad, exact_gradient(student, teacher, stop_ids, "class"), atol=1e-12)
+
+
+def test_a_student_that_samples_no_stop_learns_to_stop_all_the_same():
+    settings = ObjectiveSettings(importance_cap=None)
+    student, teacher, sampled, stop_ids = one_state(400)
+    sampled = sampled[~torch.isin(sampled, stop_ids)]
+
+    def slope_of_the_stop(stop_weight):
+        logits = student.clone().requires_grad_()
+        fields = fields_at_one_state(student, teacher, sampled, stop_ids, tilt=4.0)
+        fields = dataclasses.replace(fields, weight_N=fields.weight_N * 0, stop_weight_N=fields.weight_N * stop_weight / len(sampled))
+        loss, _ = chunked_objective(
+            LazyLogits(logits.expand(len(sampled), -1), lambda hidden: hidden, ()), fields, settings, stop_ids, chunk_tokens=64
+        )
+        loss.backward()
+        return logits.grad
+
+    p, q = student.softmax(-1)[stop_ids].sum(), teacher.softmax(-1)[stop_ids].sum()
+    tilted = q * math.exp(4) / (1 + q * math.expm1(4))
+    slope = slope_of_the_stop(0.5)
+    assert slope[stop_ids].sum() == pytest.approx(0.5 * float(p - tilted))
+    assert slope.sum() == pytest.approx(0, abs=1e-12)
+    assert slope[stop_ids][0] / slope[stop_ids][1] == pytest.approx(float(student.softmax(-1)[4] / student.softmax(-1)[5]))
 
 
 def test_a_topk_reward_as_advantage_does_not():

@@ -14,6 +14,9 @@ from tiny import build_tiny
 
 from opd_governor.actors.causal_lm import CausalLM, decoder_layers
 
+pytestmark = pytest.mark.integration
+"""Processes of their own, joined over gloo."""
+
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:

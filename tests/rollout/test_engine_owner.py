@@ -9,10 +9,9 @@ import pytest
 pytestmark = pytest.mark.integration
 """For the import of vllm, which takes many seconds."""
 
-OWNER = """
+PROGRAM = """
 import os, subprocess, sys, time
-from opd_governor.actors.rollout.engine import OWNER
-os.environ[OWNER] = str(os.getpid())
+os.environ[sys.argv[1]] = str(os.getpid())
 engine = "import opd_governor.actors.rollout.worker, time; print('up', flush=True); time.sleep(300)"
 process = subprocess.Popen([sys.executable, "-c", engine], stdout=subprocess.PIPE, start_new_session=True)
 process.stdout.readline()
@@ -22,7 +21,9 @@ time.sleep(300)
 
 
 def test_an_engine_whose_actor_is_killed_ends_too() -> None:
-    with subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True) as owner:
+    from opd_governor.actors.rollout.engine import OWNER
+
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, OWNER], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         engine = psutil.Process(int(owner.stdout.readline()))
         assert engine.is_running()

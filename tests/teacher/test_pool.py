@@ -48,7 +48,7 @@ async def test_hidden_states_arrive_whole_and_one_that_is_no_number_does_not(dty
 
 
 async def test_requests_that_wait_go_together_within_a_few_batches():
-    actor = FakeTeacher(pace_s=0.05)
+    actor = FakeTeacher(pace_s=0.3)
     pool = build([(settings(batch_tokens=21), [actor])])
     first = asyncio.create_task(pool.score([trajectory()]))
     await asyncio.sleep(0.01)
@@ -57,7 +57,7 @@ async def test_requests_that_wait_go_together_within_a_few_batches():
 
 
 async def test_requests_stay_together_for_a_busy_actor_and_are_spread_over_idle_ones():
-    actors = [FakeTeacher(pace_s=0.05) for _ in range(3)]
+    actors = [FakeTeacher(pace_s=0.3) for _ in range(3)]
     pool = build([(settings(batch_tokens=28), actors)])
     first = asyncio.gather(pool.score([trajectory() for _ in range(6)]))
     await asyncio.sleep(0.01)

@@ -118,11 +118,18 @@ function browseSamples(by) {
   showSample();
 }
 
+let asked = Promise.resolve(false);
+
+// One question after the other: a dialog's close event comes later than its closing, and would answer the next question too.
 function ask(text) {
-  $("ask-text").textContent = text;
-  $("ask").returnValue = "no";
-  $("ask").showModal();
-  return new Promise((resolve) => $("ask").addEventListener("close", () => resolve($("ask").returnValue === "yes"), { once: true }));
+  const answer = (resolve) => {
+    $("ask-text").textContent = text;
+    $("ask").returnValue = "no";
+    $("ask").showModal();
+    $("ask").addEventListener("close", () => resolve($("ask").returnValue === "yes"), { once: true });
+  };
+  asked = asked.then(() => new Promise(answer));
+  return asked;
 }
 
 async function requestVerb({ verb, ask: question }) {

@@ -107,14 +107,18 @@ ARMS: dict[str, tuple[str, ...]] = {
     # a penalty so strong that the student answers nothing: the length collapses (a sampled loss would not see the early stop)
     "terse-plain": (*DENSE, "objective.stop_tilt_nats=16", "objective.stop_tilt_target_tokens=1", "objective.stop_tilt_width_tokens=1"),
 }
-SMOLLM2 = ("preset=plain-opd", "learner.learning_rate=1e-4", "learner.total_steps=12", "data.eval.every_steps=6")
+SMOLLM2 = (
+    "preset=plain-opd",
+    "rollout.dtype=bfloat16",
+    "learner.dtype=bfloat16",
+    "learner.learning_rate=1e-4",
+    "rollout.max_new_tokens=256",
+    "rollout.max_model_len=384",
+)
 ARMS |= {
-    # real weights: a pruned student that rambles in a fifth of its answers before the first step, so pressure is high from the start
+    # real weights: a pruned student that rambles in a tenth of its answers before the first step, and inflates within five
     "smollm2-plain": (*SMOLLM2, "governor.mode=observe"),
-    "smollm2-governed": (
-        *SMOLLM2,
-        ENFORCE,
-    ),
+    "smollm2-governed": (*SMOLLM2, ENFORCE),
 }
 ARMS["terse-governed"] = (*ARMS["terse-plain"], ENFORCE)
 PLOTS = {

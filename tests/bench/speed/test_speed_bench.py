@@ -12,6 +12,7 @@ def test_the_exponent_of_a_power_law_is_its_power(power: float) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.alone
 def test_a_pair_is_measured_alone_and_in_a_run_and_pads_less_than_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.PAIRS, "sums", ("deploy/jobs/sums.yaml", 6, 1))
     found = bench.measure("sums", None)

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from opd_governor.actors.learner.lora import LoraSettings
+from opd_governor.actors.settings import FollowSettings
 from opd_governor.services.job.reference import PAGE, render
 from opd_governor.services.job.settings import Job, StudentSettings, TeacherSettings
 from opd_governor.services.job.tunables import Tunables
@@ -27,7 +29,8 @@ def test_every_group_of_the_job_file_has_a_heading_and_every_key_a_row() -> None
         for key in settings or ():
             assert f"## {group}" in page
             assert f"| `{key}`" in page or f"## {group}.{key}" in page
-    assert all(f"| `{key}`" in page for model in (StudentSettings, TeacherSettings) for key in model.model_fields)
+    for group, model in (("student", StudentSettings), ("teacher", TeacherSettings)):
+        assert all(f"| `{key}`" in page or f"## {group}.{key}" in page for key in model.model_fields)
 
 
 def test_a_key_that_may_change_while_a_run_goes_on_is_marked() -> None:
@@ -46,6 +49,9 @@ def _leaves(model: type) -> int:
 def test_the_defaults_on_the_page_are_those_of_a_job_that_sets_nothing() -> None:
     given = {"name": "a", "student": {"model": "a"}, "teacher": {"model": "b"}, "data": {"prompts": {"path": "c"}}}
     job = Job.model_validate(given).model_dump(mode="json")
+    assert job["student"]["lora"] is None, "a group that is left out; with nothing in it, it has these defaults"
+    job["student"]["lora"] = LoraSettings().model_dump(mode="json")
+    job["teacher"][0]["follow"] = dict.fromkeys(FollowSettings.model_fields)
     for group, key, default in _rows():
         value: Any = job
         for part in [*group.split("."), key] if group != "top level" else [key]:

@@ -125,3 +125,22 @@ def test_a_teacher_behind_http_takes_no_gpu() -> None:
     away = job.teacher[0].model_copy(update={"backend": "http", "url": "http://127.0.0.1:8000"})
     found = plan(job.model_copy(update={"teacher": (away,)}), parse_gpus("8x80"))
     assert not any(role.startswith("teacher") for bundle in found.bundles for role, _ in bundle.actors)
+
+
+def test_a_lora_student_has_a_frozen_base_and_moves_its_addition_alone() -> None:
+    """Of Qwen3-1.7B in bfloat16: no float32 copy and no moments of the base, no reference beside it, few bytes to the engines."""
+    full, lora = (forecast(plan(job_of("qwen3-1-gpu", **more), parse_gpus("1x80"))) for more in ({}, {"student.lora": "{rank: 16}"}))
+    needs = [{need.role: need for need in told.plan.needs} for told in (full, lora)]
+    base, trained = shape_of("Qwen3-1.7B").num_parameters, 28 * 16 * 38912
+    """Ranks of A and B over the seven linear layers: 4 x 2048 + 2 x 1024 + 2 x 2048 + 6144 x 3 + 2048 x 3."""
+    learner = needs[1]["learner"].gpu
+    assert learner["weights"] == 2 * base + 4 * trained
+    assert learner["moments"] == 8 * trained
+    assert "reference" not in learner
+    assert needs[1]["learner"].gpu_bytes < 0.4 * needs[0]["learner"].gpu_bytes
+    assert needs[1]["rollout"].gpu["versions of the addition"] == 3 * 2 * trained
+    assert lora.plan.transfer == "file"
+    syncs, learns = ([next(p for p in told.phases if p.name == name) for told in (full, lora)] for name in ("sync", "learn"))
+    assert syncs[1].network_gib * GIB == 4 * trained
+    assert syncs[1].seconds < 0.03 * syncs[0].seconds
+    assert learns[1].seconds < learns[0].seconds

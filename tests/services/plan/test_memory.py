@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from opd_governor.actors.learner.actor import Learner
+from opd_governor.actors.learner.lora import LoraSettings
 from opd_governor.actors.learner.models import LearnerModels
 from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
@@ -69,9 +70,9 @@ def batch(num: int) -> list[ScoredRollout]:
     return rollouts
 
 
-def measured_bytes(folder: str, settings: LearnerSettings) -> int:
+def measured_bytes(folder: str, settings: LearnerSettings, lora: LoraSettings | None = None) -> int:
     """Peak of a second step of two micro-batches: what the allocator gave, above weights, moments and the gradients it began with."""
-    learner = Learner(LearnerModels(folder), settings, ObjectiveSettings(), stop_ids=(1,), max_new_tokens=ROW_TOKENS)
+    learner = Learner(LearnerModels(folder, lora=lora), settings, ObjectiveSettings(), stop_ids=(1,), max_new_tokens=ROW_TOKENS)
     rollouts, limits = batch(2 * settings.micro_batch_tokens // ROW_TOKENS), LengthLimits(ROW_TOKENS)
     learner.step(rollouts, [], limits, 4.0)
     gc.collect()
@@ -82,26 +83,27 @@ def measured_bytes(folder: str, settings: LearnerSettings) -> int:
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    parameters = sum(p.numel() for p in learner._student.model.parameters())
-    return 16 * parameters + peak
+    return peak + sum(p.numel() * (16 if p.requires_grad else p.element_size()) for p in learner._student.model.parameters())
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_the_estimate_is_within_15_percent_of_what_a_step_allocates(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "lora"), [*((model, None) for model in MODELS), ("qwen3, 4 layers", LoraSettings())])
+def test_the_estimate_is_within_15_percent_of_what_a_step_allocates(model: str, lora: LoraSettings | None, tmp_path: Path) -> None:
     folder = build(tmp_path, MODELS[model])
+    student = {"model": folder, "lora": lora and lora.model_dump()}
     ratios = []
     for dtype, checkpointing, micro, chunk in LEARNERS:
         learner = {"dtype": dtype, "gradient_checkpointing": checkpointing, "micro_batch_tokens": micro, "chunk_tokens": chunk}
         job = Job.model_validate(
             {
-                "name": "m", "student": {"model": folder}, "teacher": {"model": folder}, "data": {"prompts": {"path": "none.jsonl"}},
+                "name": "m", "student": student, "teacher": {"model": folder}, "data": {"prompts": {"path": "none.jsonl"}},
                 "learner": learner, "governor": {"actuators": ["lr_scale"]},
             }
         )  # fmt: skip
-        estimate, measured = learner_need(job, shape_of(folder), 1).gpu_bytes, measured_bytes(folder, LearnerSettings(**learner))
+        estimate, measured = learner_need(job, shape_of(folder), 1).gpu_bytes, measured_bytes(folder, LearnerSettings(**learner), lora)
         ratios.append(estimate / measured)
         print(
-            f"{model:<34} {dtype:<8} {'checkpointed' if checkpointing else 'kept':<12} {micro:5d} tokens, chunks of {chunk:4d}: "
+            f"{f'{model}, LoRA' if lora else model:<34} {dtype:<8} {'checkpointed' if checkpointing else 'kept':<12} "
+            f"{micro:5d} tokens, chunks of {chunk:4d}: "
             f"estimated {estimate / 2**20:6.1f} MiB, measured {measured / 2**20:6.1f}, {ratios[-1]:.2f}"
         )
     assert max(abs(ratio - 1) for ratio in ratios) < TOLERANCE, ratios

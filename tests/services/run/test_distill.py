@@ -31,7 +31,7 @@ def test_every_step_is_taken_once_and_no_prompt_is_lost(tmp_path: Path, stalenes
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_the_learner_does_not_wait_for_the_engines_to_load_and_no_rollout_is_staler_than_asked_for(tmp_path: Path, staleness: int) -> None:
     loop = Loop(tmp_path, staleness=staleness)
-    loop.fleet.load_s = 0.02
+    loop.fleet.load_s = 0.1  # a learning takes 0.005: the rest is for a busy machine
     records = loop.run()
     assert [record["step"] for record in records] == list(range(1, 11))
     assert max(record["staleness_mean"] for record in records) == staleness
@@ -311,6 +311,19 @@ def test_samples_that_no_teacher_scored_are_counted_and_not_learned_from(tmp_pat
     assert [record["num_unscored"] for record in records] == [0, 0, 0, 3, 0, 0, 0, 0, 0, 0]
     assert [batch[0] // 3 + 1 for batch in loop.fleet.learned] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
     assert loop.telemetry.registry.get_sample_value("opd_admitted_rollouts_total", {"run": "x", "outcome": "unscored"}) == 3
+
+
+def test_what_scores_say_of_themselves_is_a_gauge_as_well(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    score = loop.pool.score
+
+    async def with_copies(trajectories: Sequence[Trajectory]) -> list[TokenScores | None]:
+        return [found and replace(found, copied_T=np.arange(len(found.sampled_logp_T)) == 0) for found in await score(trajectories)]
+
+    loop.pool.score = with_copies  # type: ignore[method-assign]
+    assert loop.run()[-1]["copied"] == 0.25
+    assert loop.telemetry.registry.get_sample_value("opd_scores", {"run": "x", "field": "copied"}) == 0.25
+    assert loop.telemetry.registry.get_sample_value("opd_scores", {"run": "x", "field": "unaligned"}) is None
 
 
 @pytest.mark.parametrize("staleness", [0, 2])

@@ -70,3 +70,44 @@ def test_one_miss_is_told_and_tried_again_and_two_are_wrong() -> None:
     assert engines.asked == 2
     assert told == ["engine and learner differ by 3 nats on the probe, tolerance 0.01"]
     assert not sync([3.0, 2.0])[0].sound
+
+
+class MovedLearner(FakeLearner):
+    """A LoRA student that its steps have brought `moved` nats away from its base."""
+
+    moved = 0.0
+
+    async def probe(self, token_ids: list[int], dtype: str | None = None, *, base: bool = False) -> np.ndarray:
+        return await super().probe(token_ids, dtype) - (self.moved if base else 0.0)
+
+
+class LoraEngines(FakeEngines):
+    """Its base is the learner's to `rounding`; `gaps` are what it is away from the learner."""
+
+    moved, rounding = 0.0, 1e-5
+
+    async def on_each(self, what: str, call: Any) -> list[np.ndarray]:
+        (probed,) = await super().on_each(what, call)
+        return [np.stack([probed, EXACT - self.moved + self.rounding])]
+
+
+@pytest.mark.parametrize(
+    ("moved", "gap", "lost"),
+    [
+        (0.0, 0.0, False),  # before the first step
+        (2e-4, 2e-4, False),  # as much as rounding: nothing can be said yet
+        (5e-3, 0.0, False),
+        (5e-3, -5e-3, True),  # within the tolerance, but where the base is
+        (0.4, 1e-3, False),
+        (0.4, -0.4, True),
+    ],
+)
+def test_an_engine_that_stays_at_its_base_has_lost_the_addition(moved: float, gap: float, lost: bool) -> None:
+    job = make_job(student={"model": "m", "lora": {"rank": 4}})
+    learner, engines, told = MovedLearner(0.0), LoraEngines([gap, gap]), []
+    learner.moved = engines.moved = moved
+    found = asyncio.run(WeightSync(job, [1, 2], learner, engines, told.append).to_all())  # type: ignore[arg-type]
+    assert found.lost == lost
+    assert found.sound != lost
+    assert told == (["the engine answers as the student's base on the probe: the addition did not reach it"] if lost else [])
+    assert engines.asked == 1 + lost

@@ -29,6 +29,10 @@ def test_the_commands_and_the_service_load_nothing_heavy() -> None:
             assert name in packages or name.rpartition(".")[0] in packages, f"{name} is not in the light distribution"
 
 
+def test_the_command_line_loads_nothing_heavy_until_a_command_needs_it() -> None:
+    assert not loaded("opd_governor.services.cli.app") & HEAVY
+
+
 def test_the_client_is_one_file_of_the_standard_library() -> None:
     ours = {name for name in loaded("opd_governor.client") if name.partition(".")[0] == "opd_governor"}
     assert ours == {"opd_governor", "opd_governor.client"}

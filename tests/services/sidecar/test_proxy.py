@@ -97,6 +97,7 @@ def test_answers_are_the_same_bytes_and_a_step_lies_between_weight_updates(serve
         assert [(step["num_rollouts"], step["length_mean"], step["truncation"]) for step in steps] == [(2, 20.0, 0.0)]
 
 
+@pytest.mark.integration
 def test_answers_that_inflate_are_asked_for_less(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     direct = f"http://127.0.0.1:{server.server_port}"
     with govern(tmp_path, "--proxy", direct) as (url, _), httpx.Client(trust_env=False) as http:
@@ -113,6 +114,7 @@ def test_answers_that_inflate_are_asked_for_less(server: ThreadingHTTPServer, tm
     assert sent["repetition_detection"]["min_count"] == 8
 
 
+@pytest.mark.integration
 def test_a_trainer_that_hangs_up_hangs_up_at_the_server(tmp_path: Path) -> None:
     """An aborted rollout must not go on in the engine."""
 
@@ -187,6 +189,7 @@ def test_before_a_real_vllm_server(tmp_path: Path) -> None:
     assert lengths[-1] <= governor["limits"]["cap_tokens"]
 
 
+@pytest.mark.integration
 def test_many_streams_at_once_pass_in_order(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     direct = f"http://127.0.0.1:{server.server_port}"
 
