@@ -1,5 +1,6 @@
 """Checks of the models: what they are, whether student and teacher speak the same ids, what they stop on."""
 
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,9 +37,26 @@ def check_student(facts: ModelFacts) -> Iterator[Check]:
     if experts := num_experts(config):
         detail = f"{where}: a mixture of {experts} experts; engines do not take new weights of experts exactly while they run"
         yield Check("student model", "fail", detail, "give a dense student; a teacher may be a mixture of experts")
+    if wrong := _not_for_vllm(facts):
+        yield Check("student model", "fail", f"{where}: {wrong}", "add AutoModel to auto_map in its config.json, and name its base class")
     yield from check_weights("student", where, facts)
     yield from check_ids("student", where, facts)
     yield from check_template("student", facts)
+
+
+def _not_for_vllm(facts: ModelFacts) -> str:
+    """Why vLLM cannot sample a model of own code; empty where it can. It knows the architecture, or makes it by AutoModel."""
+    own = getattr(facts.whole, "auto_map", None) or {}
+    if "AutoModelForCausalLM" not in own or "AutoModel" in own or importlib.util.find_spec("vllm") is None:
+        return ""
+    from vllm import ModelRegistry  # vllm takes seconds to import
+
+    named = [str(name) for name in getattr(facts.whole, "architectures", None) or ()]
+    if set(named) & set(ModelRegistry.get_supported_archs()):
+        return ""
+    return (
+        f"its code is its own ({', '.join(named) or 'no architecture'}), and vLLM makes such models by AutoModel, which its auto_map lacks"
+    )
 
 
 def check_teacher(settings: TeacherSettings, facts: ModelFacts) -> Iterator[Check]:

@@ -243,5 +243,5 @@ MODELS = [
     Case("a tokenizer's own code that is not trusted", 3, ["the tokenizer of", "brings custom code of its own; set trust_remote_code"], changed("student", values("tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Tok", None]}, tokenizer_class="Tok"))),
     Case("a tokenizer that truncates and pads", 0, ["the longest 16 tokens"], changed("student", values("tokenizer.json", truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}))),
     Case("templates by name", 0, ["3 '<|im_end|>' (chat template)"], changed("student", named_templates)),
-    Case("own code that is trusted", 0, ["120 prompts"], both(changed("student", llama_of_own_code), lambda f, j: j["student"].update(trust_remote_code=True))),
+    Case("own code that vLLM cannot make", 3, ["(OwnModel), and vLLM makes such models by AutoModel, which its auto_map lacks"], both(changed("student", llama_of_own_code), lambda f, j: j["student"].update(trust_remote_code=True))),
 ]  # fmt: skip
