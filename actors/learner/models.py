@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from opd_governor.actors.causal_lm import CausalLM, Head, compile_layers
-from opd_governor.actors.learner.lora import LoraSettings, add_lora
-from opd_governor.actors.learner.settings import LearnerSettings
+from opd_governor.actors.learner.lora import add_lora
+from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings
 from opd_governor.actors.settings import FollowSettings
 
 

@@ -122,6 +122,29 @@ class ObjectiveSettings(Settings):
         return _supports()[self.support].needs(self)
 
 
+class LoraSettings(Settings):
+    """Train a low-rank addition to the student's linear layers instead of its weights."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """Inner width of the addition. The larger, the nearer to training all weights; 8 to 64 are usual."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The addition is scaled by alpha / rank. None: twice the rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the layers that get one, such as [q_proj, v_proj]. Empty: every linear layer of the decoder's blocks."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an addition's inputs dropped in training. 0 is usual on-policy: with dropout the learner is not the policy that sampled."""
+    start_from: str | None = None
+    """Folder of an adapter in peft's format to go on from; its rank and targets must be those above. None: a new one, which changes
+    nothing at first."""
+    merge: bool = False
+    """Also write the student with the addition merged into its weights, into `final/merged`."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the addition."""
+        return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+
 class LearnerSettings(Settings):
     """Ranks, optimiser, precision, micro-batches."""
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd_governor.actors.learner.lora import LoraError, LoraSettings, adapter_names, add_lora, lora_layers, read_adapter, same_layers
+from opd_governor.actors.learner.lora import LoraError, adapter_names, add_lora, lora_layers, read_adapter, same_layers
+from opd_governor.actors.learner.settings import LoraSettings
 from opd_governor.services.inputs.check_models import not_causal, num_experts
 from opd_governor.services.inputs.checks import Check
 from opd_governor.services.inputs.models import config_of

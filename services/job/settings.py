@@ -6,8 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from opd_governor.actors.deadlines import FLOOR_S
 from opd_governor.actors.governor.policy import Policy
-from opd_governor.actors.learner.lora import LoraSettings
-from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings, ObjectiveSettings
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.settings import FollowSettings, Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.settings import TeacherSettings

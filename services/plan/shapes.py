@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from opd_governor.actors.causal_lm import decoder_layers
-from opd_governor.actors.learner.lora import LoraError, LoraSettings, add_lora
+from opd_governor.actors.learner.lora import LoraError, add_lora
+from opd_governor.actors.learner.settings import LoraSettings
 from opd_governor.services.job.settings import JobError
 
 SHIPPED = Path(__file__).parent / "configs"

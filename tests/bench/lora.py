@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from opd_governor.actors.learner.actor import Learner
-from opd_governor.actors.learner.lora import LoraSettings
 from opd_governor.actors.learner.models import LearnerModels
-from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings, ObjectiveSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
 from opd_governor.services.inputs.models import resolve_model
 

@@ -19,9 +19,9 @@ from tiny import build_tiny
 from vllm.lora.request import LoRARequest
 
 from opd_governor.actors.learner.actor import Learner
-from opd_governor.actors.learner.lora import WEIGHTS, LoraSettings
+from opd_governor.actors.learner.lora import WEIGHTS
 from opd_governor.actors.learner.models import LearnerModels
-from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings, ObjectiveSettings
 from opd_governor.actors.rollout.actor import RolloutActor
 from opd_governor.actors.rollout.arguments import lora_arguments
 from opd_governor.actors.rollout.settings import RolloutSettings

@@ -13,9 +13,9 @@ from tiny import Architecture, build_tiny
 from transformers import AutoModelForCausalLM
 
 from opd_governor.actors.learner.actor import Learner
-from opd_governor.actors.learner.lora import LoraError, LoraSettings, add_lora, lora_layers, without_lora
+from opd_governor.actors.learner.lora import LoraError, add_lora, lora_layers, without_lora
 from opd_governor.actors.learner.models import LearnerModels
-from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings, ObjectiveSettings
 from opd_governor.actors.trajectory import LengthLimits
 
 PROBE = [5, 6, 7, 9, 12, 40, 8, 1]

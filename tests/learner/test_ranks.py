@@ -16,9 +16,8 @@ from tiny import build_tiny
 from transformers import AutoModelForCausalLM
 
 from opd_governor.actors.learner.actor import Learner
-from opd_governor.actors.learner.lora import LoraSettings
 from opd_governor.actors.learner.models import LearnerModels
-from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings, ObjectiveSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt
 
 pytestmark = pytest.mark.integration

@@ -60,7 +60,8 @@ async def test_each_version_of_an_adapter_has_a_name_an_id_and_a_folder_and_old_
     import numpy as np
     import torch
 
-    from opd_governor.actors.learner.lora import LoraSettings, adapter_bytes, read_adapter
+    from opd_governor.actors.learner.lora import adapter_bytes, read_adapter
+    from opd_governor.actors.learner.settings import LoraSettings
     from opd_governor.actors.rollout.actor import RolloutActor
     from opd_governor.actors.rollout.arguments import lora_arguments
     from opd_governor.actors.rollout.engine import Engine

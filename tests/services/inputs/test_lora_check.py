@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig
 
 from opd_governor.actors.causal_lm import CausalLM
-from opd_governor.actors.learner.lora import LoraSettings, adapter_names, add_lora, write_adapter
+from opd_governor.actors.learner.lora import adapter_names, add_lora, write_adapter
+from opd_governor.actors.learner.settings import LoraSettings
 from opd_governor.services.inputs.check_machine import check_disk
 from opd_governor.services.inputs.check_models import check_student
 from opd_governor.services.inputs.checks import Check, exit_code

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from opd_governor.actors.learner.lora import LoraSettings
+from opd_governor.actors.learner.settings import LoraSettings
 from opd_governor.actors.settings import FollowSettings
 from opd_governor.services.job.reference import PAGE, render
 from opd_governor.services.job.settings import Job, StudentSettings, TeacherSettings

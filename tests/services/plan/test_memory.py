@@ -15,9 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from opd_governor.actors.learner.actor import Learner
-from opd_governor.actors.learner.lora import LoraSettings
 from opd_governor.actors.learner.models import LearnerModels
-from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings, ObjectiveSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
 from opd_governor.services.job.settings import Job
 from opd_governor.services.plan.memory import learner_need
