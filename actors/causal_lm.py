@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
@@ -21,10 +21,12 @@ a missing soft cap or scale."""
 class Head:
     """[C, H] hidden states to [C, V] logits as a model's own forward makes them; holds nothing else of the model.
 
+    `num_ids`: V, where the rows of the embedding past it are padding, of no token. None: every row.
     Known beside the linear layer: soft cap (Gemma 2), multiplier (Cohere), divisor (Granite).
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, num_ids: int | None = None) -> None:
+        self._num_ids = num_ids
         config = model.config.get_text_config()
         self._linear = model.get_output_embeddings()
         self._scale = getattr(config, "logit_scale", None)
@@ -36,7 +38,7 @@ class Head:
         return self._linear.weight.dtype
 
     def __call__(self, hidden_CH: Tensor) -> Tensor:
-        logits_CV = self._linear(hidden_CH)
+        logits_CV = self._linear(hidden_CH)[:, : self._num_ids]
         if self._scale:
             logits_CV = logits_CV * self._scale
         if self._divisor:
@@ -56,7 +58,13 @@ class CausalLM:
     """
 
     def __init__(
-        self, path: str, *, dtype: str = "float32", device: torch.device | str | None = None, trust_remote_code: bool = False
+        self,
+        path: str,
+        *,
+        dtype: str = "float32",
+        device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
+        num_ids: int | None = None,
     ) -> None:
         """`device` meta: the model's shape alone, without weights and without memory."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -66,11 +74,16 @@ class CausalLM:
             with self.device:
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options).to(self.device)  # never a pickle
+            # never a pickle
+            model, report = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+            if missing := sorted(report["missing_keys"]):
+                raise ValueError(f"model {path}: its weights lack {missing[0]} ({len(missing)} in all), which would start at random")
+            model = model.to(self.device)
         self.model: Any = model.eval()
         self.context_tokens: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
-        self.head = Head(self.model)
+        rows = model.get_output_embeddings().weight.shape[0]
+        self.vocabulary: int = min(rows, num_ids or rows)
+        self.head = Head(self.model, self.vocabulary if self.vocabulary < rows else None)
         if not empty:
             self._check_head(path)
 
@@ -84,7 +97,7 @@ class CausalLM:
     @torch.no_grad()
     def _check_head(self, path: str) -> None:
         ids_BL = torch.arange(min(4, self.vocabulary), device=self.device)[None]
-        theirs_LV = self.model(input_ids=ids_BL, use_cache=False).logits[0].float()
+        theirs_LV = self.model(input_ids=ids_BL, use_cache=False).logits[0, :, : self.vocabulary].float()
         gap = (self.head(self.hidden(ids_BL)[0]).float() - theirs_LV).abs().max() / theirs_LV.abs().max().clamp_min(1.0)
         if not gap <= PROBE_TOLERANCE:
             raise ValueError(
@@ -123,6 +136,11 @@ def _tensor_of(path: str, names: set[str]) -> Tensor | None:
         return None
     with safe_open(cached_file(path, files[keys[-1]]), framework="pt") as file:
         return file.get_tensor(keys[-1])
+
+
+def num_ids_of(tokenizer: str, trust_remote_code: bool = False) -> int:
+    """One more than the last id of a tokenizer, by folder or hub id. Rows of an embedding past them are padding, of no token."""
+    return max(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code).get_vocab().values()) + 1
 
 
 def compile_layers(model: Any) -> None:

@@ -207,7 +207,7 @@ class Learner:
         addition always that alone, float32, with its settings in the file's header."""
         if self._lora is not None:
             return self.weight_version, np.frombuffer(adapter_bytes(gather(self._files.weights()), self._lora), np.uint8)
-        outgoing = Outgoing(self._student.model, getattr(torch, dtype), trained_only=trained_only)
+        outgoing = Outgoing(self._student.model, getattr(torch, dtype), trained_only=trained_only, num_ids=self._student.vocabulary)
         first = rank_and_size()[0] == 0
         tensors = {name: tensor.to("cpu").contiguous() for name, tensor in outgoing if first}
         if HEAD in tensors:
@@ -220,8 +220,10 @@ class Learner:
 
         if self._sender is None or actors != self._sender.actors:  # the first time, or an engine was replaced: form the group again
             self._leave_group()
-            model, rank = self._student.model, rank_and_size()[0]
-            self._sender = Sender(backend, model, getattr(torch, dtype), actors, workers_per_engine, rank)
+            student, rank = self._student, rank_and_size()[0]
+            self._sender = Sender(
+                backend, student.model, getattr(torch, dtype), actors, workers_per_engine, rank, num_ids=student.vocabulary
+            )
         try:
             self._sender.send()
         except Exception:

@@ -34,6 +34,8 @@ class LearnerModels:
     """Of a new addition's weights."""
     follow: FollowSettings | None = None
     """Keep the weights of a teacher that follows the student. None: no teacher does."""
+    num_ids: int | None = None
+    """The student's ids that are tokens; rows past them pad its embedding. None: every row is a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ def load_models(models: LearnerModels, settings: LearnerSettings) -> Loaded:
     """The student in float32 whatever precision its passes run in: master weights and moments are float32. Raises LoraError."""
 
     def load(path: str, dtype: str, device: str | None = None) -> CausalLM:
-        return CausalLM(path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code)
+        num_ids = models.num_ids if path == models.student else None
+        return CausalLM(path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code, num_ids=num_ids)
 
     device = "meta" if settings.num_ranks > 1 else None
 

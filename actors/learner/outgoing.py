@@ -35,22 +35,28 @@ class Outgoing:
     are gathered, half the bytes in bfloat16. Persistent buffers (router biases) keep their dtype: engines hold these in float32.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, *, trained_only: bool = False) -> None:
-        """`trained_only`: without what no step changes."""
+    def __init__(self, model: Any, dtype: torch.dtype, *, trained_only: bool = False, num_ids: int | None = None) -> None:
+        """`trained_only`: without what no step changes; `num_ids`: without the rows of embedding and head past them."""
         self._model, self._dtype, self._trained_only = model, dtype, trained_only
+        self._num_ids = num_ids
+        self._of_ids = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
         self._packed = bool(getattr(model, "_weight_conversions", None))
 
     def described(self) -> list[Described]:
         """What iterating yields, in its order; moves no data."""
-        return [
-            Described(name, tensor.dtype, tuple(tensor.shape))
-            for unit in self._units()
-            for name, tensor in self._renamed({name: torch.empty(t.shape, dtype=self._sent(t), device="meta") for name, t in unit.items()})
-        ]
+        found = []
+        for unit in self._units():
+            shapes = {name: self._cut(t, torch.empty(t.shape, dtype=self._sent(t), device="meta")) for name, t in unit.items()}
+            found += [Described(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._renamed(shapes)]
+        return found
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for unit in self._units():
-            yield from self._renamed({name: whole(tensor.detach().to(self._sent(tensor))) for name, tensor in unit.items()})
+            yield from self._renamed({name: self._cut(t, whole(t.detach().to(self._sent(t)))) for name, t in unit.items()})
+
+    def _cut(self, tensor: Tensor, sent: Tensor) -> Tensor:
+        """A row for each id that is a token, where `tensor` has a row an id."""
+        return sent[: self._num_ids] if self._num_ids and id(tensor) in self._of_ids else sent
 
     def _sent(self, tensor: Tensor) -> torch.dtype:
         return self._dtype if isinstance(tensor, torch.nn.Parameter) else tensor.dtype

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from opd_governor.actors.causal_lm import CausalLM
@@ -65,6 +65,9 @@ class StudentFiles:
         """
         with disk_errors(folder):
             cast = {name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+            # The source's own sampling defaults come as its file below: the library refuses to write many a published one.
+            known = self._student.model.config.get_text_config()
+            self._student.model.generation_config = GenerationConfig(bos_token_id=known.bos_token_id, pad_token_id=known.pad_token_id)
             self._student.model.save_pretrained(folder, state_dict=cast)
         self.describe(folder, card, dtype)
 

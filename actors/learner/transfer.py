@@ -48,8 +48,8 @@ class Metadata(list[ParamMeta]):
 class StudentSource(WeightSource):
     """The student's weights (see `Outgoing`) for vLLM's trainer engines, 0.32 and 0.33."""
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self._outgoing = Outgoing(model, dtype)
+    def __init__(self, model: Any, dtype: torch.dtype, num_ids: int | None = None) -> None:
+        self._outgoing = Outgoing(model, dtype, num_ids=num_ids)
         self.broken = False
         """Gathering itself failed: it is a rank of the learner that is gone, no engine."""
         self.begin()
@@ -168,10 +168,21 @@ class Sender:
     """One rank's end of the transfer to these engines; every rank has one, since all of them gather, and over ipc each shares its own
     GPU's copy. Rank 0 meets the engines. After an error it is of no more use: close it and make another."""
 
-    def __init__(self, backend: str, model: Any, dtype: torch.dtype, actors: list[Any], workers_per_engine: int, rank: int = 0) -> None:
+    def __init__(
+        self,
+        backend: str,
+        model: Any,
+        dtype: torch.dtype,
+        actors: list[Any],
+        workers_per_engine: int,
+        rank: int = 0,
+        *,
+        num_ids: int | None = None,
+    ) -> None:
+        """`num_ids`: the ids that are tokens; rows past them are not sent (see `Outgoing`)."""
         self.actors = actors
         self._init_info = _init_info(backend, 1 + len(actors) * workers_per_engine, rank)
-        self._client, self._source = EnginesClient(actors, workers_per_engine), StudentSource(model, dtype)
+        self._client, self._source = EnginesClient(actors, workers_per_engine), StudentSource(model, dtype, num_ids)
         self._trainer: TrainerWeightTransferEngine[Any] | None = None
 
     def send(self) -> None:

@@ -5,6 +5,9 @@ from typing import Any
 
 from opd_governor.actors.rollout.settings import RolloutSettings
 
+HEAD_APART = {"tie_word_embeddings": False}
+"""A tied lm_head keeps its old packed copy when weights are reloaded, silently: the learner sends it apart."""
+
 
 def engine_arguments(model: str, settings: RolloutSettings, *, seed: int, max_logprobs: int, cpu: bool) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs, all but the weight transfer and the logits processors.
@@ -15,8 +18,7 @@ def engine_arguments(model: str, settings: RolloutSettings, *, seed: int, max_lo
         "model": model,
         "skip_tokenizer_init": True,
         "load_format": "dummy",
-        # A tied lm_head keeps its old packed copy when weights are reloaded, silently: the learner sends it apart.
-        "hf_overrides": {"tie_word_embeddings": False},
+        "hf_overrides": HEAD_APART,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,

@@ -55,9 +55,12 @@ TEACHER_BACKENDS: Kind[Backend] = Kind("teacher back end")
 
 
 def _torch(settings: "TeacherSettings", stop_ids: StopIds, seed: int) -> "Scorer":
+    from opd_governor.actors.causal_lm import num_ids_of
     from opd_governor.actors.teacher.scorers import TorchScorer
 
-    return TorchScorer(settings, stop_ids)
+    named = settings.tokenizer if settings.tokenizer not in (None, "own", "same") else settings.model
+    num_ids = max(num_ids_of(named, settings.trust_remote_code), *(stop + 1 for stop in stop_ids))
+    return TorchScorer(settings, stop_ids, num_ids=num_ids)
 
 
 def _vllm(settings: "TeacherSettings", stop_ids: StopIds, seed: int) -> "Scorer":

@@ -42,8 +42,7 @@ class Client:
         self.settings = settings
         self._random = random.Random(seed)
         self.address = settings.url.rstrip("/").removesuffix("/v1")  # people write both forms
-        keys = [os.environ[name] for name in ("VLLM_API_KEY", "SGLANG_API_KEY", "OPENAI_API_KEY") if os.environ.get(name)]
-        self._client = httpx.Client(base_url=self.address, headers={"Authorization": f"Bearer {keys[0]}"} if keys else {})
+        self._client = httpx.Client(base_url=self.address, headers=_authorization())
 
     def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T], deadline: float) -> T:
         """`read` over the answer's JSON. Raises RefusedError, or TeacherUnavailableError when attempts or time ran out."""
@@ -56,11 +55,11 @@ class Client:
                 response = self._client.post(path, json=body, timeout=timeout_s)
                 if response.is_success:
                     return read(_json(response))
-                last = RefusedError(response.status_code, response.text)
+                last = RefusedError(response.status_code, _refusal(response))
                 if response.status_code < 500 and response.status_code not in (408, 429):
                     raise last
                 wait_s = max(wait_s, _retry_after_s(response))
-            except (httpx.TransportError, BadAnswerError) as error:
+            except (httpx.RequestError, BadAnswerError) as error:
                 last = error
             if attempt + 1 == self.settings.max_attempts or time.monotonic() + wait_s > deadline:
                 break
@@ -74,7 +73,7 @@ class Client:
             return _json(response) if response.is_success else None
         except BadAnswerError:
             return None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise TeacherUnavailableError(f"{self.settings.url}: no answer: {words(error)}") from error
 
     def close(self) -> None:
@@ -89,11 +88,26 @@ def words(error: BaseException) -> str:
 def _json(response: httpx.Response) -> Any:
     try:
         return response.json()
-    except (UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadAnswerError(f"not JSON: {error}") from None
 
 
 def _retry_after_s(response: httpx.Response) -> float:
     """Seconds that the server asks to wait; its other form, a date, counts as no wish."""
     text = response.headers.get("Retry-After", "")
-    return float(text) if text.isdigit() else 0.0
+    return float(text) if text.isascii() and text.isdigit() else 0.0
+
+
+def _refusal(response: httpx.Response) -> str:
+    """The server's words; where it sends the caller on, to what place."""
+    return f"redirects to {response.headers['Location']}" if response.has_redirect_location else response.text
+
+
+def _authorization() -> dict[str, str]:
+    """Raises CallerError for a key that no header can carry, without showing it."""
+    for name in ("VLLM_API_KEY", "SGLANG_API_KEY", "OPENAI_API_KEY"):
+        if key := os.environ.get(name):
+            if not (key.isascii() and key.isprintable()):
+                raise CallerError(f"{name}: holds a line break or letters that no header can carry; set it again")
+            return {"Authorization": f"Bearer {key}"}
+    return {}

@@ -3,15 +3,18 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from opd_governor.actors.teacher.http_client import Client, RefusedError, TeacherUnavailableError
 from opd_governor.actors.teacher.scorers import ScoreRequest
-from opd_governor.actors.teacher.servers import Server, find_server
+from opd_governor.actors.teacher.servers import Server, find_server, read_ids
 from opd_governor.actors.teacher.settings import TeacherSettings
 
 PROBE_TIMEOUT_S = 30.0
+NAMED = 5
+"""Models named of many."""
 
 
 class ServerError(ValueError):
@@ -51,7 +54,7 @@ def probe(settings: TeacherSettings, stop_ids: Sequence[int] = (0,), texts: Mapp
     try:
         models, window_tokens = _models(client)
         if models and settings.model not in models and settings.server != "sglang":
-            raise ServerError(f"{where} serves {', '.join(models)}, not {settings.model}; set teacher.model to one of them")
+            raise ServerError(f"{where} serves {_some(models)}, not {settings.model}; set teacher.model to one of them")
         server = find_server(client, tuple(stop_ids), deadline)
         seconds = _scored(client, server, tuple(stop_ids))
         return ServerReport(server.way, models, window_tokens, server.given_ids, seconds, _encoded_otherwise(client, texts or {}))
@@ -68,14 +71,25 @@ def probe(settings: TeacherSettings, stop_ids: Sequence[int] = (0,), texts: Mapp
 
 
 def _models(client: Client) -> tuple[tuple[str, ...], int | None]:
-    listed = client.get("/v1/models") or {}
-    entries = [entry for entry in listed.get("data", []) if isinstance(entry, dict)] if isinstance(listed, dict) else []
-    windows = {entry["id"]: entry.get("max_model_len") for entry in entries if "id" in entry}
+    """What the server says it serves, and the window; nothing where it answers in a form of its own."""
+    listed = client.get("/v1/models")
+    entries = listed.get("data") if isinstance(listed, dict) else None
+    named = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    windows = {name: _size(entry.get("max_model_len")) for entry in named if isinstance(name := entry.get("id"), str)}
     information = client.get("/get_server_info") if not any(windows.values()) else None
     window = windows.get(client.settings.model) or next(filter(None, windows.values()), None)
     if window is None and isinstance(information, dict):
-        window = information.get("context_length")
-    return tuple(windows), int(window) if window else None
+        window = _size(information.get("context_length"))
+    return tuple(windows), window
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _size(value: Any) -> int | None:
+    """A number of tokens; None for anything else."""
+    return int(value) if isinstance(value, int | float | str) and str(value).isdecimal() and int(value) > 0 else None
 
 
 def _scored(client: Client, server: Server, stop_ids: tuple[int, ...]) -> float:
@@ -90,14 +104,18 @@ def _scored(client: Client, server: Server, stop_ids: tuple[int, ...]) -> float:
 
 
 def _encoded_otherwise(client: Client, texts: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
-    """The texts whose ids differ at the server's /tokenize; none where it has no such path."""
+    """The texts whose ids differ at the server's /tokenize; none where it has no such path, or one that answers otherwise."""
     different = []
     for text, ids in texts.items():
         body = {"model": client.settings.model, "prompt": text, "add_special_tokens": False}
         try:
-            tokens = client.post("/tokenize", body, lambda answer: answer.get("tokens"), time.monotonic() + PROBE_TIMEOUT_S)
-        except RefusedError:
+            tokens = client.post("/tokenize", body, _tokens, time.monotonic() + PROBE_TIMEOUT_S)
+        except (RefusedError, TeacherUnavailableError):
             return ()
         if tokens != list(ids):
             different.append(text)
     return tuple(different)
+
+
+def _tokens(answer: Any) -> list[int]:
+    return read_ids(answer.get("tokens") if isinstance(answer, dict) else None)

@@ -95,10 +95,14 @@ class TorchScorer:
     output head is more than a linear layer with a known cap or scale.
     """
 
-    def __init__(self, settings: TeacherSettings, stop_ids: tuple[int, ...], device: str | None = None) -> None:
+    def __init__(
+        self, settings: TeacherSettings, stop_ids: tuple[int, ...], device: str | None = None, *, num_ids: int | None = None
+    ) -> None:
+        """`num_ids`: the model's ids that are tokens. None: as many as its embedding has rows."""
         self.settings = settings
         self.stop_ids = stop_ids
-        self.lm = CausalLM(settings.model, dtype=settings.dtype, device=device, trust_remote_code=settings.trust_remote_code)
+        trust = settings.trust_remote_code
+        self.lm = CausalLM(settings.model, dtype=settings.dtype, device=device, trust_remote_code=trust, num_ids=num_ids)
         self.lm.model.requires_grad_(False)
         # The checkpoint's own sampling defaults (top_p, penalties) would bend golden answers.
         self.lm.model.generation_config = GenerationConfig()

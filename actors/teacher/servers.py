@@ -29,6 +29,8 @@ SERVER_TOP_K = 20
 PREFIXES_A_REQUEST = 64
 CLAMPED_LOGP = -9999.0
 """What a vLLM server writes for minus infinity."""
+WHOLE_NATS = 0.1
+"""Log of the sum of a whole vocabulary's probabilities: rounding (bfloat16 logits over 10^5 ids) stays far below it."""
 Row = dict[int, float]
 """Id -> log-prob at one position."""
 
@@ -74,7 +76,8 @@ def _whole_vocabulary(client: Client, stop_ids: tuple[int, ...], deadline: float
     probe = ScoreRequest(prompt_token_ids=stop_ids[:1], token_ids=stop_ids[:1])
     body = _completion(client, list(stop_ids[:1]) * 2, prompt_logprobs=-1)
     try:
-        return client.post(COMPLETIONS, body, lambda answer: len(read_rows(only_choice(answer, body["prompt"]), probe)[0]), deadline)
+        (row,) = client.post(COMPLETIONS, body, lambda answer: read_rows(only_choice(answer, body["prompt"]), probe), deadline)
+        return len(row) if is_whole(row) else 0
     except RefusedError as error:
         if "prompt logprobs" not in str(error):  # refused for another reason: a wrong model, a missing key
             raise
@@ -125,6 +128,8 @@ class WholeVocabulary(_Vllm):
             for t, row in enumerate(rows):
                 if len(row) != self.vocabulary or max(row) >= self.vocabulary:
                     raise BadAnswerError(f"{len(row)} log-probs at position {t} for a vocabulary of {self.vocabulary}")
+                if not is_whole(row):
+                    raise BadAnswerError(f"the log-probs at position {t} are not those of a whole vocabulary: they do not add up to 1")
                 logp_TV[t, list(row)] = list(row.values())
             return score_logp(client.settings.name, request, logp_TV, self.stop_ids)
 
@@ -260,18 +265,27 @@ class SglangServer:
         plain = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         stops = {"stop_token_ids": list(self.stop_ids), "ignore_eos": True}
         body = {"input_ids": list(prompt), "sampling_params": sampling | plain | stops}
-        answer = client.post("/generate", body, lambda answer: read_ids(answer.get("output_ids")), deadline)
+        answer = client.post(
+            "/generate", body, lambda answer: read_ids(answer.get("output_ids") if isinstance(answer, dict) else None), deadline
+        )
         return cut_at_stop(answer, self.stop_ids)
 
 
 def _meta(answer: Any, name: str) -> list[Any]:
-    entries = answer.get("meta_info", {}).get(name) if isinstance(answer, dict) else None
+    told = answer.get("meta_info") if isinstance(answer, dict) else None
+    entries = told.get(name) if isinstance(told, dict) else None
     if not isinstance(entries, list):
         raise BadAnswerError(f"no {name} in the answer")
     return entries
 
 
 # ---- reading
+
+
+def is_whole(row: Row) -> bool:
+    """Whether a position's log-probs are those of every id: their probabilities add up to 1. NaN is not judged: the pool refuses it."""
+    with np.errstate(invalid="ignore"):
+        return not abs(np.logaddexp.reduce(list(row.values()), initial=-np.inf)) >= WHOLE_NATS
 
 
 def only_choice(answer: Any, prompt: list[int]) -> Mapping[str, Any]:

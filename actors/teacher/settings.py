@@ -1,8 +1,9 @@
 """Which teacher scores the student's tokens, and how its pool behaves."""
 
+import string
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from opd_governor.actors.settings import FollowSettings, Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.backends import TEACHER_BACKENDS, Backend
@@ -10,6 +11,14 @@ from opd_governor.actors.teacher.backends import TEACHER_BACKENDS, Backend
 ASKED = {"name", "domains", "weight", "system_prompt", "context", "demonstration", "copied_run_tokens", "template", "render"}
 PER_TEACHER = frozenset({*ASKED, "beams", "length_penalty", "no_repeat_ngram"})
 """Settings that shape a request or its use, not the actor that serves it: teachers may differ in them and share actors."""
+
+
+def _with_braces_closed(text: str) -> str:
+    try:
+        list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"{error}; name columns in braces, and write a brace of the text twice") from None
+    return text
 
 
 class TeacherSettings(Settings):
@@ -48,7 +57,7 @@ class TeacherSettings(Settings):
     """Variables of the chat template in the teacher's prompt. None: those of data.prompts.template."""
     render: Literal["student", "own"] = "student"
     """own: the teacher's prompt is rendered with the teacher's own chat template; the student's tokens follow unchanged."""
-    context: str | None = None
+    context: Annotated[str, AfterValidator(_with_braces_closed)] | None = None
     """What the teacher alone sees of each prompt: text with columns of the row in braces, such as `"Solution:\\n{golden}"`. It stands
     before the prompt with an empty line between (in chat form: in the last user message), or around it where it names {prompt}.
     A row without one of the columns is a bad row. A column `teacher_prompt` takes the prompt's place for teachers."""

@@ -5,9 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from opd_governor.services.inputs.checks import Check
-from opd_governor.services.inputs.prompts import Problems, PromptStream, describe_refusals, open_problems, open_prompts
-from opd_governor.services.inputs.refusals import DataError
-from opd_governor.services.inputs.verifiers import last_number, load_verifier
+from opd_governor.services.inputs.prompts import PromptStream, describe_refusals, open_problems, open_prompts
 from opd_governor.services.job.settings import Job, JobError
 
 
@@ -43,9 +41,6 @@ def _check_evaluation(job: Job, tokenizer: Any, window: int) -> Check:
     """The problems, read as a run will read them, and the verifier."""
     try:
         problems = open_problems(job, tokenizer, window)
-        load_verifier(job.data.eval.verifier)
-        if job.data.eval.verifier in ("regex", "number"):
-            _check_answers(job, problems)
     except JobError as error:
         detail = str(error) if str(error).startswith("data.eval") else f"data.eval: {error}"
         return Check("evaluation", "fail", detail, exit_code=2)
@@ -55,19 +50,6 @@ def _check_evaluation(job: Job, tokenizer: Any, window: int) -> Check:
     if survey.num_refused:
         told.append(describe_refusals(survey.refused, job.rollout.min_new_tokens, survey.num_refused))
     return Check("evaluation", "warn" if told else "pass", "; ".join([detail, *told]))
-
-
-def _check_answers(job: Job, problems: Problems) -> None:
-    """Whether the verifier can read each answer."""
-    for problem in problems.prompts:
-        answer, place = problem.answer or "", problems.place(problem.index)
-        if job.data.eval.verifier == "number" and last_number(answer) is None:
-            raise DataError(f"{place}: answer {answer!r} holds no number; mend it, or choose another verifier")
-        if job.data.eval.verifier == "regex":
-            try:
-                re.compile(answer)
-            except re.error as error:
-                raise DataError(f"{place}: answer {answer!r} is no regular expression ({error}); mend it") from None
 
 
 def _check_prompts(job: Job, stream: PromptStream, window: int) -> Iterator[Check]:

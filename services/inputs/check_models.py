@@ -1,5 +1,6 @@
 """Checks of the models: what they are, whether student and teacher speak the same ids, what they stop on."""
 
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,8 +10,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.services.inputs.check_weights import check_weights
 from opd_governor.services.inputs.checks import Check
-from opd_governor.services.inputs.models import tokenizer_difference
+from opd_governor.services.inputs.models import end_of_turn, tokenizer_difference
 from opd_governor.services.inputs.refusals import is_theirs, words
 from opd_governor.services.inputs.resolve import ModelFacts
 from opd_governor.services.inputs.templates import QUESTION
@@ -35,8 +37,26 @@ def check_student(facts: ModelFacts) -> Iterator[Check]:
     if experts := num_experts(config):
         detail = f"{where}: a mixture of {experts} experts; engines do not take new weights of experts exactly while they run"
         yield Check("student model", "fail", detail, "give a dense student; a teacher may be a mixture of experts")
+    if wrong := _not_for_vllm(facts):
+        yield Check("student model", "fail", f"{where}: {wrong}", "add AutoModel to auto_map in its config.json, and name its base class")
+    yield from check_weights("student", where, facts)
     yield from check_ids("student", where, facts)
     yield from check_template("student", facts)
+
+
+def _not_for_vllm(facts: ModelFacts) -> str:
+    """Why vLLM cannot sample a model of own code; empty where it can. It knows the architecture, or makes it by AutoModel."""
+    own = getattr(facts.whole, "auto_map", None) or {}
+    if "AutoModelForCausalLM" not in own or "AutoModel" in own or importlib.util.find_spec("vllm") is None:
+        return ""
+    from vllm import ModelRegistry  # vllm takes seconds to import
+
+    named = [str(name) for name in getattr(facts.whole, "architectures", None) or ()]
+    if set(named) & set(ModelRegistry.get_supported_archs()):
+        return ""
+    return (
+        f"its code is its own ({', '.join(named) or 'no architecture'}), and vLLM makes such models by AutoModel, which its auto_map lacks"
+    )
 
 
 def check_teacher(settings: TeacherSettings, facts: ModelFacts) -> Iterator[Check]:
@@ -46,6 +66,7 @@ def check_teacher(settings: TeacherSettings, facts: ModelFacts) -> Iterator[Chec
         yield Check(f"teacher model {settings.name}", "fail", f"{where}: {wrong}", "give a decoder-only language model")
     if settings.backend == "torch" and (method := quantisation(facts)):
         yield from _check_quantised(settings, facts, where, method)
+    yield from check_weights(settings.name, where, facts)
     yield from check_ids(settings.name, where, facts)
     # vLLM gives log-probs by id on GPUs alone; elsewhere its scorer reads whole vocabularies, up to a size.
     no_gpu = not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS")  # a cluster may have some
@@ -100,7 +121,7 @@ def check_ids(whose: str, where: str, facts: ModelFacts) -> Iterator[Check]:
     if facts.num_ids > facts.num_rows:
         detail = f"{where}: its tokenizer has ids up to {facts.num_ids - 1}, its embedding {facts.num_rows} rows"
         yield Check(f"vocabulary {whose}", "fail", detail, "give the tokenizer that belongs to the model, or resize the embedding")
-    elif odd := sorted(stop for stop in facts.stops if stop >= facts.num_rows):
+    elif odd := sorted(stop for stop in facts.stops if not 0 <= stop < facts.num_rows):
         detail = f"{where}: stops on id {odd[0]} ({facts.stops[odd[0]]}), its embedding has {facts.num_rows} rows"
         yield Check(f"vocabulary {whose}", "fail", detail, "mend eos_token_id in its generation_config.json or config.json")
 
@@ -115,6 +136,8 @@ def check_template(whose: str, facts: ModelFacts) -> Iterator[Check]:
     except BaseException as error:
         if not is_theirs(error):
             raise
+        if end_of_turn(facts.tokenizer) is not None:
+            return  # it wants a system message as well
         detail = f"the {whose}'s chat template, on a question and an answer, says: {words(error)}"
         yield Check("chat template", "warn", detail, "its end of turn is not known: name it in rollout.stop_token_ids")
 
@@ -177,4 +200,5 @@ def check_pad(tokenizer: Any) -> Iterator[Check]:
 
 def named_id(tokenizer: Any, token_id: int) -> str:
     """An id with its token."""
-    return f"{token_id} {tokenizer.convert_ids_to_tokens(token_id)!r}"
+    token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < 2**31 else None
+    return f"{token_id} {token!r}"

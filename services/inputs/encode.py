@@ -11,9 +11,10 @@ from typing import Any
 from opd_governor.actors.rollout.loops import find_loop
 from opd_governor.actors.teacher.settings import TeacherSettings
 from opd_governor.services.inputs.blends import teacher_weights
+from opd_governor.services.inputs.messages import Messages, Notes
 from opd_governor.services.inputs.models import answer_stop
-from opd_governor.services.inputs.privileged import TEACHER_PROMPT, privileged
-from opd_governor.services.inputs.questions import Messages, Notes, Question, read_question
+from opd_governor.services.inputs.privileged import TEACHER_PROMPT, columns_named, privileged
+from opd_governor.services.inputs.questions import Question, read_question
 from opd_governor.services.inputs.refusals import DataError, RowError, theirs
 from opd_governor.services.inputs.rows import Row
 from opd_governor.services.inputs.templates import ChatForm, Encoder, stop_words
@@ -22,6 +23,7 @@ from opd_governor.services.job.settings import JobError, PromptSource
 OWN_BOS = "prompts begin with the BOS token already: it is not added again"
 RENDERED = "prompts were put through a chat template before: taken as they stand"
 STOPS_INSIDE = "prompts hold a stop token in their own text: it stays, as that token"
+LEFT_OUT = "conversations hold a message that the chat template leaves out or changes: look at its role"
 GOLDEN_LOOPS = "golden answers end in a loop: left out"
 GOLDEN_GOES_ON = "golden answers go on behind a stop token: left out"
 
@@ -85,6 +87,7 @@ class RowEncoder:
         self._views: dict[str, View | None] = {}
         self._stops = stop_words(tokenizer)
         self._golden_stops: dict[bool, int] = {}
+        self._named = {name for teacher in terms.teachers for name in columns_named(teacher.context or "")}
 
     def drafts(self, rows: Sequence[Row]) -> list[Draft]:
         """Read and render each row."""
@@ -114,7 +117,7 @@ class RowEncoder:
             if isinstance(row.value, RowError):
                 raise row.value
             with theirs("", "the row", "mend or remove it", RowError):
-                draft.question = read_question(row.value, row.place, self._source, self.notes)
+                draft.question = read_question(row.value, row.place, self._source, self.notes, self._named)
             if not draft.question.content:
                 raise RowError(f"column {self._source.column!r} holds no tokens; give the prompt some text")
         except RowError as error:
@@ -161,6 +164,8 @@ class RowEncoder:
                 draft.teacher_text, draft.teacher_rendered = text, True
             else:
                 draft.text, draft.rendered, draft.in_chat = text, True, True
+                if any(m["role"] not in ("assistant", "tool") and m["content"].strip() not in text for m in contents[id(draft)]):
+                    self.notes.add(LEFT_OUT, draft.row.place)
 
     def _render_for_teachers(self, drafts: Sequence[Draft]) -> None:
         chats: dict[str, list[Draft]] = {}

@@ -29,6 +29,10 @@ def check_fit(job: Job, hardware: Hardware) -> list[Check]:
     return [*(Check("plan", "pass", line) for line in found.lines()), *_check_precision(found.job)]
 
 
+OF_THE_RUN = {"model", "load_format", "skip_tokenizer_init", "logprobs_mode", "worker_extension_cls", "weight_transfer_config"}
+"""Engine arguments that a run does not work without as it sets them."""
+
+
 def _readable(job: Job) -> Job:
     """Models by folders or ids that have a config: a pruned student is planned for as the model it is cut from. Raises JobError."""
     student = job.student.model_copy(update={"model": stand_in(job.student.model)})
@@ -55,6 +59,9 @@ def check_engine_arguments(job: Job) -> Iterator[Check]:
 
     known = set(AsyncEngineArgs.__dataclass_fields__)
     for where, arguments in named.items():
+        if own := sorted(OF_THE_RUN & set(arguments)):
+            yield Check("engine arguments", "fail", f"{where}: {own[0]} is set by the run itself", "leave it out", exit_code=2)
+            continue
         if unknown := sorted(set(arguments) - known):
             near = _nearest(unknown[0], known)
             yield Check("engine arguments", "fail", f"{where}: vLLM has no argument {unknown[0]!r}", near, exit_code=2)

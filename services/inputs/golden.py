@@ -105,12 +105,14 @@ async def collect_golden(
     cache_file: Path,
     *,
     needed: bool = False,
+    num_ids: int | None = None,
 ) -> GoldenSet:
     """Golden answers of `prompts`: from the cache, else from their golden column or, without one, from `generate`.
 
-    An answer is kept when it ends with one of `stop_ids` and has no loop. One that was cut still counts for the reference: it is longer
-    than it was let be. With none kept the run has no golden answers, and its lengths are governed on what can be known; `needed`: it
-    is refused instead. The cache holds verdicts alone: a prompt that the teacher gave no answer to is asked again by the next run.
+    An answer is kept when it ends with one of `stop_ids`, has no loop, and has no id from `num_ids` on, which the student cannot write.
+    One that was cut still counts for the reference: it is longer than it was let be. With none kept the run has no golden answers, and its
+    lengths are governed on what can be known; `needed`: it is refused instead. The cache holds verdicts alone: a prompt that the teacher
+    gave no answer to is asked again by the next run.
     Raises DataError where there is no answer at all.
     """
     known = _read_cache(cache_file)
@@ -127,7 +129,7 @@ async def collect_golden(
                 "index": prompt.index,
                 "token_ids": list(answer),
                 "by_teacher": by_teacher,
-                "complete": bool(answer) and answer[-1] in stop_ids,
+                "complete": bool(answer) and answer[-1] in stop_ids and (num_ids is None or max(answer) < num_ids),
                 "loops": bool(answer) and find_loop(answer) is not None,
             }
             for prompt, answer, by_teacher in pairs

@@ -70,9 +70,18 @@ def _check_shards(name: str, folder: Path) -> None:
             shards = set(json.loads(index.read_text())["weight_map"].values())
         if missing := sorted(shard for shard in shards if not (folder / shard).exists()):
             raise JobError(f"model {name}: {missing[0]} is missing ({len(missing)} of {len(shards)} shards); {remedy}")
+    elif not (folder / "model.safetensors").exists() and (first := next(iter(sorted(folder.glob("model-*-of-*.safetensors"))), None)):
+        raise JobError(f"model {name}: model.safetensors.index.json is missing beside {first.name}; {remedy}")
     for file in sorted(folder.glob("*.safetensors")):
         with theirs("", f"model {name}: {file.name}", remedy, JobError), safe_open(file, "pt"):
             pass
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads: the one, else those of the index. Whatever else lies beside them is none of the model's."""
+    index, one = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    names = [one.name] if one.exists() or not index.exists() else sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return [folder / name for name in names]
 
 
 def cache_dir() -> Path:
@@ -175,13 +184,16 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return None
     answer = "answer"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    try:
-        _, found, tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)
-        ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False) if found else []
-    except BaseException as error:
-        if not is_theirs(error):
-            raise
-        return None  # a template that takes no such conversation; `check` says what it raises
+    ids: list[int] = []
+    for conversation in (messages, [{"role": "system", "content": "rules"}, *messages]):  # some templates ask for a system message
+        try:
+            _, found, tail = tokenizer.apply_chat_template(conversation, tokenize=False).rpartition(answer)
+            ids = tokenizer.encode(tail.lstrip(), add_special_tokens=False) if found else []
+            break
+        except BaseException as error:
+            if not is_theirs(error):
+                raise
+            # `check` says what it raises
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opd_governor.services.inputs.questions import Messages, Question, column_of
+from opd_governor.services.inputs.messages import Messages
+from opd_governor.services.inputs.questions import Question, column_of
 from opd_governor.services.inputs.refusals import RowError
 
 TEACHER_PROMPT = "teacher_prompt"

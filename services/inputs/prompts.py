@@ -16,6 +16,7 @@ from opd_governor.services.inputs.encode import Terms
 from opd_governor.services.inputs.refusals import NAMED, DataError, some_of
 from opd_governor.services.inputs.rows import open_rows
 from opd_governor.services.inputs.table import BAD_ROWS_KEPT, PromptTable, open_table
+from opd_governor.services.inputs.verifiers import judge_of
 from opd_governor.services.job.settings import Job, PromptSource
 
 MOST_BAD_SHARE = 0.01
@@ -229,10 +230,12 @@ def terms_of(job: Job, source: PromptSource) -> Terms:
     return Terms(source, job.teacher, rollout.loop_min_repeats, rollout.loop_min_tokens, rollout.stop_token_ids)
 
 
-def survey_of(table: PromptTable, source: PromptSource, context_tokens: int, min_new_tokens: int, *, needs_answer: bool = False) -> Survey:
+def survey_of(
+    table: PromptTable, source: PromptSource, context_tokens: int, min_new_tokens: int, judge: Callable[[str], str] | None = None
+) -> Survey:
     """Which rows are used, and one line for each kind of row that is not, or not as it stood. Raises DataError where none is left.
 
-    `needs_answer`: a row without an answer is a bad row.
+    `judge`: what is wrong with an answer, in words; a row without an answer is then a bad row too. None: answers do not count.
     """
     found = table.found
     if not found.num_rows:
@@ -240,12 +243,11 @@ def survey_of(table: PromptTable, source: PromptSource, context_tokens: int, min
     notes = list(found.notes.lines())
     own = table.num_tokens("token_ids")
     bad, num_bad = list(found.bad), found.num_bad
-    if needs_answer:
-        unanswered = np.flatnonzero((own >= 0) & ~table.has_answer())
-        why = f"no column {source.answer_column!r} to verify against; add it, set answer_column or unset data.eval.path"
-        bad += [f"{table.place(int(i))}: {why}" for i in unanswered[:BAD_ROWS_KEPT]]
+    if judge is not None:
+        unanswered = _unanswered(table, np.flatnonzero(own >= 0), source, judge)
+        bad += [f"{table.place(index)}: {why}" for index, why in list(unanswered.items())[:BAD_ROWS_KEPT]]
         num_bad += len(unanswered)
-        own[unanswered] = -1
+        own[list(unanswered)] = -1
     if num_bad:
         _judge_bad_rows(bad, num_bad, found.num_rows, source)
     seen = np.maximum(own, table.num_tokens("teacher_ids"))
@@ -277,6 +279,14 @@ def survey_of(table: PromptTable, source: PromptSource, context_tokens: int, min
     )
 
 
+def _unanswered(table: PromptTable, indices: np.ndarray, source: PromptSource, judge: Callable[[str], str]) -> dict[int, str]:
+    """Rows without an answer that a response could be held against -> why."""
+    absent = f"no column {source.answer_column!r} to verify against; add it, set answer_column or unset data.eval.path"
+    answers = table.answers()
+    found = {int(i): absent if answers[int(i)] is None else judge(str(answers[int(i)])) for i in indices}
+    return {index: why for index, why in found.items() if why}
+
+
 def _judge_bad_rows(bad: Sequence[str], num_bad: int, num_rows: int, source: PromptSource) -> None:
     if source.on_bad_row == "refuse" or (source.on_bad_row is None and num_bad < MOST_BAD_SHARE * num_rows):
         return
@@ -304,10 +314,15 @@ class Problems:
 def open_problems(job: Job, tokenizer: Any, context_tokens: int) -> Problems:
     """Held-out prompts, each with an answer to verify against, read and refused as the training prompts are.
 
-    A row without an answer is a bad row. Raises DataError as `open_prompts` does.
+    A row without an answer that the verifier can judge by is a bad row. Raises JobError for a verifier that is none, and DataError as
+    `open_prompts` does.
     """
     assert job.data.eval.path is not None
+    judge = judge_of(job.data.eval.verifier)
     source = job.data.eval.source(job.data.prompts)
-    table = open_table(open_rows(source), tokenizer, Terms(source))
-    survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, needs_answer=True)
+    try:
+        table = open_table(open_rows(source), tokenizer, Terms(source))
+        survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, judge)
+    except DataError as error:
+        raise DataError(str(error).replace("data.prompts.", "data.eval.")) from None  # the keys that say how these rows are read
     return Problems(tuple(PromptStream(table, survey, job.seed, shuffle=False).prompts()), survey, table.place)

@@ -14,15 +14,18 @@ import io
 import json
 import lzma
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
 from opd_governor.actors.extensions import Kind
-from opd_governor.services.inputs.refusals import RowError
+from opd_governor.services.inputs.refusals import RowError, words
 
 Line = tuple[int, Any]
 """Line or row number from 1, and the row: a dict, or the RowError that says what is wrong with the line."""
@@ -40,10 +43,13 @@ COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
 BATCH_ROWS = 1000
 
 
+@READERS.add(".ndjson")
 @READERS.add(".jsonl")
 def read_json_lines(file: BinaryIO) -> Iterator[Line]:
     """One JSON object a line; blank lines are skipped."""
     for number, line in enumerate(file, start=1):
+        if number == 1 and line.strip() == b"[":
+            raise RowError("is one JSON array, not a JSON object a line; call it .json")
         if line.strip():
             yield number, _parsed(line)
 
@@ -58,7 +64,7 @@ def read_json(file: BinaryIO) -> Iterator[Line]:
         yield from read_json_lines(io.BufferedReader(_Rest(head, file)))  # type: ignore[arg-type]
         return
     try:
-        rows = json.loads(head + file.read())
+        rows = json.loads(head + file.read(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise RowError(f"not JSON ({error}); mend it") from None
     yield from ((number, _object(row)) for number, row in enumerate(rows, start=1))
@@ -116,6 +122,14 @@ def known_ends() -> str:
     return f"{', '.join(READERS)}, also with {', '.join(COMPRESSIONS)} behind"
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A cell of a table that Python has no value of, such as a time in nanoseconds. It is refused where somebody asks for its column."""
+
+    kind: str
+    why: str
+
+
 class _Rest(io.RawIOBase):
     """A file whose first byte has been read already."""
 
@@ -134,9 +148,17 @@ class _Rest(io.RawIOBase):
 
 def _parsed(line: bytes) -> Any:
     try:
-        return _object(json.loads(line))
+        return _object(json.loads(line, object_pairs_hook=_once))
     except (ValueError, RecursionError) as error:
         return RowError(f"not JSON ({error}); mend or remove the line")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of two keys of a name JSON itself would keep the last without a word."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"it has key {next(name for name, num in Counter(name for name, _ in pairs).items() if num > 1)!r} twice")
+    return row
 
 
 def _object(row: Any) -> Any:
@@ -174,6 +196,19 @@ def _of_batches(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Line]:
     number = 0
     for batch in batches:
         _check_names(batch.schema.names)
-        for row in batch.to_pylist():
+        for row in _rows_of(batch):
             number += 1
             yield number, row
+
+
+def _rows_of(batch: pyarrow.RecordBatch) -> list[dict[str, Any]]:
+    """Its rows, float32 as its shortest decimal (0.1, not 0.10000000149), and what Python has no value of as Unreadable."""
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pyarrow.types.is_float32(column.type):
+            column = pyarrow.array([None if x is None else float(str(np.float32(x))) for x in column.to_pylist()], pyarrow.float64())
+        try:
+            columns.append((name, column.to_pylist()))
+        except (ValueError, TypeError, OverflowError) as error:
+            columns.append((name, [Unreadable(str(column.type), words(error))] * len(column)))
+    return [dict(zip(batch.schema.names, cells, strict=True)) for cells in zip(*(cells for _, cells in columns), strict=True)]

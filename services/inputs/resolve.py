@@ -61,6 +61,15 @@ class Models:
     """Folder or id of the student's tokenizer. None: the student's own."""
     dtype: str | None = None
     """Of the student's weights as they came, such as bfloat16. None: its config does not say."""
+    num_ids: int | None = None
+    """Ids that the student can write: its tokenizer's and the stop ids. None: not known."""
+    num_rows: int | None = None
+    """Of the student's embedding. Those past `num_ids` pad it and are no token: neither engine nor learner has them. None: they stay."""
+
+    @property
+    def cut_ids(self) -> int | None:
+        """Where the student's vocabulary is cut; None where nothing pads it."""
+        return self.num_ids if self.num_ids and self.num_rows and self.num_ids < self.num_rows else None
 
 
 def facts_of(name: str, where: str, *, trust: bool, tokenizer: str | None = None, find: Callable[[str], str] = resolve_model) -> ModelFacts:
@@ -70,24 +79,25 @@ def facts_of(name: str, where: str, *, trust: bool, tokenizer: str | None = None
             model = find(name)
         except JobError as error:
             raise JobError(f"{where}: {error}") from None
-        whole = _config(model, where, trust)
+        whole = _trusted(lambda: whole_config(model, trust), f"{where}: model {model}", trust)
         config = whole.get_text_config()
     of = tokenizer or model
     with theirs(where, f"the tokenizer of {of}", "put the tokenizer's files beside the model, or set student.tokenizer", JobError):
-        loaded = tokenizer_of(of, trust)
+        loaded = _trusted(lambda: tokenizer_of(of, trust), f"{where}: the tokenizer of {of}", trust)
         loaded.get_vocab()
     with theirs(where, f"model {name}", "mend its generation_config.json and config.json", JobError):
         stops = stop_event_ids(model, loaded, trust)
     return ModelFacts(model, config, whole, loaded, stops, context_tokens(config))
 
 
-def _config(model: str, where: str, trust: bool) -> Any:
+def _trusted(load: Callable[[], Any], what: str, trust: bool) -> Any:
+    """What `load` gives. Raises JobError for code of a model's own that the job does not trust."""
     try:
-        return whole_config(model, trust)
+        return load()
     except ValueError as error:
         if trust or "trust_remote_code" not in str(error):
             raise
-        raise JobError(f"{where}: model {model} brings custom code of its own; set trust_remote_code to true if you trust it") from None
+        raise JobError(f"{what} brings custom code of its own; set trust_remote_code to true if you trust it") from None
 
 
 def student_facts(settings: StudentSettings, find: Callable[[str], str] = resolve_model) -> ModelFacts:
@@ -136,6 +146,8 @@ def resolve(job: Job) -> tuple[Models, Any]:
         tokens=tuple(vocabularies(job, t, model, named, stop_ids) for t, model in zip(job.teacher, teachers, strict=True)),
         tokenizer=job.student.tokenizer,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        num_ids=min(student.num_rows, max(student.num_ids, *(stop + 1 for stop in stop_ids if stop < student.num_rows))),
+        num_rows=None if job.student.lora else student.num_rows,  # its engine reads the base's own file, with every row
     ), student.tokenizer
 
 

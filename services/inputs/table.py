@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from opd_governor.services.inputs.encode import Draft, RowEncoder, Terms
+from opd_governor.services.inputs.messages import Notes
 from opd_governor.services.inputs.models import cache_dir
-from opd_governor.services.inputs.questions import Notes
 from opd_governor.services.inputs.refusals import DataError
 from opd_governor.services.inputs.rows import Rows
 
@@ -113,10 +113,9 @@ class PromptTable:
                 first.setdefault(domain, int(start + place))
         return {domain: self.place(index) for domain, index in first.items()}
 
-    def has_answer(self) -> np.ndarray:
-        """For each row: whether it has an answer."""
-        valid = [pyarrow.compute.is_valid(batch.column("answer")).to_numpy(zero_copy_only=False) for batch in self._batches]
-        return np.concatenate([np.zeros(0, bool), *valid])
+    def answers(self) -> list[str | None]:
+        """For each row: its answer."""
+        return [answer for batch in self._batches for answer in batch.column("answer").to_pylist()]
 
     def num_tokens(self, column: str) -> np.ndarray:
         """Tokens of each row in one of the id columns; -1 where it has none."""

@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from opd_governor.services.inputs.messages import Messages
 from opd_governor.services.inputs.models import end_of_turn
-from opd_governor.services.inputs.questions import Messages
 from opd_governor.services.inputs.refusals import RowError, is_theirs, theirs, words
 from opd_governor.services.job.settings import JobError
 

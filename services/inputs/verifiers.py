@@ -9,6 +9,7 @@ A verifier is a function (response, answer) -> right or wrong. To add one by nam
 
 import importlib
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from opd_governor.actors.extensions import Kind
+from opd_governor.services.inputs.messages import shown
 from opd_governor.services.inputs.refusals import is_theirs, words
 from opd_governor.services.job.settings import JobError
 
@@ -115,6 +117,57 @@ class Evaluation:
         return "; ".join(parts)
 
 
+def verdict(verify: Verifier, response: str, answer: str) -> bool:
+    """Right or wrong. Raises what `verify` raises, and ValueError for a result that is neither: a score of -1 or a word is no `True`."""
+    try:
+        found = verify(response, answer)
+    except SystemExit as error:
+        raise ValueError(f"it called exit({error.code})") from None
+    if isinstance(found, bool | np.bool_) or (isinstance(found, int | float | np.number) and found in (0, 1)):
+        return bool(found)
+    if inspect.iscoroutine(found):
+        found.close()
+        raise ValueError("it is async: make it a plain function")
+    raise ValueError(f"it returned {shown(found)}, which is neither True nor False (nor 1 or 0)")
+
+
+def judge_of(spec: str) -> Callable[[str], str]:
+    """A function that says why no response could be judged against an answer; it answers nothing where one can.
+
+    A verifier of the job's own may be slow: it is tried on one answer alone. Raises JobError for a verifier that is none.
+    """
+    verify, is_own = load_verifier(spec), spec not in ("exact", "regex", "number", "math-verify")
+    tried: list[str] = []
+
+    def judge(answer: str) -> str:
+        if spec == "number" and last_number(answer) is None:
+            return f"answer {answer!r} holds no number; mend it, or choose another verifier"
+        if spec == "regex":
+            try:
+                re.compile(answer)
+            except re.error as error:
+                return f"answer {answer!r} is no regular expression ({error}); mend it"
+        if spec == "math-verify" and judged(verify, answer, answer) != "right":
+            return f"answer {answer!r} is nothing that math-verify can read; write LaTeX between $ signs, or choose another verifier"
+        if is_own and not tried:
+            tried.append(answer)
+            if (said := judged(verify, answer, answer)) not in ("right", "wrong"):
+                raise JobError(f"data.eval.verifier {spec}: on response and answer {answer!r}: {said}")
+        return ""
+
+    return judge
+
+
+def judged(verify: Verifier, response: str, answer: str) -> str:
+    """right, wrong, or what came in place of a verdict. Raises nothing that the verifier raises."""
+    try:
+        return "right" if verdict(verify, response, answer) else "wrong"
+    except BaseException as error:
+        if not is_theirs(error):
+            raise
+        return words(error)
+
+
 def summarise(responses: Sequence[Response], verify: Verifier, num_unanswered: int = 0) -> Evaluation:
     """Accuracy, mean length and truncation. A response on which `verify` raises is left out of the accuracy, and counted."""
     num = len(responses)
@@ -122,7 +175,7 @@ def summarise(responses: Sequence[Response], verify: Verifier, num_unanswered: i
     trouble = ""
     for response in responses:
         try:
-            verdicts.append(bool(verify(response.text, response.answer)))
+            verdicts.append(verdict(verify, response.text, response.answer))
         except BaseException as error:
             if not is_theirs(error):
                 raise
@@ -153,7 +206,7 @@ def load_verifier(spec: str) -> Verifier:
         raise JobError(f"data.eval.verifier {spec}: expected {', '.join(VERIFIERS)}, file.py:function or module:function")
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # whatever the user's code raises is their one line
+    except (Exception, SystemExit) as error:  # whatever the user's code raises is their one line
         raise JobError(f"data.eval.verifier {spec}: {place} does not load ({type(error).__name__}: {words(error)})") from error
     function = getattr(module, name, None)
     if not callable(function):

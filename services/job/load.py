@@ -11,6 +11,9 @@ from opd_governor.actors.extensions import ExtensionError, use_extensions
 from opd_governor.actors.settings import Settings
 from opd_governor.services.job.settings import Job, JobError
 
+LONGEST_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
+
 
 def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     """Read, override and validate a job file.
@@ -19,7 +22,7 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     `overrides` are `key.path=value` with YAML values. Raises JobError, one line per mistake.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = _OnceLoader(path.read_text()).get_single_data()
     except OSError as error:
         raise JobError(f"{path}: {error.strerror}; give the path of a job file such as deploy/jobs/sums.yaml") from None
     except UnicodeDecodeError as error:
@@ -28,6 +31,8 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise JobError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise JobError(f"{path}: nested without end; mend it") from None
     if not isinstance(tree, dict):
         raise JobError(f"{path}: expected keys and values at the top, got {type(tree).__name__}")
     for override in overrides:
@@ -41,6 +46,18 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     except ValidationError as error:
         raise JobError("\n".join(f"{path}: {line}" for line in describe_errors(error))) from None
     return _resolve_paths(job, path.resolve().parent)
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice: of two the last would count, without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value in seen and isinstance(key.value, str):
+                raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} stands there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def use_extensions_of(tree: dict[str, Any], base: Path) -> None:
@@ -68,7 +85,8 @@ def describe_errors(error: ValidationError, root: type[Settings] | None = None) 
             lines.append(f"{where}: {item['msg']}")
         else:
             message = item["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
-            lines.append(f"{where}: {message} (got {item['input']!r})")
+            given = repr(item["input"])
+            lines.append(f"{where}: {message} (got {given if len(given) <= LONGEST_SHOWN else given[:LONGEST_SHOWN] + '...'})")
     return lines
 
 
@@ -118,7 +136,10 @@ def _resolve_paths(job: Job, base: Path) -> Job:
     """Relative paths that exist beside the job file become absolute; ids of models and datasets stay as they are."""
 
     def resolve(value: str | None) -> str | None:
-        return str((base / value).resolve()) if value and (base / value).exists() else value
+        if value and (base / value).exists():
+            return str((base / value).resolve())
+        is_glob = value and "://" not in value and not Path(value).is_absolute() and any(sign in value for sign in "*?[")
+        return str(base / value) if is_glob and next(base.glob(value), None) else value  # type: ignore[operator, arg-type]
 
     verifier = job.data.eval.verifier
     file, separator, function = verifier.partition(":")
@@ -135,7 +156,9 @@ def _resolve_paths(job: Job, base: Path) -> Job:
         lora = lora.model_copy(update={"start_from": resolve(lora.start_from)})
     return job.model_copy(
         update={
-            "student": job.student.model_copy(update={"model": resolve(job.student.model), "lora": lora}),
+            "student": job.student.model_copy(
+                update={"model": resolve(job.student.model), "tokenizer": resolve(job.student.tokenizer), "lora": lora}
+            ),
             "teacher": tuple(t.model_copy(update={"model": resolve(t.model), "tokenizer": resolve(t.tokenizer)}) for t in job.teacher),
             "data": data,
         }

@@ -203,7 +203,9 @@ class ServiceSettings(Settings):
     file_sd_dir: str | None = None
     """Folder in which the run announces its /metrics address for Prometheus file discovery."""
     trackers: tuple[Annotated[str, TRACKERS.key], ...] = ()
-    """Where step records go beside the run directory. Each needs its own package."""
+    """Where step records go beside the run directory: one run there for a run directory, resumed or not. Each needs its own package.
+    A step that a resume takes again replaces the one before in tensorboard and, online, in wandb; mlflow keeps both and shows the latest;
+    trackio and an offline wandb keep both. metrics.jsonl has each step once."""
     samples_per_step: Annotated[int, Field(ge=0)] = 2
     """Rollouts of each step that are kept in samples.jsonl."""
 

@@ -98,7 +98,7 @@ class WandB:
 
 @TRACKERS.add("trackio")
 class Trackio:
-    """One Trackio run for a run directory, resumed or not."""
+    """One Trackio run for a run directory, resumed or not. Of a step taken again it keeps both: it can take none back."""
 
     package = "trackio"
 
@@ -117,7 +117,10 @@ class Trackio:
 
 @TRACKERS.add("mlflow")
 class MLflow:
-    """One MLflow run for a run directory, resumed or not, with the job file as its artifact. Of a step taken again it shows the latest."""
+    """One MLflow run for a run directory, resumed or not, with the job file as its artifact.
+
+    Of a step taken again it keeps both values and shows the latest: it can take none back.
+    """
 
     package = "mlflow"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from opd_governor.actors.trajectory import Prompt, Trajectory
 from opd_governor.services.inputs.resolve import Models
-from opd_governor.services.inputs.verifiers import Verifier, load_verifier
+from opd_governor.services.inputs.verifiers import Verifier, judged, load_verifier
 from opd_governor.services.job.settings import Job, JobError
 
 PLACE = "{demonstration}"
@@ -47,7 +47,9 @@ class Demonstrations:
 
     def _is_right(self, trajectory: Trajectory) -> bool:
         answer = trajectory.prompt.answer
-        return trajectory.finish_reason == "stop" and answer is not None and self.verify(self.decode(trajectory.token_ids), answer)
+        if trajectory.finish_reason != "stop" or answer is None:
+            return False
+        return judged(self.verify, self.decode(trajectory.token_ids), answer) == "right"
 
     def _with(self, prompt: Prompt, answer_ids: tuple[int, ...]) -> Prompt:
         body = answer_ids[:-1] if answer_ids[-1] in self.stop_ids else answer_ids

@@ -77,7 +77,7 @@ class Fleet:
         self._remember_processes()
 
     def _create_engine(self, index: int) -> RayEngine:
-        job, settings = self._job, engine_settings(self._job, self._models.student)
+        job, settings = self._job, engine_settings(self._job, self._models.student, self._models.cut_ids)
         if job.student.trust_remote_code:
             settings = settings.model_copy(update={"engine": {"trust_remote_code": True} | settings.engine})
         rollout_type = ray.remote(RolloutActor).options(max_concurrency=10_000, **self._engine_places[index])

@@ -31,7 +31,8 @@ async def golden_pass(job: Job, sources: Sources, pool: TeacherPool, runs: Path,
 
     key = _key(job, sources, prompts, max_new_tokens)
     needed = job.objective.golden_weight > 0
-    golden = await collect_golden(prompts, settings, generate, sources.models.stop_ids, loop_in, folder / f"{key}.parquet", needed=needed)
+    file, num_ids = folder / f"{key}.parquet", sources.models.num_ids
+    golden = await collect_golden(prompts, settings, generate, sources.models.stop_ids, loop_in, file, needed=needed, num_ids=num_ids)
     if golden.num_silent:
         say(f"golden pass: the teacher gave no answer to {golden.num_silent} of {len(prompts)} prompts; the next run asks again")
     if golden.reference.kept_share < FEW_ANSWERS_SHARE:
@@ -49,5 +50,5 @@ def _key(job: Job, sources: Sources, prompts: Sequence[Prompt], max_new_tokens: 
         for t, model in zip(job.teacher, sources.models.teachers, strict=True)
     }
     loops = [job.rollout.loop_min_repeats, job.rollout.loop_min_tokens]
-    terms = {"teachers": teachers, "stop_ids": sources.models.stop_ids, "loops": loops}
+    terms = {"teachers": teachers, "stop_ids": sources.models.stop_ids, "loops": loops, "num_ids": sources.models.num_ids}
     return golden_key(prompts, job.data.golden.model_copy(update={"max_new_tokens": max_new_tokens}), terms, job.seed)

@@ -58,6 +58,7 @@ class RunLearner:
             lora=job.student.lora,
             seed=job.seed,
             follow=job.follow,
+            num_ids=models.cut_ids,
         )
         # A checkpoint is written while the next step runs. Ray takes the groups here only, not as an option.
         learner_type = ray.remote(concurrency_groups={"disk": 1})(Learner)

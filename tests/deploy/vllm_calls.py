@@ -62,6 +62,8 @@ class TinyModel(torch.nn.Module):
     def get_output_embeddings(self) -> torch.nn.Linear:
         return self.layer
 
+    get_input_embeddings = get_output_embeddings
+
 
 def sources() -> list[str]:
     """The weight source answers both protocols, and both agree element for element."""

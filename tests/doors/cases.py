@@ -75,6 +75,16 @@ def parquet(*rows: Any, name: str = "prompts.parquet", **source: Any) -> Write:
     return write
 
 
+def table(columns: Tree, **source: Any) -> Write:
+    """Parquet of these columns, in types that no JSON has."""
+
+    def write(folder: Path, job: Tree) -> None:
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "p.parquet")
+        job["data"]["prompts"] |= {"path": str(folder / "p.parquet")} | source
+
+    return write
+
+
 def both(*writes: Write) -> Write:
     def write(folder: Path, job: Tree) -> None:
         for one in writes:
@@ -97,6 +107,16 @@ def held_out(*rows: Any, verifier: str = "exact", **settings: Any) -> Write:
         lines(*GOOD)(folder, job)
         (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         job["data"]["eval"] = {"path": str(folder / "held.jsonl"), "verifier": verifier} | settings
+
+    return write
+
+
+def verified(code: str) -> Write:
+    """One problem, judged by `f` of this code."""
+
+    def write(folder: Path, job: Tree) -> None:
+        (folder / "v.py").write_text(code)
+        held_out({"prompt": "x", "answer": "1"}, verifier=f"{folder / 'v.py'}:f")(folder, job)
 
     return write
 
@@ -194,6 +214,26 @@ READING = [
     Case("a json object", 2, ["p.json:1"], raw("p.json", b'{\n "data": []\n}')),
     Case("a torn json array", 2, ["p.json: not JSON"], raw("p.json", b'[{"prompt": "a"}')),
     Case("an arrow file that is none", 2, ["the file says"], raw("p.arrow", b"ARROW1xxxx")),
+    Case("a BOM in the middle of a file", 0, ["2 prompts"], raw("p.jsonl", b'{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}\n')),
+    Case("ndjson", 0, ["120 prompts"], raw("p.ndjson", JSONL)),
+    Case("a json array called jsonl", 2, ["is one JSON array", "call it .json"], raw("p.jsonl", json.dumps(GOOD, indent=1).encode())),
+    Case("json lines with commas behind", 2, [":1: not JSON (Extra data"], raw("p.jsonl", b'{"prompt": "a"},\n{"prompt": "b"},\n')),
+    Case("a pointer of Git LFS", 2, ["magic bytes not found"], raw("p.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n")),
+    Case("a page of HTML", 2, [":1: not JSON"], raw("p.jsonl", b"<!DOCTYPE html><html>404</html>\n")),
+    Case("csv with semicolons", 2, ["no column 'prompt' (it has 'prompt;answer')"], raw("p.csv", b"prompt;answer\na;1\n")),
+    Case("csv with blanks in its header", 2, ["it has 'prompt ', ' answer'"], raw("p.csv", b"prompt , answer\na,1\n")),
+    Case("csv of an old Mac", 0, ["2 prompts"], raw("p.csv", b"prompt,answer\ra,1\rb,2\r")),
+    Case("csv with the index of pandas", 0, ["1 prompts"], raw("p.csv", b",prompt,answer\n0,a,1\n")),
+    Case("a zip", 2, ["no reader for this kind of file"], raw("p.jsonl.zip", b"PK\x03\x04")),
+    Case("a broken link", 2, ["no such file"], lambda f, j: ((f / "p.jsonl").symlink_to(f / "gone"), j["data"]["prompts"].update(path=str(f / "p.jsonl")))[0]),
+    Case("one bad shard", 2, ["a-1.parquet: the file says"], both(parquet(*GOOD, name="d/a-0.parquet"), raw("d/a-1.parquet", b"x"), pointing("d"))),
+    Case("kinds of files in one folder", 0, ["240 prompts"], both(parquet(*GOOD, name="d/a.parquet"), raw("d/b.jsonl", JSONL), raw("d/README.md", b"x"), pointing("d"))),
+    Case("a glob through folders", 0, ["120 prompts"], both(raw("d/x/a.jsonl", JSONL), pointing("d/**/*.jsonl"))),
+    Case("a glob beside the job", 0, ["120 prompts"], both(raw("d/a.jsonl", JSONL), plain_path("d/*.jsonl"))),
+    Case("a time that Python has not", 0, ["1 prompts"], table({"prompt": ["x"], "when": pyarrow.array([1], pyarrow.timestamp("ns", tz="Mars/Olympus"))})),
+    Case("an answer that Python has not", 2, ["column 'answer' must be text, got Unreadable"], table({"prompt": ["x"], "answer": pyarrow.array([2**62], pyarrow.duration("s"))})),
+    Case("messages as a map", 2, ["got a list of tuple"], table({"prompt": pyarrow.array([[("role", "user")]], pyarrow.map_(pyarrow.string(), pyarrow.string()))}), "chat"),
+    Case("a column of nulls", 2, ["no column 'prompt': it is null here"], table({"prompt": pyarrow.array([None], pyarrow.null())})),
 ]  # fmt: skip
 
 ROWS = [
@@ -234,6 +274,16 @@ ROWS = [
     Case("a domain nobody serves", 3, ["prompts.jsonl:1: no teacher has domain 'b'"], both(lines({"prompt": "x", "domain": "b"}), lambda f, j: j["teacher"].update(domains=["a"]))),
     Case("a domain as a list", 2, ["column 'domain' must be text"], lines({"prompt": "x", "domain": ["a"]})),
     Case("a BOS in the text", 0, ["1 prompts begin with the BOS token already"], lines({"prompt": "<|im_start|>x"}), "bos"),
+    Case("a key twice", 2, ["it has key 'prompt' twice"], lines('{"prompt": "a", "prompt": "b"}')),
+    Case("a million characters", 0, ["120 prompts", "1000000 tokens leave -999744"], among_good({"prompt": "x" * 1_000_000})),
+    Case("prompts that differ in white space", 0, ["4 prompts"], lines({"prompt": "a"}, {"prompt": "a "}, {"prompt": " a"}, {"prompt": "a"})),
+    Case("an instruction with its input beside it", 0, ["1 rows have a column 'input' that is ignored", "'output' that is ignored"], lines({"instruction": "Translate", "input": "cat", "output": "chat"}, column="instruction")),
+    Case("a question with its context beside it", 0, ["1 rows have a column 'context' that is ignored"], lines({"prompt": "q", "context": "c"})),
+    Case("a context that the teacher is shown", 0, ["1 prompts"], both(lines({"prompt": "q", "context": "c"}), lambda f, j: j["teacher"].update(context="{context}"))),
+    Case("an answer that is empty", 0, ["1 answers are empty: taken as absent"], lines({"prompt": "x", "answer": " "})),
+    Case("an answer as an object", 2, ["column 'answer' must be text, got dict"], lines({"prompt": "x", "answer": {"value": 1}})),
+    Case("golden as a bool", 2, ["column 'golden' must be text, got bool"], lines({"prompt": "x", "golden": False})),
+    Case("golden with two ends", 0, ["1 golden answers go on behind a stop token"], lines({"prompt": "x", "golden": "y<eos><eos>"})),
 ]  # fmt: skip
 
 CHAT = [
@@ -263,6 +313,22 @@ CHAT = [
     Case("a template key that it has", 0, ["1 prompts"], lines({"prompt": [USER]}, template={"enable_thinking": False}), "thinking"),
     Case("a template key that it lacks", 0, ["does not mention enable_thinking"], lines({"prompt": [USER]}, template={"enable_thinking": False}), "chat"),
     Case("a template key of our own", 2, ["messages is passed to every chat template already"], lines({"prompt": [USER]}, template={"messages": []}), "chat"),
+    Case("a completion as TRL has it", 0, ["1 golden answers are an assistant's message: its content is taken"], lines({"prompt": [USER], "completion": [ANSWER]}, golden_column="completion"), "chat"),
+    Case("golden as messages in JSON", 0, ["1 golden answers are an assistant's message"], lines({"prompt": [USER], "golden": json.dumps([ANSWER])}), "chat"),
+    Case("golden as two messages", 2, ["column 'golden' must be text, got list"], lines({"prompt": [USER], "golden": [ANSWER, ANSWER]}), "chat"),
+    Case("an SFT conversation beside another golden answer", 0, ["left out, the golden column has the one that is taken"], lines({"messages": [USER, ANSWER], "golden": "b"}, column="messages"), "chat"),
+    Case("a conversation that ends with a tool call", 0, ["1 conversations end with an assistant's turn that calls tools or says nothing"], lines({"messages": [USER, {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, column="messages"), "chat"),
+    Case("a conversation that ends with an empty answer", 0, ["calls tools or says nothing: left out"], lines({"messages": [USER, ANSWER | {"content": ""}]}, column="messages"), "chat"),
+    Case("messages as Python prints them", 0, ["1 prompts are messages as Python prints them"], raw("p.csv", ('messages\n"' + repr([USER]) + '"\n').encode(), column="messages"), "chat"),
+    Case("ShareGPT with an answer", 0, ["1 prompts have messages with from and value", "it is taken as their golden answer"], lines({"c": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}, column="c"), "chat"),
+    Case("one message that is no list", 2, ["must be text or a list of messages, got dict"], lines({"prompt": USER}), "chat"),
+    Case("a list of conversations", 2, ["got a list of list"], lines({"prompt": [[USER]]}), "chat"),
+    Case("a tool's result that is an object", 2, ["content is dict"], lines({"prompt": [USER, {"role": "tool", "content": {"t": 3}}]}), "chat"),
+    Case("a role that the template leaves out", 0, ["1 conversations hold a message that the chat template leaves out"], lines({"prompt": [USER, USER | {"role": "User", "content": "louder"}]}), "picky"),
+    Case("functions beside messages", 0, ["1 rows have a column 'functions' that is ignored: rename it to tools"], lines({"prompt": [USER], "functions": [{"name": "f"}]}), "chat"),
+    Case("one tool that is no list", 2, ["column 'tools' must be a list"], lines({"prompt": [USER], "tools": {"name": "f"}}), "chat"),
+    Case("a template that asks for a system message", 2, ["needs a system message"], lines({"prompt": "x"}, chat=True), "bossy"),
+    Case("and gets one", 0, ["1 prompts", "3 '<|im_end|>' (chat template)"], lines({"prompt": "x"}, chat=True, system_prompt="be kind"), "bossy"),
 ]  # fmt: skip
 
 HELD_OUT = [
@@ -277,6 +343,21 @@ HELD_OUT = [
     Case("a verifier that is none", 2, ["data.eval.verifier nobody"], held_out({"prompt": "x", "answer": "1"}, verifier="nobody")),
     Case("a verifier's file that breaks", 2, ["does not load"], held_out({"prompt": "x", "answer": "1"}, verifier="absent.py:f")),
     Case("a missing held-out file", 2, ["gone.jsonl: no such file"], held_out({"prompt": "x", "answer": "1"}, path="gone.jsonl")),
+    Case("a verifier that is async", 2, ["it is async: make it a plain function"], verified("async def f(r, a):\n    return r == a\n")),
+    Case("a verifier of one argument", 2, ["takes 1 positional argument"], verified("def f(r):\n    return True\n")),
+    Case("a verifier in verl's form", 2, ["missing 1 required positional argument"], verified("def f(data_source, solution_str, ground_truth):\n    return 1.0\n")),
+    Case("a verifier that gives -1 for wrong", 2, ["it returned float -1.0, which is neither True nor False"], verified("def f(r, a):\n    return -1.0\n")),
+    Case("a verifier that gives a score in a dict", 2, ["neither True nor False"], verified("def f(r, a):\n    return {'score': 0.0}\n")),
+    Case("a verifier that gives a word", 2, ["it returned str 'false'"], verified("def f(r, a):\n    return 'false'\n")),
+    Case("a verifier that gives nothing", 2, ["it returned NoneType None"], verified("def f(r, a):\n    pass\n")),
+    Case("a verifier that gives numpy's bool", 0, ["1 problems"], verified("import numpy\ndef f(r, a):\n    return numpy.bool_(r == a)\n")),
+    Case("a verifier that gives 1.0", 0, ["1 problems"], verified("def f(r, a):\n    return 1.0\n")),
+    Case("a verifier that exits", 2, ["it called exit(3)"], verified("import sys\ndef f(r, a):\n    sys.exit(3)\n")),
+    Case("a verifier that exits as it loads", 2, ["does not load (SystemExit"], verified("import sys\nsys.exit(0)\n")),
+    Case("one answer of many without a number", 0, ["120 problems", "held.jsonl:121: answer 'none' holds no number"], held_out(*GOOD, {"prompt": "x", "answer": "none"}, verifier="number")),
+    Case("mathematics that math-verify does not see", 2, ["held.jsonl:1: answer 'x+1' is nothing that math-verify can read", "between $ signs"], held_out({"prompt": "x", "answer": "x+1"}, verifier="math-verify")),
+    Case("held-out problems of other columns", 2, ["held.jsonl:1: no column 'prompt' (it has 'question', 'answer'); set data.eval.column"], held_out({"question": "x", "answer": "1"})),
+    Case("a held-out answer that is empty", 2, ["no column 'answer' to verify against"], held_out({"prompt": "x", "answer": ""})),
 ]  # fmt: skip
 
 JOB = [
@@ -292,4 +373,10 @@ JOB = [
     Case("a misspelt key in a teacher", 2, ["teacher.0.modle: unknown key; did you mean model?"], both(lines(*GOOD), lambda f, j: j["teacher"].update(modle="x"))),
     Case("on_bad_row that is neither", 2, ["data.prompts.on_bad_row", "'refuse' or 'stop'"], lines({"prompt": "x"}, on_bad_row="skip")),
     Case("a limit of none", 2, ["data.prompts.limit"], lines({"prompt": "x"}, limit=0)),
+    Case("a context with an open brace", 2, ["teacher.0.context: expected '}'", "write a brace of the text twice"], both(lines(*GOOD), lambda f, j: j["teacher"].update(context="{a"))),
+    Case("an engine of another model", 2, ["rollout.engine: model is set by the run itself"], setting("rollout", engine={"model": "other"})),
+    Case("a stop id below zero", 2, ["rollout.stop_token_ids: -1 is no id"], setting("rollout", stop_token_ids=[-1])),
+    Case("true for a number", 2, ["rollout.max_new_tokens: must be a number, not true or false"], setting("rollout", max_new_tokens=True)),
+    Case("a number of another kind", 2, ["data.eval.limit", "integer"], held_out({"prompt": "x", "answer": "1"}, limit=2.5)),
+    Case("a tokenizer beside the job", 0, ["120 prompts"], both(lines(*GOOD), lambda f, j: j["student"].update(tokenizer="teacher"))),
 ]  # fmt: skip

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
@@ -19,13 +21,18 @@ STRICT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 BROKEN = "{{ messages[0]['content'] + messages[0]['weight'] * 2 }}"
+PICKY = CHATML.replace(
+    "{% for message in messages %}", "{% for message in messages if message['role'] in ('system', 'user', 'assistant') %}"
+)
+BOSSY = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('needs a system message') }}{% endif %}" + CHATML
 THINKING = CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 
 
 def students(root: Path) -> dict[str, Path]:
     """A folder for each kind of tokenizer."""
     found = {"plain": build_tiny(root / "plain", seed=1)}
-    for name, template in (("chat", CHATML), ("strict", STRICT), ("broken", BROKEN), ("thinking", THINKING)):
+    templates = {"chat": CHATML, "strict": STRICT, "broken": BROKEN, "thinking": THINKING, "picky": PICKY, "bossy": BOSSY}
+    for name, template in templates.items():
         found[name] = build_tiny(root / name, seed=1)
         save(found[name], template=template)
     found["bos"] = build_tiny(root / "bos", seed=1)
@@ -96,6 +103,59 @@ def own_code(folder: Path) -> None:
     (folder / "mine.py").write_text("raise RuntimeError('my own code broke')\n")
 
 
+def values(name: str, **values: Any) -> Callable[[Path], None]:
+    """A JSON file of the folder with these keys."""
+
+    def change(folder: Path) -> None:
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+
+    return change
+
+
+def weights(change: Callable[[str, Any], dict[str, Any]]) -> Callable[[Path], None]:
+    """Each tensor replaced by those that `change` gives for its name and itself."""
+
+    def write(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        named = {new: t.contiguous() for name, tensor in load_file(file).items() for new, t in change(name, tensor).items()}
+        save_file(named, file, {"format": "pt"})
+
+    return write
+
+
+def two_shards(folder: Path) -> None:
+    """As a download that left the index out."""
+    tensors = load_file(folder / "model.safetensors")
+    for shard, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), start=1):
+        save_file({name: tensors[name] for name in names}, folder / f"model-0000{shard}-of-00002.safetensors", {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+
+
+def half_an_index(folder: Path) -> None:
+    """An index that names half of the tensors."""
+    names = sorted(load_file(folder / "model.safetensors"))[::2]
+    two_shards(folder)
+    weight_map = dict.fromkeys(names, "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def named_templates(folder: Path) -> None:
+    """As Command R's tokenizers have them."""
+    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "tools"}]
+    save(folder)
+    values("tokenizer_config.json", chat_template=named)(folder)
+
+
+def llama_of_own_code(folder: Path) -> None:
+    """A Llama that only code in its own folder knows."""
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config(auto_map=auto_map, model_type="own-kind", architectures=["OwnModel"])(folder)
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own-kind'\n\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+
+
 def trusted(folder: Path, job: Tree) -> None:
     changed("student", own_code)(folder, job)
     job["student"]["trust_remote_code"] = True
@@ -153,4 +213,35 @@ MODELS = [
     Case("an encoder-decoder", 3, ["T5Config is an encoder-decoder"], changed("student", another(lambda: AutoConfig.for_model("t5", vocab_size=85)))),
     Case("an encoder", 3, ["ViTConfig"], changed("student", another(lambda: AutoConfig.for_model("vit")))),
     Case("a template that takes no answers", 0, ["chat template, on a question and an answer, says: never"], changed("student", template_file)),
+    Case("an index that is missing", 3, ["model.safetensors.index.json is missing beside model-00001-of-00002.safetensors"], changed("student", two_shards)),
+    Case("an index of half the tensors", 3, ["its weights lack model.embed_tokens.weight", "start at random"], changed("student", half_an_index)),
+    Case("a layer without its MLP", 3, ["its weights lack model.layers.1.mlp.down_proj.weight", "start at random"], changed("student", weights(lambda name, t: {} if "layers.1.mlp" in name else {name: t}))),
+    Case("a teacher without its head", 3, ["teacher teacher: model", "its weights lack lm_head.weight"], changed("teacher", weights(lambda name, t: {} if "lm_head" in name else {name: t}))),
+    Case("weights of other names", 3, ["its weights lack"], changed("student", weights(lambda name, t: {f"x.{name}": t}))),
+    Case("weights of another shape", 3, ["has shape [64, 128], its config asks for [128, 64]"], changed("student", weights(lambda name, t: {name: t.T if "up_proj" in name else t}))),
+    Case("whole numbers for weights", 3, ["holds whole numbers (I8)"], changed("student", weights(lambda name, t: {name: t.to(torch.int8)}))),
+    Case("weights in float16", 0, ["120 prompts"], changed("student", weights(lambda name, t: {name: t.half()}))),
+    Case("a vocabulary larger than the weights", 3, ["has shape [85, 64], its config asks for [90, 64]"], changed("student", config(vocab_size=90))),
+    Case("a layer more than the weights have", 3, ["its weights lack model.layers.2"], changed("student", config(num_hidden_layers=3))),
+    Case("a layer fewer than the weights have", 0, ["its config has no place for model.layers.1"], changed("student", config(num_hidden_layers=1))),
+    Case("weights that lack one byte", 3, ["model.safetensors says", "fetch the folder again"], changed("student", lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]) and None)),
+    Case("a config that names no architecture", 0, ["120 prompts"], changed("student", values("config.json", architectures=None))),
+    Case("an architecture nobody knows", 3, ["names FooForCausalLM, not LlamaForCausalLM"], changed("student", config(architectures=["FooForCausalLM"]))),
+    Case("a reward model", 3, ["names LlamaForSequenceClassification, not LlamaForCausalLM"], changed("student", config(architectures=["LlamaForSequenceClassification"]))),
+    Case("rope of the old form", 0, ["120 prompts"], changed("student", config(rope_scaling={"type": "linear", "factor": 2.0}))),
+    Case("rope of a kind nobody knows", 3, ["a model of its config cannot be made", "banana"], changed("student", config(rope_scaling={"rope_type": "banana", "factor": 4.0}))),
+    Case("rope by a factor in words", 3, ["a model of its config cannot be made"], changed("student", config(rope_scaling={"type": "linear", "factor": "2"}))),
+    Case("a type of weights nobody knows", 3, ["float99"], changed("student", config(dtype="float99"))),
+    Case("an eos of -1", 3, ["stops on id -1 (config)", "mend eos_token_id"], changed("student", config(eos_token_id=-1))),
+    Case("an eos as text", 3, ["eos_token_id"], changed("student", config(eos_token_id="10"))),
+    Case("no eos at all in a list", 0, ["120 prompts"], changed("student", config(eos_token_id=[]))),
+    Case("two eos ids", 0, ["the student stops on 1 '<eos>' (generation_config, config, tokenizer), 3 '<|im_end|>' (generation_config)"], changed("student", values("generation_config.json", eos_token_id=[1, 3]))),
+    Case("eos ids as words", 3, ["mend its generation_config.json"], changed("student", values("generation_config.json", eos_token_id=["<eos>"]))),
+    Case("sampling defaults that contradict each other", 0, ["120 prompts"], changed("student", values("generation_config.json", do_sample=False, temperature=0.6))),
+    Case("an eos of an old version", 0, ["120 prompts"], changed("student", values("tokenizer_config.json", eos_token={"__type": "AddedToken", "content": "<eos>", "lstrip": False}))),
+    Case("an eos that the vocabulary lacks", 3, ["has ids up to 85, its embedding 85 rows"], changed("student", values("tokenizer_config.json", eos_token="</s>"))),
+    Case("a tokenizer's own code that is not trusted", 3, ["the tokenizer of", "brings custom code of its own; set trust_remote_code"], changed("student", values("tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Tok", None]}, tokenizer_class="Tok"))),
+    Case("a tokenizer that truncates and pads", 0, ["the longest 16 tokens"], changed("student", values("tokenizer.json", truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}))),
+    Case("templates by name", 0, ["3 '<|im_end|>' (chat template)"], changed("student", named_templates)),
+    Case("own code that vLLM cannot make", 3, ["(OwnModel), and vLLM makes such models by AutoModel, which its auto_map lacks"], both(changed("student", llama_of_own_code), lambda f, j: j["student"].update(trust_remote_code=True))),
 ]  # fmt: skip

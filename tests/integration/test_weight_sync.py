@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from tiny import Architecture, build_tiny
+from tiny import Architecture, build_tiny, tiny_tokenizer
 
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
-from opd_governor.services.inputs.resolve import Models
+from opd_governor.services.inputs.resolve import Models, resolve
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.cluster import connect
 from opd_governor.services.run.fleet import Fleet
@@ -34,6 +34,8 @@ CASES: dict[str, tuple[Architecture, bool | None]] = {
     "gpt2": ("gpt2", None),
 }  # fmt: skip
 AFTER = "after-an-update"
+PADDING = tuple("äöüßéèêáàâóòôúùûíìîñçåøæœþð")
+"""Of the embedding of its student, not of the tokenizer."""
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,12 @@ def found(private_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """What each case gave, or what it raised. Two at a time: an engine's start is mostly one core's work."""
     two = asyncio.Semaphore(2)
 
-    def student(architecture: Architecture, tied: bool | None) -> str:
-        return str(build_tiny(tmp_path_factory.mktemp("student") / "student", architecture, seed=0, tied=tied))
+    def student(architecture: Architecture, tied: bool | None, extra: tuple[str, ...] = ()) -> str:
+        return str(build_tiny(tmp_path_factory.mktemp("student") / "student", architecture, seed=0, tied=tied, extra=extra))
+
+    def padded(folder: str) -> str:
+        tiny_tokenizer().save_pretrained(folder)
+        return folder
 
     async def one(case: Coroutine[Any, Any, Any]) -> Any:
         async with two:
@@ -50,7 +56,7 @@ def found(private_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
     async def every() -> dict[str, Any]:
         cases = {name: _learn_and_sync(name, student(*shape)) for name, shape in CASES.items()}
-        cases[AFTER] = _sample_learn_sample(AFTER, student("llama", None))
+        cases[AFTER] = _sample_learn_sample(AFTER, padded(student("llama", None, PADDING)))
         return dict(zip(cases, await asyncio.gather(*map(one, cases.values()), return_exceptions=True), strict=True))
 
     return asyncio.run(every())
@@ -71,17 +77,21 @@ def test_engine_and_learner_agree_after_each_of_twenty_steps(found: dict[str, An
 
 
 def test_after_an_update_no_prefix_of_older_weights_is_read_and_what_no_step_changes_is_still_there(found: dict[str, Any]) -> None:
-    told, expected, before = of(found, AFTER)
+    """Its embedding has more rows than its tokenizer has ids: none of them is sampled, and neither side gives them probability."""
+    told, expected, before, ids = of(found, AFTER)
+    assert max(ids) < len(tiny_tokenizer())
     np.testing.assert_allclose(told, expected, atol=TOLERANCE_NATS)
     assert np.abs(told - before).max() > 100 * TOLERANCE_NATS, "the weights hardly changed: the comparison would prove nothing"
 
 
-async def _sample_learn_sample(name: str, folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A response's log-probs: as sampled after an update, as the learner gives them, as it gave them before. The prompt fills cache
-    blocks, which the same prompt left there before the update; embeddings are frozen."""
+async def _sample_learn_sample(name: str, folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """A response's log-probs: as sampled after an update, as the learner gives them, as it gave them before; and all ids sampled. The
+    prompt fills cache blocks, which the same prompt left there before the update; embeddings are frozen."""
     job = make_job(name, folder, {"samples_per_prompt": 2, "prompts_per_step": 1}, {"freeze_embeddings": True})
     prompt = Prompt(0, tuple(int(i) for i in np.random.default_rng(1).integers(4, 80, 200)))
-    fleet = Fleet(job, Models(folder, (folder,), (1,), 256), PROBE)
+    models, _ = resolve(job)
+    assert models.cut_ids == len(tiny_tokenizer())
+    fleet = Fleet(job, models, PROBE)
     await fleet.start()
 
     async def sample() -> list[Trajectory]:
@@ -90,7 +100,7 @@ async def _sample_learn_sample(name: str, folder: str) -> tuple[np.ndarray, np.n
 
     try:
         await fleet.sync_weights()
-        await sample()
+        first = await sample()
         learner = fleet.learner
         for version in range(1, 6):
             await fleet.learner.learn(_random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
@@ -99,7 +109,8 @@ async def _sample_learn_sample(name: str, folder: str) -> tuple[np.ndarray, np.n
         ids, length = [*prompt.token_ids, *trajectory.token_ids], len(trajectory.token_ids)
         expected = (await learner.probe(ids))[-length:]
         await fleet.restart_learner()
-        return trajectory.logprobs_T, expected, (await fleet.learner.probe(ids))[-length:]
+        sampled = [token for one in (*first, trajectory) for token in one.token_ids]
+        return trajectory.logprobs_T, expected, (await fleet.learner.probe(ids))[-length:], sampled
     finally:
         await asyncio.to_thread(fleet.end_actors)
 

@@ -263,6 +263,15 @@ def test_what_is_written_is_what_was_trained(tmp_path: Path) -> None:
     assert (tmp_path / "final/model.safetensors").stat().st_size < 0.6 * size
 
 
+def test_a_source_whose_sampling_defaults_contradict_each_other_is_written(tmp_path: Path) -> None:
+    """Many published models say do_sample: false beside a temperature: the library loads them and refuses to save them."""
+    student = build_tiny(tmp_path / "student")
+    defaults = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
+    (student / "generation_config.json").write_text(json.dumps(defaults))
+    learner(student).save_student(str(tmp_path / "final"))
+    assert json.loads((tmp_path / "final/generation_config.json").read_text()) == defaults
+
+
 def test_dropout_goes_on_where_it_was(folders: tuple[Path, Path], tmp_path: Path) -> None:
     student = build_tiny(tmp_path / "student", "gpt2", seed=1)
     config = json.loads((student / "config.json").read_text())

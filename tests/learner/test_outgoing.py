@@ -48,6 +48,18 @@ def test_what_is_described_is_what_comes_in_the_same_order(model_and_file: tuple
     assert [(name, t.dtype, tuple(t.shape)) for name, t in outgoing] == [tuple(described) for described in outgoing.described()]
 
 
+def test_rows_of_no_token_stay_at_home(model_and_file: tuple[Any, dict[str, torch.Tensor]]) -> None:
+    model, saved = model_and_file
+    num_ids = model.config.vocab_size - 3
+    outgoing = Outgoing(model, torch.float32, num_ids=num_ids)
+    sent = dict(outgoing)
+    cut = {name for name in saved if sent[name].shape != saved[name].shape}
+    assert cut == {name for name in saved if "embed_tokens" in name or name == HEAD}
+    assert all(torch.equal(sent[name], saved[name][:num_ids]) for name in cut)
+    assert sent[HEAD].shape[0] == num_ids
+    assert [tuple(described.shape) for described in outgoing.described()] == [tuple(tensor.shape) for tensor in sent.values()]
+
+
 def test_router_biases_keep_their_dtype(model_and_file: tuple[Any, dict[str, torch.Tensor]]) -> None:
     dtypes = {name.rpartition(".")[2]: tensor.dtype for name, tensor in Outgoing(model_and_file[0], torch.bfloat16)}
     assert dtypes.pop("e_score_correction_bias", torch.float32) == torch.float32

@@ -7,10 +7,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from opd_governor.actors.causal_lm import Head
+from opd_governor.actors.causal_lm import Head, num_ids_of
+from opd_governor.actors.learner.actor import Learner
+from opd_governor.actors.learner.models import LearnerModels
+from opd_governor.actors.learner.settings import LearnerSettings, ObjectiveSettings
+from opd_governor.actors.teacher.backends import TEACHER_BACKENDS
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest, TorchScorer, cut_at_stop, digest_weights
 from opd_governor.actors.teacher.settings import TeacherSettings
-from tests.tiny import ARCHITECTURES, build_tiny
+from tests.tiny import ARCHITECTURES, build_tiny, tiny_tokenizer
 
 STOP_IDS = (1, 3)
 
@@ -75,6 +79,29 @@ def test_batch_and_chunk_sizes_change_nothing(tmp_path):
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_allclose(one.sampled_logp_T, other.sampled_logp_T, atol=1e-4)
         np.testing.assert_allclose(one.stop_logp_T, other.stop_logp_T, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_of_no_token_have_no_probability_in_teacher_and_learner(tmp_path, architecture):
+    """Both give the log-probs of the distribution over the tokenizer's ids alone, as a float64 softmax over these."""
+    padding = tuple("äöüßéèê")
+    folder = build_tiny(tmp_path / "model", architecture, seed=3, extra=padding)
+    tiny_tokenizer().save_pretrained(folder)
+    num_ids = num_ids_of(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    assert model.config.vocab_size == num_ids + len(padding)
+    rng = np.random.default_rng(0)
+    ids = [int(i) for i in rng.integers(4, num_ids, 24)]
+    with torch.no_grad():
+        logits_LV = model(torch.tensor([ids])).logits[0, :-1]
+    expected_L = logits_LV[:, :num_ids].log_softmax(-1)[range(23), ids[1:]].numpy()
+    (scores,) = (
+        TEACHER_BACKENDS["torch"].load(TeacherSettings(model=str(folder)), (1,), 0).score([ScoreRequest(tuple(ids[:1]), tuple(ids[1:]))])
+    )
+    np.testing.assert_allclose(scores.sampled_logp_T, expected_L, atol=1e-4)
+    student = Learner(LearnerModels(str(folder), num_ids=num_ids), LearnerSettings(), ObjectiveSettings(), stop_ids=(1,), max_new_tokens=8)
+    np.testing.assert_allclose(student.probe(ids, "float32"), expected_L, atol=1e-4)
+    assert logits_LV.softmax(-1)[:, num_ids:].sum(-1).max() > 0.01, "rows of no token weigh too little to prove anything"
 
 
 def test_soft_capped_logits_are_scored_capped(tmp_path):

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from opd_governor.actors.teacher.copied import copied_tokens
 from opd_governor.services.inputs.blends import teacher_weights
+from opd_governor.services.inputs.messages import Notes
 from opd_governor.services.inputs.privileged import columns_named, privileged
 from opd_governor.services.inputs.prompts import open_prompts
-from opd_governor.services.inputs.questions import Notes, Question, read_question
+from opd_governor.services.inputs.questions import Question, read_question
 from opd_governor.services.inputs.refusals import DataError, RowError
 from opd_governor.services.job.settings import Job, PromptSource
 from tests.teacher import zoo

@@ -33,6 +33,9 @@ def test_a_minimal_job_needs_a_name_models_and_prompts(tmp_path: Path) -> None:
         ("name: x\n", ["student: missing"]),
         ("- 1\n", ["expected keys and values"]),
         ("name: [\n", [":2: not YAML"]),
+        ("name: x\nname: y\n", [":2: not YAML: key 'name' stands there twice"]),
+        ("learner:\n  learning_rate: 1.0e-5\n  learning_rate: 1\n", [":3: not YAML: key 'learning_rate' stands there twice"]),
+        ("[" * 5000, ["nested without end"]),
     ],
 )
 def test_a_mistake_is_one_line_with_path_value_and_remedy(tmp_path: Path, text: str, expected: list[str]) -> None:
