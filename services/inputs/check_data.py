@@ -1,14 +1,22 @@
 """Checks of prompts and held-out problems: every row read, the refused ones named."""
 
+import itertools
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.checks import Check
-from opd_governor.services.inputs.prompts import Problems, PromptStream, describe_refusals, open_problems, open_prompts
-from opd_governor.services.inputs.refusals import DataError
+from opd_governor.services.inputs.prompts import PromptStream, describe_refusals, open_problems, open_prompts
+from opd_governor.services.inputs.refusals import DataError, words
+from opd_governor.services.inputs.thinking import thinking_ids
 from opd_governor.services.inputs.verifiers import last_number, load_verifier
 from opd_governor.services.job.settings import Job, JobError
+
+LOOKED_AT = 10_000
+"""Answers of the training prompts that are read beforehand."""
 
 
 def check_data(job: Job, tokenizer: Any, window: int, teacher_tokenizers: Mapping[str, Any]) -> Iterator[Check]:
@@ -18,12 +26,17 @@ def check_data(job: Job, tokenizer: Any, window: int, teacher_tokenizers: Mappin
         yield Check("chat template", "fail", detail, "set it to false, or student.tokenizer to one that has a template")
         return
     yield from _check_template_keys(job, tokenizer)
+    if job.rollout.thinking_budget_tokens is not None and job.rollout.thinking_ids is None and thinking_ids(tokenizer) is None:
+        detail = "rollout.thinking_budget_tokens: the student's tokenizer has none of the known marks of thinking, such as </think>"
+        yield Check("thinking", "fail", detail, "set rollout.thinking_ids to the ids of its marks, or unset the budget", exit_code=2)
     try:
         stream = open_prompts(job, tokenizer, window, teacher_tokenizers)
     except JobError as error:
         yield Check("prompts", "fail", f"data.prompts: {error}", exit_code=2)
         return
     yield from _check_prompts(job, stream, window)
+    if job.objective.reward is not None:
+        yield _check_reward(job.objective.reward.verifier, stream)
     if job.data.eval.path is not None:
         yield _check_evaluation(job, tokenizer, window)
 
@@ -44,8 +57,7 @@ def _check_evaluation(job: Job, tokenizer: Any, window: int) -> Check:
     try:
         problems = open_problems(job, tokenizer, window)
         load_verifier(job.data.eval.verifier)
-        if job.data.eval.verifier in ("regex", "number"):
-            _check_answers(job, problems)
+        _check_answers(job.data.eval.verifier, problems.prompts, problems.place)
     except JobError as error:
         detail = str(error) if str(error).startswith("data.eval") else f"data.eval: {error}"
         return Check("evaluation", "fail", detail, exit_code=2)
@@ -57,17 +69,43 @@ def _check_evaluation(job: Job, tokenizer: Any, window: int) -> Check:
     return Check("evaluation", "warn" if told else "pass", "; ".join([detail, *told]))
 
 
-def _check_answers(job: Job, problems: Problems) -> None:
-    """Whether the verifier can read each answer."""
-    for problem in problems.prompts:
-        answer, place = problem.answer or "", problems.place(problem.index)
-        if job.data.eval.verifier == "number" and last_number(answer) is None:
-            raise DataError(f"{place}: answer {answer!r} holds no number; mend it, or choose another verifier")
-        if job.data.eval.verifier == "regex":
-            try:
-                re.compile(answer)
-            except re.error as error:
-                raise DataError(f"{place}: answer {answer!r} is no regular expression ({error}); mend it") from None
+def _check_reward(verifier: str, stream: PromptStream) -> Check:
+    """The verifier, and whether it can read the first answers."""
+    try:
+        load_verifier(verifier, "objective.reward.verifier")
+        _check_answers(verifier, itertools.islice(stream.prompts(), LOOKED_AT), stream.place)
+    except JobError as error:
+        detail = str(error) if str(error).startswith("objective.reward") else f"objective.reward.verifier {verifier}: {error}"
+        return Check("reward", "fail", detail, exit_code=2)
+    return Check("reward", "pass", f"verifier {verifier}")
+
+
+def _check_answers(verifier: str, prompts: Iterable[Prompt], place: Callable[[int], str]) -> None:
+    """Whether the verifier can read each answer. Raises DataError."""
+    if verifier not in READERS:
+        return
+    read, what = READERS[verifier]
+    for prompt in prompts:
+        answer = prompt.answer or ""
+        try:
+            read(answer)
+        except (ValueError, SyntaxError, re.error) as error:
+            why = f" ({words(error)})" if str(error) else ""
+            raise DataError(f"{place(prompt.index)}: answer {answer[:60]!r} {what}{why}; mend it, or choose another verifier") from None
+
+
+def _number(answer: str) -> None:
+    if last_number(answer) is None:
+        raise ValueError
+
+
+READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "number": (_number, "holds no number"),
+    "regex": (re.compile, "is no regular expression"),
+    "json-schema": (json.loads, "is no JSON"),
+    "unit-tests": (partial(compile, filename="tests.py", mode="exec"), "is no Python"),
+}
+"""Verifier -> what raises for an answer that it cannot read, and that in words."""
 
 
 def _check_prompts(job: Job, stream: PromptStream, window: int) -> Iterator[Check]:

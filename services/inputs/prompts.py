@@ -13,6 +13,7 @@ import numpy as np
 from opd_governor.actors.governor.reference import LengthModel
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.encode import Terms
+from opd_governor.services.inputs.outcomes import Outcomes
 from opd_governor.services.inputs.refusals import NAMED, DataError, some_of
 from opd_governor.services.inputs.rows import open_rows
 from opd_governor.services.inputs.table import BAD_ROWS_KEPT, PromptTable, open_table
@@ -84,6 +85,8 @@ class PromptStream:
         self._lengths: LengthModel | None = None
         self._epoch = self._position = 0
         self._order = self._shuffle()
+        self.outcomes: Outcomes | None = None
+        """Where prompts are drawn by verdicts."""
         self.accept_changes = False
         """Take a cursor of other prompts: the run goes on as another one."""
 
@@ -116,21 +119,28 @@ class PromptStream:
     def next(self, n: int, unfinished_quota: float | None = None) -> list[Prompt]:
         """The next n prompts; with policy quota at most that share of them are ones the teacher does not finish.
 
-        Where the teacher finishes no prompt the quota is ignored, so batches are always full.
+        Where the teacher finishes no prompt the quota is ignored, and where verdicts leave out all that is left so are they: batches are
+        always full.
         """
         batch: list[Prompt] = []
+        num_wanted = n if self.outcomes is None else self.outcomes.num_candidates(n)
+        dropped = set() if self.outcomes is None else self.outcomes.dropped
+        num_left_out = 0
         quota = 1.0 if unfinished_quota is None else unfinished_quota
         room = {"keep": n, "quota": int(quota * n), "drop": 0}[self._unfinished]
         if self._num_finished_or_new() == 0:
             room = n
-        while len(batch) < n:
+        while len(batch) < num_wanted:
             index = self._advance()
+            if index in dropped and num_left_out < len(self):
+                num_left_out += 1
+                continue
             if self._finished.get(index) is False:
                 if room == 0:
                     continue
                 room -= 1
             batch.append(self.at(index))
-        return batch
+        return batch if self.outcomes is None else self.outcomes.choose(batch, n)
 
     def mark(
         self,
@@ -170,6 +180,10 @@ class PromptStream:
             )
         self._epoch, self._position = state["epoch"], min(state["position"], len(self))
         self._order = self._shuffle()
+
+    def place(self, index: int) -> str:
+        """FILE:LINE of a row."""
+        return self._table.place(index)
 
     def at(self, index: int) -> Prompt:
         """The prompt of a row."""
@@ -219,8 +233,12 @@ def open_prompts(job: Job, tokenizer: Any, context_tokens: int, teacher_tokenize
     """
     source = job.data.prompts
     table = open_table(open_rows(source), tokenizer, terms_of(job, source), teacher_tokenizers)
-    survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens)
-    return PromptStream(table, survey, job.seed, shuffle=source.shuffle, unfinished=job.data.unfinished_by_teacher)
+    wanted_by = "objective.reward" if job.objective.reward is not None else None
+    survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, answers_for=wanted_by)
+    stream = PromptStream(table, survey, job.seed, shuffle=source.shuffle, unfinished=job.data.unfinished_by_teacher)
+    if job.objective.reward is not None:
+        stream.outcomes = Outcomes(job.data.select)
+    return stream
 
 
 def terms_of(job: Job, source: PromptSource) -> Terms:
@@ -229,10 +247,12 @@ def terms_of(job: Job, source: PromptSource) -> Terms:
     return Terms(source, job.teacher, rollout.loop_min_repeats, rollout.loop_min_tokens, rollout.stop_token_ids)
 
 
-def survey_of(table: PromptTable, source: PromptSource, context_tokens: int, min_new_tokens: int, *, needs_answer: bool = False) -> Survey:
+def survey_of(
+    table: PromptTable, source: PromptSource, context_tokens: int, min_new_tokens: int, *, answers_for: str | None = None
+) -> Survey:
     """Which rows are used, and one line for each kind of row that is not, or not as it stood. Raises DataError where none is left.
 
-    `needs_answer`: a row without an answer is a bad row.
+    `answers_for`: the key of the job that verifies answers; with it a row without one is a bad row.
     """
     found = table.found
     if not found.num_rows:
@@ -240,9 +260,9 @@ def survey_of(table: PromptTable, source: PromptSource, context_tokens: int, min
     notes = list(found.notes.lines())
     own = table.num_tokens("token_ids")
     bad, num_bad = list(found.bad), found.num_bad
-    if needs_answer:
+    if answers_for is not None:
         unanswered = np.flatnonzero((own >= 0) & ~table.has_answer())
-        why = f"no column {source.answer_column!r} to verify against; add it, set answer_column or unset data.eval.path"
+        why = f"no column {source.answer_column!r} to verify against; add it, set answer_column or unset {answers_for}"
         bad += [f"{table.place(int(i))}: {why}" for i in unanswered[:BAD_ROWS_KEPT]]
         num_bad += len(unanswered)
         own[unanswered] = -1
@@ -309,5 +329,5 @@ def open_problems(job: Job, tokenizer: Any, context_tokens: int) -> Problems:
     assert job.data.eval.path is not None
     source = job.data.eval.source(job.data.prompts)
     table = open_table(open_rows(source), tokenizer, Terms(source))
-    survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, needs_answer=True)
+    survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, answers_for="data.eval.path")
     return Problems(tuple(PromptStream(table, survey, job.seed, shuffle=False).prompts()), survey, table.place)

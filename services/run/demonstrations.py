@@ -11,7 +11,8 @@ from typing import Any
 
 from opd_governor.actors.trajectory import Prompt, Trajectory
 from opd_governor.services.inputs.resolve import Models
-from opd_governor.services.inputs.verifiers import Verifier, load_verifier
+from opd_governor.services.inputs.verdicts import Verifier
+from opd_governor.services.inputs.verifiers import load_verifier
 from opd_governor.services.job.settings import Job, JobError
 
 PLACE = "{demonstration}"
