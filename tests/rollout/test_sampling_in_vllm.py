@@ -13,7 +13,6 @@ from opd_governor.actors.rollout.logits import LOGITS_PROCESSORS
 from opd_governor.actors.rollout.loops import find_loop
 from opd_governor.actors.rollout.sampling import greedy_params, sampling_params
 from opd_governor.actors.rollout.settings import LoopStop, RolloutSettings, StopRamp
-from opd_governor.actors.rollout.thinking import parts_of
 from opd_governor.actors.trajectory import LengthLimits, Prompt
 from tests.tiny import build_tiny
 
@@ -185,21 +184,3 @@ def test_greedy_answers_are_the_models_likeliest_tokens(student: Student) -> Non
         logits_TV = student.score(prompt, ids)
         assert (logits_TV.max(-1).values - logits_TV[range(len(ids)), ids]).max() < 1e-4
         assert (recorded(completion) - logits_TV.log_softmax(-1)[range(len(ids)), ids]).abs().max() < 1e-3
-
-
-def test_thinking_ends_at_its_budget_and_only_the_forced_mark_is_certain(student: Student) -> None:
-    settings = RolloutSettings(thinking_ids=(82, 83), thinking_budget_tokens=6)
-    prompts = [Prompt(prompt.index, (*prompt.token_ids, 82)) for prompt in student.prompts]
-    num_forced = 0
-    for prompt, completion in zip(prompts, student.answer(settings, prompts=prompts), strict=True):
-        ids = list(completion.token_ids)
-        parts = parts_of((82, 83), 6, prompt.token_ids, ids)
-        expected_T = student.score(prompt, ids).log_softmax(-1)[range(len(ids)), ids]
-        if parts.forced is not None:
-            assert ids[6] == 83
-            assert parts.forced == 6
-            expected_T[6] = 0.0
-            num_forced += 1
-        assert len(ids) <= 6 or 83 in ids[:7]
-        assert (recorded(completion) - expected_T).abs().max() < 1e-3
-    assert num_forced > 30
