@@ -11,6 +11,8 @@ import numpy as np
 
 FinishReason = Literal["stop", "length", "repetition", "error"]
 
+PASS = 0.5
+"""Score from which a verifier's verdict counts as right."""
 REST_ID = -2
 """In a support's ids: the column whose log-prob is that of every id which is neither the sampled one, nor in the support, nor (where
 stops are one event) a stop id. -1 is padding."""
@@ -115,6 +117,12 @@ class Trajectory:
     loop_period: int | None = None
     support_ids_TK: np.ndarray | None = field(default=None, repr=False)
     """[T, K] int32: the student's own top-k ids at each position, when the objective asks for them."""
+    num_thinking: int | None = None
+    """Tokens of the thinking part, its end mark included; None: it has none."""
+    forced: int | None = None
+    """Index of a token that the engine put there and the student did not choose: the end of a used-up thinking budget."""
+    reward: float | None = None
+    """The verifier's score; None: not asked, or no verdict."""
     refusal: str = ""
     """With finish reason "error": the engine's words where it refused this request."""
 
@@ -159,3 +167,5 @@ class ScoredRollout:
 
     trajectory: Trajectory
     scores: TokenScores
+    advantage: float = 0.0
+    """Of the verifier's score over its baseline; 0 without a verdict."""

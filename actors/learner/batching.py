@@ -18,6 +18,7 @@ from opd_governor.actors.learner.settings import ObjectiveSettings
 from opd_governor.actors.learner.supports import SUPPORTS
 from opd_governor.actors.learner.weights import (
     comparable,
+    distillation_weight,
     overlong_terms,
     position_weights,
     stop_tilt,
@@ -132,17 +133,24 @@ def build_micro_batches(
         _rollout_row(rollout, weight_T, whole_T, settings, limits, target_tokens or 0.0)
         for rollout, weight_T, whole_T, target_tokens in zip(rollouts, weights, whole_weights, targets, strict=True)
     ]
+    if settings.reward is not None:
+        # Every sampled token is an action of the answer: one that the teacher cannot judge, or a loop's, as well.
+        masks = [token_mask(r.trajectory, settings, 1.0, stop_ids) for r in rollouts]
+        shares = token_weights(masks, settings.reduction, normaliser_tokens)
+        for row, rollout, share_T in zip(rows, rollouts, shares, strict=True):
+            row.fields["reward_weight_N"] = share_T
+            row.fields["reward_N"] = np.full(len(share_T), settings.reward.weight * rollout.advantage)
     golden_masks = [within_horizon(prompt.golden_ids or (), settings.horizon_tokens, stop_ids) for prompt in golden]
     golden_weight = limits.golden_weight / max(sum(float(mask_T.sum()) for mask_T in golden_masks), 1)
     blank = _blank_teacher(rows)
     rows += [_golden_row(prompt, golden_weight * mask_T, blank) for prompt, mask_T in zip(golden, golden_masks, strict=True)]
     rows.sort(key=lambda row: -row.num_tokens)
     rank, num_ranks = share
-    shares = [_group(dealt, micro_batch_tokens) for dealt in _deal(rows, num_ranks)]
+    groups = [_group(dealt, micro_batch_tokens) for dealt in _deal(rows, num_ranks)]
     # A pass is a meeting of all ranks: who has fewer micro-batches makes up with rows that count nothing.
-    num_missing = max(map(len, shares)) - len(shares[rank])
+    num_missing = max(map(len, groups)) - len(groups[rank])
     nothing = _golden_row(Prompt(-1, (pad_id,), golden_ids=(pad_id,)), np.zeros(1), blank)
-    return [_pad(group, pad_id) for group in [*shares[rank], *([[nothing]] * num_missing)]]
+    return [_pad(group, pad_id) for group in [*groups[rank], *([[nothing]] * num_missing)]]
 
 
 def _rollout_row(
@@ -165,6 +173,7 @@ def _rollout_row(
         "teacher_logp_N": scores.sampled_logp_T,
         "teacher_stop_logp_N": scores.stop_logp_T,
         "tilt_N": stop_tilt(num_tokens, limits.stop_tilt_nats, target_tokens, settings.stop_tilt_width_tokens),
+        "distil_N": np.full(num_tokens, distillation_weight(trajectory, settings)),
         "overlong_N": overlong_T,
         "tail_weight_N": tail_weight_T,
         "stop_weight_N": limits.stop_weight * whole_weight_T,
@@ -218,7 +227,7 @@ def _golden_row(prompt: Prompt, weight_T: np.ndarray, blank: dict[str, np.ndarra
 def _blank_fields(response_ids: tuple[int, ...]) -> dict[str, np.ndarray]:
     num_tokens = len(response_ids)
     names = ["weight", "golden_weight", "tail_weight", "stop_weight", "behaviour_logp", "teacher_logp", "teacher_stop_logp", "tilt"]
-    names += ["overlong"]
+    names += ["overlong", "distil", "reward", "reward_weight"]
     return {
         "sampled_ids_N": np.asarray(response_ids, np.int64),
         "position_N": np.arange(num_tokens),

@@ -43,6 +43,12 @@ class TokenFields:
     """Soft overlong penalty of the token's response, times its weight, nats."""
     stop_weight_N: Tensor | None = None
     """Weight of the dense loss on stopping; 0 on golden tokens. None: there is none."""
+    distil_N: Tensor | None = None
+    """Factor on the teacher's signal: its weight, 0 on a rollout that is not distilled; None: 1."""
+    reward_N: Tensor | None = None
+    """Advantage of the response's reward, times its weight, nats; None: no reward."""
+    reward_weight_N: Tensor | None = None
+    """Share of the token's reward term in the batch's loss, beside `weight_N`: the masks of distillation do not hold for it."""
     tail_weight_N: Tensor | None = None
     """Weight of the overlong penalty alone, beside `weight_N`: what a loop's tokens lack where their distillation is masked."""
     support_ids_NK: Tensor | None = None
@@ -96,6 +102,8 @@ class TokenLosses:
     distribution: there it is the mean log-ratio of what was sampled, which may be above or below reverse KL."""
     clipped_N: Tensor
     """1 where the PPO clip cut the gradient off."""
+    signal_N: Tensor
+    """The teacher's signal on the sampled token, nats: its log-ratio with tilt and bound, times `distil_N`."""
     entropy_N: Tensor
     student_stop_logp_N: Tensor
     teacher_logp_N: Tensor

@@ -4,7 +4,7 @@ Shapes: P position buckets, M sampled stops.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,30 @@ from opd_governor.actors.learner.fields import TokenFields, TokenLosses
 POSITION_EDGES = (16, 32, 64, 128, 256, 512, 1024)
 POSITION_BUCKETS = ("0-15", "16-31", "32-63", "64-127", "128-255", "256-511", "512-1023", "1024+")
 """Buckets of a token's index in its response; length inflation shows late in the response first."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignalSums:
+    """Sums over the tokens that one of the signals moves, of its advantage on each, nats. Their mean and spread are ratios of these."""
+
+    num_tokens: int = 0
+    nats: float = 0.0
+    squares: float = 0.0
+    pull: float = 0.0
+    """Sum of (weight x advantage) squared: the square of the signal's gradient by log-probs, before clip and importance weight."""
+
+    def __add__(self, other: "SignalSums") -> "SignalSums":
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return SignalSums(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    @property
+    def mean(self) -> float:
+        return self.nats / self.num_tokens
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation."""
+        return max(0.0, self.squares / self.num_tokens - self.mean**2) ** 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +71,10 @@ class BatchMetrics:
     """The teacher's log-prob of the very id the student stopped on."""
     teacher_stop_logp_class_M: np.ndarray
     """The same of any stop id: a gap between the two is a stop-token mismatch."""
+    teacher_signal: "SignalSums" = field(default_factory=lambda: SignalSums())
+    """What the teacher asks of the sampled tokens; under a dense loss, what it would ask of them alone."""
+    reward_signal: "SignalSums" = field(default_factory=lambda: SignalSums())
+    """What the verifier asks of them; all 0 without a reward."""
 
     def __add__(self, other: "BatchMetrics") -> "BatchMetrics":
         def add(name: str) -> Any:
@@ -80,4 +108,13 @@ def summarise(losses: TokenLosses, fields: TokenFields, stop_ids_E: Tensor) -> B
         golden_nats=-total(losses.action_logp_N, golden_N),
         teacher_stop_logp_raw_M=losses.teacher_logp_N[stop_N].float().cpu().numpy(),
         teacher_stop_logp_class_M=losses.teacher_stop_logp_N[stop_N].float().cpu().numpy(),
+        teacher_signal=_sums(losses.signal_N, fields.weight_N),
+        reward_signal=_sums(fields.reward_N, fields.reward_weight_N),
     )
+
+
+def _sums(signal_N: Tensor | None, weight_N: Tensor | None) -> SignalSums:
+    if signal_N is None or weight_N is None:
+        return SignalSums()
+    signal_N, weight_N = signal_N[weight_N > 0].double(), weight_N[weight_N > 0].double()
+    return SignalSums(len(signal_N), float(signal_N.sum()), float(signal_N.square().sum()), float((weight_N * signal_N).square().sum()))

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from opd_governor.actors.learner.divergences import LOSSES
 from opd_governor.actors.learner.fields import LOWEST_LOGP, LazyLogits, TokenFields, TokenLosses, pick
-from opd_governor.actors.learner.sampled import policy_gradient, reference_kl, stop_divergence
+from opd_governor.actors.learner.sampled import policy_gradient, reference_kl, stop_divergence, teacher_signal
 from opd_governor.actors.learner.supports import SUPPORTS, Positions, close
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def chunked_objective(
     reference: LazyLogits | None = None,
 ) -> tuple[Tensor, TokenLosses]:
     """The loss of one micro-batch: sum of weight_N (loss + reference_kl_weight KL_ref) + stop_weight_N KL of stopping
+    + reward_weight_N reward's policy gradient
     + golden_weight_N cross-entropy.
 
     Logits exist for `chunk_tokens` positions at a time and are made once: a chunk's gradient is taken while its logits are
@@ -66,8 +67,11 @@ def chunked_objective(
         if chunk.stop_weight_N is not None and chunk.stop_weight_N.any():
             total = total + (chunk.stop_weight_N * losses.stop_loss_N).sum()
         if chunk.tail_weight_N is not None and chunk.tail_weight_N.any():
-            alone, _ = policy_gradient(torch.zeros_like(losses.kl_N), losses.logp_N, losses.action_logp_N, chunk, settings)
+            alone, _ = policy_gradient(chunk.overlong_N, losses.logp_N, losses.action_logp_N, chunk, settings)
             total = total + (chunk.tail_weight_N * alone).sum()
+        if chunk.reward_N is not None and chunk.reward_weight_N is not None:
+            gain, _ = policy_gradient(chunk.reward_N, losses.logp_N, losses.action_logp_N, chunk, settings)
+            total = total + (chunk.reward_weight_N * gain).sum()
         if chunk.golden_weight_N.any():
             # On a golden token -log p of the action is the cross-entropy with the stop as one event.
             total = total - (chunk.golden_weight_N * losses.action_logp_N).sum()
@@ -143,10 +147,11 @@ def token_losses(
     if support.classes is not None:
         student_CX, teacher_CX, p_CX = close(at, support.classes(at, settings), settings, log_tilt_sum_C)
         loss_C = LOSSES[settings.loss](student_CX, teacher_CX, p_CX, settings)
+        loss_C = loss_C if fields.distil_N is None else fields.distil_N * loss_C
     sampled_C = torch.ones_like(at_stop_C) if support.classes is None else fields.sampled_only_N
+    signal_C = teacher_signal(gap_C + tilt_C * at_stop_C - log_tilt_sum_C, fields, settings)
     if sampled_C is not None and sampled_C.any():
-        tilted_gap_C = gap_C + tilt_C * at_stop_C - log_tilt_sum_C
-        estimate_C, estimate_clipped_C = policy_gradient(tilted_gap_C, logp_C, action_logp_C, fields, settings)
+        estimate_C, estimate_clipped_C = policy_gradient(signal_C + fields.overlong_N, logp_C, action_logp_C, fields, settings)
         loss_C, clipped_C = torch.where(sampled_C, estimate_C, loss_C), torch.where(sampled_C, estimate_clipped_C, clipped_C)
 
     with torch.no_grad():
@@ -164,6 +169,7 @@ def token_losses(
         logp_N=logp_C,
         kl_N=-gap_C,
         clipped_N=clipped_C,
+        signal_N=signal_C,
         entropy_N=entropy_C,
         student_stop_logp_N=at.stop_logp_C,
         teacher_logp_N=at.teacher_logp_C,

@@ -19,6 +19,13 @@ CERTAIN = 1e-6
 """A stop is not taken to be likelier than 1 minus this."""
 
 
+def teacher_signal(gap_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings") -> Tensor:
+    """The log-ratio to the teacher within its bound, times the weight of distillation."""
+    bound = settings.advantage_clip_nats
+    signal_C = gap_C if bound is None else gap_C.clamp(-bound, bound)
+    return signal_C if fields.distil_N is None else fields.distil_N * signal_C
+
+
 def importance_weight(logp_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings") -> Tensor:
     """min(pi_proximal / pi_behaviour, cap) of the sampled id: truncated importance sampling between learner and engine."""
     if settings.importance_cap is None:
@@ -28,17 +35,15 @@ def importance_weight(logp_C: Tensor, fields: TokenFields, settings: "ObjectiveS
 
 
 def policy_gradient(
-    gap_C: Tensor, logp_C: Tensor, action_logp_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings"
+    advantage_C: Tensor, logp_C: Tensor, action_logp_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings"
 ) -> tuple[Tensor, Tensor]:
-    """Sampled reverse KL: the stop-gradient log-ratio to the teacher as advantage (k1), decoupled PPO around it.
+    """Loss of an advantage, nats, on the sampled action, with decoupled PPO around it; and 1 where the clip cut its gradient off.
 
-    With one update per batch the ratio is 1 and its expected gradient is that of the exact KL. The overlong penalty
-    enters whole at each token of its response, which is the policy gradient of the sequence's reward; dividing it by
-    the length would punish the longest answers least. Sources: thinkingmachines.ai/blog/on-policy-distillation;
-    decoupled PPO, arXiv 2110.00641; DAPO, arXiv 2503.14476.
+    With the stop-gradient log-ratio to the teacher as advantage (k1) and one update per batch the ratio is 1 and the expected gradient
+    that of the exact reverse KL. An overlong penalty or a reward enters whole at each token of its response, which is the policy gradient
+    of the sequence's reward; dividing it by the length would punish the longest answers least.
+    Sources: thinkingmachines.ai/blog/on-policy-distillation; decoupled PPO, arXiv 2110.00641; DAPO, arXiv 2503.14476.
     """
-    bound = settings.advantage_clip_nats
-    advantage_C = (gap_C if bound is None else gap_C.clamp(-bound, bound)) + fields.overlong_N
     proximal_C = action_logp_C.detach() if fields.proximal_action_logp_N is None else fields.proximal_action_logp_N
     ratio_C = (action_logp_C - proximal_C).exp()
     kept_C = ratio_C.clamp(1 - settings.clip_low, 1 + settings.clip_high)

@@ -6,6 +6,37 @@ from pydantic import Field, model_validator
 
 from opd_governor.actors.extensions import Key, Kind
 from opd_governor.actors.settings import Settings
+from opd_governor.actors.trajectory import PASS
+
+
+class RewardSettings(Settings):
+    """A verifier's score of each answer, beside the teacher: its advantage is the policy-gradient signal of all tokens of the answer."""
+
+    verifier: str
+    """As data.eval.verifier: a name, an http(s) address, `file.py:function` or `module:function`. It compares with the answer column."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Nats per unit of advantage. The teacher's signal is some .1 to 1 nats a token, so 1 is of its size; a student ends above a teacher
+    that prefers a wrong answer by n nats only where this is more than n."""
+    baseline: Literal["group", "running", "none"] = "group"
+    """What is taken from a score. group: the mean of the prompt's other samples (leave-one-out); running: the mean of earlier steps, by
+    domain; none: nothing."""
+    normalise: bool = False
+    """Divide advantages by the spread of what the baseline is a mean of. It favours prompts that are nearly always right or wrong."""
+    when: Literal["always", "failed", "passed"] = "always"
+    """Rollouts that are distilled: all, or those that the verifier failed or passed. A rollout without a verdict is then left out."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RewardSettings":
+        if self.normalise and self.baseline == "none":
+            raise ValueError("normalise divides by the spread around a baseline: set baseline to group or running, or normalise to false")
+        return self
+
+    def distils(self, reward: float | None) -> bool:
+        """Whether a rollout with this score is distilled."""
+        if self.when == "always":
+            return True
+        return reward is not None and (reward >= PASS) == (self.when == "passed")
+
 
 if TYPE_CHECKING:
     from opd_governor.actors.learner.supports import Needs, Support
@@ -49,6 +80,10 @@ class ObjectiveSettings(Settings):
     """jsd: beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S."""
     skew_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """skew_kl: KL(p_T || alpha p_T + (1 - alpha) p_S)."""
+    distillation_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Weight of the distillation, beside `reward` and the other terms; 0 learns from the reward alone, with the teacher as a metric."""
+    reward: RewardSettings | None = None
+    """None: distillation alone."""
     stop_event: Literal["class", "raw"] = "class"
     """class: all stop ids are one action; raw: each id for itself."""
     reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
@@ -114,6 +149,8 @@ class ObjectiveSettings(Settings):
             raise ValueError("overlong_weight acts on the sampled estimator only: set support to sampled or the weight to 0")
         if _supports()[self.support].hidden and self.position_gamma > 0:
             raise ValueError(f"position_gamma needs log-probs of the sampled tokens; support {self.support} has none: set it to 0")
+        if self.reward is None and self.distillation_weight == 0:
+            raise ValueError("distillation_weight 0 leaves nothing to learn from: set a reward, or the weight above 0")
         return self
 
     @property

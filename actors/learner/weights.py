@@ -19,8 +19,8 @@ def token_mask(
     excess_weight: float = 1.0,
 ) -> np.ndarray:
     """[T] how much each token counts: 1, or `loop_tail_weight` from one period after a loop's onset, or `excess_weight` beyond the
-    teacher's longest answers to the same prompt; 0 beyond the horizon, and throughout where truncated rollouts are masked. Neither the
-    excess nor the horizon takes a stop."""
+    teacher's longest answers to the same prompt; 0 beyond the horizon, and throughout where truncated rollouts are masked, and at a token
+    that the engine forced. Neither the excess nor the horizon takes a stop."""
     mask_T = np.ones(len(trajectory.token_ids))
     if trajectory.truncated and settings.truncated == "mask":
         return np.zeros_like(mask_T)
@@ -29,6 +29,8 @@ def token_mask(
     if excess_weight < 1 and trajectory.prompt.longest_tokens is not None:
         inside_T = within_horizon(trajectory.token_ids, int(trajectory.prompt.longest_tokens), stop_ids)
         mask_T = np.minimum(mask_T, excess_weight + (1 - excess_weight) * inside_T)
+    if trajectory.forced is not None:
+        mask_T[trajectory.forced] = 0.0
     return mask_T * within_horizon(trajectory.token_ids, settings.horizon_tokens, stop_ids)
 
 
@@ -69,6 +71,16 @@ def comparable(scores: TokenScores, settings: ObjectiveSettings) -> np.ndarray:
     if scores.copied_T is not None and settings.copied == "mask":
         counts_T[scores.copied_T] = 0.0
     return counts_T
+
+
+def distillation_weight(trajectory: Trajectory, settings: ObjectiveSettings) -> float:
+    """Factor on the teacher's signal: 0 on a rollout whose verdict keeps it from being distilled.
+
+    It comes after the reduction: the fewer rollouts are distilled, the less the teacher moves the student.
+    """
+    if settings.reward is not None and not settings.reward.distils(trajectory.reward):
+        return 0.0
+    return settings.distillation_weight
 
 
 def token_weights(masks: Sequence[np.ndarray], reduction: str, normaliser_tokens: float) -> list[np.ndarray]:

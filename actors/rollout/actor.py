@@ -168,10 +168,12 @@ class RolloutActor:
     ) -> Trajectory:
         from opd_governor.actors.rollout.loops import find_loop
         from opd_governor.actors.rollout.sampling import budget_tokens
+        from opd_governor.actors.rollout.thinking import parts_of
 
         token_ids = completion.token_ids
         spoken = token_ids[:-1] if token_ids and token_ids[-1] in self._stop_ids else token_ids
         loop = find_loop(spoken, min_repeats=settings.loop_min_repeats, min_tokens=settings.loop_min_tokens)
+        parts = parts_of(settings.thinking_ids, settings.thinking_budget_tokens, prompt.token_ids, token_ids)
         return Trajectory(
             prompt=prompt,
             token_ids=token_ids,
@@ -185,6 +187,8 @@ class RolloutActor:
             loop_onset=loop.onset if loop else None,
             loop_period=loop.period if loop else None,
             support_ids_TK=completion.top_ids_TK,
+            num_thinking=parts.num_thinking,
+            forced=parts.forced,
         )
 
     async def rollout_packed(self, ticket: int, message: bytes | None) -> bytes | None:

@@ -59,7 +59,7 @@ class Engine:
         cpu = current_platform.is_cpu()
         arguments = engine_arguments(model, settings, seed=seed, max_logprobs=max_logprobs, cpu=cpu)
         arguments["weight_transfer_config"] = WeightTransferConfig(backend=BACKENDS.get(weight_transfer, weight_transfer))
-        if settings.stop_ramp.strength_nats > 0 or settings.no_repeat_ngram > 0:
+        if settings.stop_ramp.strength_nats > 0 or settings.no_repeat_ngram > 0 or settings.thinking_budget_tokens is not None:
             # Only where asked for: vLLM's newer model runner, the default on GPUs, does not load processors of this interface.
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
             arguments["logits_processors"] = list(LOGITS_PROCESSORS)

@@ -1,6 +1,6 @@
-"""vLLM logits processors: a bias toward stopping beyond a target length, and no n-gram twice.
+"""vLLM logits processors: a bias toward stopping beyond a target length, no n-gram twice, an end of thinking.
 
-Both read their values from a request's `SamplingParams.extra_args` (sampling.py writes them) and leave other requests alone.
+All read their values from a request's `SamplingParams.extra_args` (sampling.py writes them) and leave other requests alone.
 They run before penalties and temperature, so with logprobs_mode="processed_logprobs" their effect is in every recorded log-prob:
 the behaviour policy is log_softmax((logits + bias) / temperature).
 
@@ -19,9 +19,10 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from opd_governor.actors.rollout.sampling import NO_REPEAT_NGRAM, STOP_RAMP
+from opd_governor.actors.rollout.sampling import NO_REPEAT_NGRAM, STOP_RAMP, THINKING_BUDGET
+from opd_governor.actors.rollout.thinking import Watch
 
-LOGITS_PROCESSORS = (f"{__name__}:StopRamp", f"{__name__}:NoRepeatNgram")
+LOGITS_PROCESSORS = (f"{__name__}:StopRamp", f"{__name__}:NoRepeatNgram", f"{__name__}:ThinkingBudget")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,38 @@ class NoRepeatNgram(LogitsProcessor):
         if rows:
             logits[torch.tensor(rows, device=self._device), torch.tensor(banned_ids, device=self._device)] = -torch.inf
         return logits
+
+
+class ThinkingBudget(LogitsProcessor):
+    """Where a response has thought for its budget the end mark is the only token left."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._device = device
+        self._watched: dict[int, tuple[Watch, int]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        """The likeliest token may be another one."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow requests that enter, leave or move within the batch."""
+        process_dict_updates(self._watched, batch_update, _watch_of)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [B, V], changed in place."""
+        used_up = [(row, end_id) for row, (watch, end_id) in self._watched.items() if watch.is_used_up()]
+        if used_up:
+            rows, end_ids = torch.tensor(used_up, device=self._device).T
+            logits[rows] = -torch.inf
+            logits[rows, end_ids] = 0.0
+        return logits
+
+
+def _watch_of(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> tuple[Watch, int] | None:
+    if (values := (params.extra_args or {}).get(THINKING_BUDGET)) is None:
+        return None
+    begin_id, end_id, budget_tokens = values
+    return Watch((begin_id, end_id), budget_tokens, prompt_ids or (), output_ids), end_id
 
 
 def _ramp_of(params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> Ramp | None:

@@ -17,6 +17,8 @@ STOP_RAMP = "stop_ramp"
 """extra_args key of logits.StopRamp: (strength_nats, target_tokens, width_tokens)."""
 NO_REPEAT_NGRAM = "no_repeat_ngram"
 """extra_args key of logits.NoRepeatNgram: n."""
+THINKING_BUDGET = "thinking_budget"
+"""extra_args key of logits.ThinkingBudget: (id that begins thinking, id that ends it, most tokens)."""
 
 
 def sampling_params(
@@ -58,10 +60,11 @@ def sampling_params(
 def greedy_params(
     prompt: Prompt, limits: LengthLimits, settings: RolloutSettings, *, stop_ids: Sequence[int], context_tokens: int
 ) -> "SamplingParams":
-    """The student's likeliest answer, for evaluation: same budget and stops, and nothing that reshapes its distribution."""
+    """The student's likeliest answer, for evaluation: same budgets and stops, and nothing else that reshapes its distribution."""
     from vllm import SamplingParams
 
-    return SamplingParams(**_stops(stop_ids, budget_tokens(prompt, limits, context_tokens), settings), temperature=0.0, logprobs=0)
+    stops = _stops(stop_ids, budget_tokens(prompt, limits, context_tokens), settings)
+    return SamplingParams(**stops, temperature=0.0, logprobs=0, extra_args=_thinking_args(settings) or None)
 
 
 def budget_tokens(prompt: Prompt, limits: LengthLimits, context_tokens: int) -> int:
@@ -115,8 +118,14 @@ def _repetition_detection(loop_stop: LoopStop) -> "RepetitionDetectionParams":
     )
 
 
+def _thinking_args(settings: RolloutSettings) -> dict[str, Any]:
+    if settings.thinking_ids is None or settings.thinking_budget_tokens is None:
+        return {}
+    return {THINKING_BUDGET: (*settings.thinking_ids, settings.thinking_budget_tokens)}
+
+
 def _processor_args(settings: RolloutSettings, reference_tokens: float | None) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
+    arguments = _thinking_args(settings)
     ramp = settings.stop_ramp
     target_tokens = ramp.target_tokens or reference_tokens
     if ramp.strength_nats > 0 and target_tokens is not None:

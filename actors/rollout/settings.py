@@ -60,6 +60,10 @@ class RolloutSettings(Settings):
     """vLLM's; nats taken from each token per occurrence."""
     no_repeat_ngram: Annotated[int, Field(ge=0, le=64)] = 0
     """No n-gram of this length occurs twice in a response; 0 turns it off."""
+    thinking_ids: tuple[int, int] | None = None
+    """Ids that begin and end the student's thinking part. None: known pairs, such as <think> and </think>, where the tokenizer has them."""
+    thinking_budget_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens of thought: then the engine ends it, with a token that is not learned from. None: no bound but the cap."""
     stop_token_ids: tuple[int, ...] | None = None
     """The stop event E. None: the stop ids of student and teacher together. An id that is named twice counts once."""
     loop_stop: LoopStop = LoopStop()

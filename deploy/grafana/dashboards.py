@@ -326,6 +326,32 @@ LEARNER = (
         ((of("opd_scores"), "{{field}} {{run}}"),),
     ),
     Panel(
+        "Reward",
+        "Right: the share of judged rollouts. Nothing without objective.reward.",
+        "none",
+        (
+            (of("opd_reward_mean"), "mean score {{run}}"),
+            (of("opd_reward_spread"), "spread {{run}}"),
+            (ratio(rate("opd_rewards_passed_total"), rate("opd_rewards_judged_total")), "right {{run}}"),
+        ),
+    ),
+    Panel(
+        "Teacher and reward",
+        "What each asks of a token. A share near 1 or 0: one of them drives alone.",
+        NATS,
+        (
+            (of("opd_signal_spread_nats"), "spread, {{signal}} {{run}}"),
+            (of("opd_signal_mean_nats"), "mean, {{signal}} {{run}}"),
+            (of("opd_signal_share_ratio"), "share, {{signal}} {{run}}"),
+        ),
+    ),
+    Panel(
+        "Rollouts without a verdict so far",
+        "The verifier raised, hung, gave no number, ran out of memory or died; each costs its rollout alone.",
+        "short",
+        ((f"sum by (run, reason) ({of('opd_verifier_failures_total')})", "{{reason}} {{run}}"),),
+    ),
+    Panel(
         "Actors restarted so far",
         "",
         "short",

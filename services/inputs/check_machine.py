@@ -84,6 +84,10 @@ def check_objective(job: Job) -> Iterator[Check]:
             f"objective.support: {support} needs one teacher, with back end torch: its hidden states go to the learner, which has its head"
         )
         yield Check("teacher support", "fail", detail, "name a single such teacher, or set it to sampled, student or teacher", exit_code=2)
+    reward, samples = job.objective.reward, job.rollout.samples_per_prompt
+    if reward is not None and reward.baseline == "group" and samples < 2:
+        detail = f"objective.reward.baseline: group compares the samples of a prompt, and rollout.samples_per_prompt is {samples}"
+        yield Check("reward", "fail", detail, "set it to 2 or more, or baseline to running", exit_code=2)
     if job.learner.compile and not any(map(shutil.which, COMPILERS)):
         detail = f"learner.compile: true, and none of {', '.join(COMPILERS)} is on this machine"
         yield Check("compiler", "warn", detail, "install one where the learner runs (apt-get install g++), or set it to false")

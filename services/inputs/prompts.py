@@ -13,12 +13,15 @@ import numpy as np
 from opd_governor.actors.governor.reference import LengthModel
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.encode import Terms
+from opd_governor.services.inputs.outcomes import Outcomes
 from opd_governor.services.inputs.refusals import NAMED, DataError, some_of
 from opd_governor.services.inputs.rows import open_rows
 from opd_governor.services.inputs.table import BAD_ROWS_KEPT, PromptTable, open_table
 from opd_governor.services.inputs.verifiers import judge_of
 from opd_governor.services.job.settings import Job, PromptSource
 
+LOOKED_AT = 10_000
+"""Answers that are judged before a run."""
 MOST_BAD_SHARE = 0.01
 """Where on_bad_row is None: fewer bad rows than this are left out, more of them mean that the file is not what it should be."""
 
@@ -85,6 +88,8 @@ class PromptStream:
         self._lengths: LengthModel | None = None
         self._epoch = self._position = 0
         self._order = self._shuffle()
+        self.outcomes: Outcomes | None = None
+        """Where prompts are drawn by verdicts."""
         self.accept_changes = False
         """Take a cursor of other prompts: the run goes on as another one."""
 
@@ -117,21 +122,28 @@ class PromptStream:
     def next(self, n: int, unfinished_quota: float | None = None) -> list[Prompt]:
         """The next n prompts; with policy quota at most that share of them are ones the teacher does not finish.
 
-        Where the teacher finishes no prompt the quota is ignored, so batches are always full.
+        Where the teacher finishes no prompt the quota is ignored, and where verdicts leave out all that is left so are they: batches are
+        always full.
         """
         batch: list[Prompt] = []
+        num_wanted = n if self.outcomes is None else self.outcomes.num_candidates(n)
+        dropped = set() if self.outcomes is None else self.outcomes.dropped
+        num_left_out = 0
         quota = 1.0 if unfinished_quota is None else unfinished_quota
         room = {"keep": n, "quota": int(quota * n), "drop": 0}[self._unfinished]
         if self._num_finished_or_new() == 0:
             room = n
-        while len(batch) < n:
+        while len(batch) < num_wanted:
             index = self._advance()
+            if index in dropped and num_left_out < len(self):
+                num_left_out += 1
+                continue
             if self._finished.get(index) is False:
                 if room == 0:
                     continue
                 room -= 1
             batch.append(self.at(index))
-        return batch
+        return batch if self.outcomes is None else self.outcomes.choose(batch, n)
 
     def mark(
         self,
@@ -171,6 +183,10 @@ class PromptStream:
             )
         self._epoch, self._position = state["epoch"], min(state["position"], len(self))
         self._order = self._shuffle()
+
+    def place(self, index: int) -> str:
+        """FILE:LINE of a row."""
+        return self._table.place(index)
 
     def at(self, index: int) -> Prompt:
         """The prompt of a row."""
@@ -220,8 +236,13 @@ def open_prompts(job: Job, tokenizer: Any, context_tokens: int, teacher_tokenize
     """
     source = job.data.prompts
     table = open_table(open_rows(source), tokenizer, terms_of(job, source), teacher_tokenizers)
-    survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens)
-    return PromptStream(table, survey, job.seed, shuffle=source.shuffle, unfinished=job.data.unfinished_by_teacher)
+    reward = job.objective.reward
+    judge = None if reward is None else judge_of(reward.verifier, "objective.reward.verifier")
+    survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, judge, answers_for="objective.reward")
+    stream = PromptStream(table, survey, job.seed, shuffle=source.shuffle, unfinished=job.data.unfinished_by_teacher)
+    if reward is not None:
+        stream.outcomes = Outcomes(job.data.select)
+    return stream
 
 
 def terms_of(job: Job, source: PromptSource) -> Terms:
@@ -231,11 +252,18 @@ def terms_of(job: Job, source: PromptSource) -> Terms:
 
 
 def survey_of(
-    table: PromptTable, source: PromptSource, context_tokens: int, min_new_tokens: int, judge: Callable[[str], str] | None = None
+    table: PromptTable,
+    source: PromptSource,
+    context_tokens: int,
+    min_new_tokens: int,
+    judge: Callable[[str], str] | None = None,
+    *,
+    answers_for: str = "data.eval.path",
 ) -> Survey:
     """Which rows are used, and one line for each kind of row that is not, or not as it stood. Raises DataError where none is left.
 
     `judge`: what is wrong with an answer, in words; a row without an answer is then a bad row too. None: answers do not count.
+    `answers_for`: the key of the job that asks for them.
     """
     found = table.found
     if not found.num_rows:
@@ -244,7 +272,7 @@ def survey_of(
     own = table.num_tokens("token_ids")
     bad, num_bad = list(found.bad), found.num_bad
     if judge is not None:
-        unanswered = _unanswered(table, np.flatnonzero(own >= 0), source, judge)
+        unanswered = _unanswered(table, np.flatnonzero(own >= 0), source, judge, answers_for)
         bad += [f"{table.place(index)}: {why}" for index, why in list(unanswered.items())[:BAD_ROWS_KEPT]]
         num_bad += len(unanswered)
         own[list(unanswered)] = -1
@@ -279,12 +307,18 @@ def survey_of(
     )
 
 
-def _unanswered(table: PromptTable, indices: np.ndarray, source: PromptSource, judge: Callable[[str], str]) -> dict[int, str]:
-    """Rows without an answer that a response could be held against -> why."""
-    absent = f"no column {source.answer_column!r} to verify against; add it, set answer_column or unset data.eval.path"
-    answers = table.answers()
-    found = {int(i): absent if answers[int(i)] is None else judge(str(answers[int(i)])) for i in indices}
-    return {index: why for index, why in found.items() if why}
+def _unanswered(
+    table: PromptTable, indices: np.ndarray, source: PromptSource, judge: Callable[[str], str], answers_for: str
+) -> dict[int, str]:
+    """Rows without an answer that a response could be held against -> why. Of many answers the first are judged."""
+    absent = f"no column {source.answer_column!r} to verify against; add it, set answer_column or unset {answers_for}"
+    answers, found = table.answers(), {}
+    for place, index in enumerate(map(int, indices)):
+        if answers[index] is None:
+            found[index] = absent
+        elif place < LOOKED_AT and (why := judge(str(answers[index]))):
+            found[index] = why
+    return found
 
 
 def _judge_bad_rows(bad: Sequence[str], num_bad: int, num_rows: int, source: PromptSource) -> None:

@@ -7,7 +7,7 @@ with theirs(f"{path}:{line}", "the chat template", "mend the row or set data.pro
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from opd_governor.services.job.settings import JobError
+from opd_governor.services.job.errors import JobError
 
 LONGEST_WORDS = 300
 """Characters of somebody else's message that are repeated."""

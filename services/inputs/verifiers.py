@@ -1,6 +1,7 @@
-"""Held-out evaluation: verifiers, and what a set of responses amounts to.
+"""Verifiers, for rewards and for held-out evaluation, and what a set of responses amounts to.
 
-A verifier is a function (response, answer) -> right or wrong. To add one by name, from any file that the job's `extensions` list:
+A verifier is a function (response, answer) -> right or wrong, or a score. To add one by name, from any file that the job's `extensions`
+list:
 
     @VERIFIERS.add("starts")
     def starts(response: str, answer: str) -> bool:
@@ -9,28 +10,28 @@ A verifier is a function (response, answer) -> right or wrong. To add one by nam
 
 import importlib
 import importlib.util
-import inspect
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opd_governor.actors.extensions import Kind
-from opd_governor.services.inputs.messages import shown
-from opd_governor.services.inputs.refusals import is_theirs, words
-from opd_governor.services.job.settings import JobError
-
-Verifier = Callable[[str, str], bool]
-"""(response text, answer) -> right or wrong."""
+from opd_governor.services.inputs.refusals import words
+from opd_governor.services.inputs.unit_tests import last_block, passes
+from opd_governor.services.inputs.verdicts import Verdict, Verifier, judge, limits
+from opd_governor.services.job.errors import JobError
 
 VERIFIERS: Kind[Verifier] = Kind("verifier")
+PACKAGES = {"math-verify": ("math_verify", "math-verify[antlr4_13_2]"), "json-schema": ("jsonschema", "jsonschema")}
+"""Verifier -> the package that it needs, as it is imported and as it is installed."""
 
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d+)?%?")
-MATH_PACKAGE = "math_verify"
 
 
 @VERIFIERS.add("exact")
@@ -57,8 +58,34 @@ def number(response: str, answer: str) -> bool:
 @VERIFIERS.add("math-verify")
 def math_verify(response: str, answer: str) -> bool:
     """The two are the same in mathematics (LaTeX, fractions, sets), by the package math-verify."""
-    package = importlib.import_module(MATH_PACKAGE)
+    package = importlib.import_module("math_verify")
     return bool(package.verify(package.parse(answer), package.parse(response)))
+
+
+@VERIFIERS.add("json-schema")
+def json_schema(response: str, answer: str) -> bool:
+    """The response, or its last fenced block, is JSON that the answer, a JSON schema, allows. Schemas are not fetched."""
+    validators, registry = importlib.import_module("jsonschema.validators"), importlib.import_module("referencing").Registry()
+    schema = json.loads(answer)
+    validator = validators.validator_for(schema, default=validators.Draft202012Validator)
+    validator.check_schema(schema)
+    try:
+        found = json.loads(last_block(response))
+    except ValueError:
+        return False
+    return bool(validator(schema, registry=registry).is_valid(found))
+
+
+VERIFIERS.add("unit-tests")(passes)
+
+
+def ask_server(url: str, response: str, answer: str) -> float:
+    """POST {"response", "answer"} to an address, which answers {"score": number} or the number alone."""
+    httpx = importlib.import_module("httpx")
+    told = httpx.post(url, json={"response": response, "answer": answer}, timeout=limits()[0])
+    told.raise_for_status()
+    found = told.json()
+    return found["score"] if isinstance(found, dict) else found  # type: ignore[no-any-return]
 
 
 def last_number(text: str) -> Decimal | None:
@@ -103,9 +130,9 @@ class Evaluation:
     num_unanswered: int = 0
     """Problems whose request was refused or lost: in none of the values."""
     num_unjudged: int = 0
-    """Responses on which the verifier raised: not in the accuracy."""
+    """Responses without a score: not in the accuracy."""
     trouble: str = ""
-    """What the verifier raised first."""
+    """Why the first of them has none."""
 
     def shortfall(self) -> str:
         """One line about what is missing; empty where nothing is."""
@@ -117,100 +144,92 @@ class Evaluation:
         return "; ".join(parts)
 
 
-def verdict(verify: Verifier, response: str, answer: str) -> bool:
-    """Right or wrong. Raises what `verify` raises, and ValueError for a result that is neither: a score of -1 or a word is no `True`."""
-    try:
-        found = verify(response, answer)
-    except SystemExit as error:
-        raise ValueError(f"it called exit({error.code})") from None
-    if isinstance(found, bool | np.bool_) or (isinstance(found, int | float | np.number) and found in (0, 1)):
-        return bool(found)
-    if inspect.iscoroutine(found):
-        found.close()
-        raise ValueError("it is async: make it a plain function")
-    raise ValueError(f"it returned {shown(found)}, which is neither True nor False (nor 1 or 0)")
-
-
-def judge_of(spec: str) -> Callable[[str], str]:
+def judge_of(spec: str, field: str = "data.eval.verifier") -> Callable[[str], str]:
     """A function that says why no response could be judged against an answer; it answers nothing where one can.
 
-    A verifier of the job's own may be slow: it is tried on one answer alone. Raises JobError for a verifier that is none.
+    A verifier of the job's own may be slow: it is tried on one answer alone. Raises JobError, naming `field`, for a verifier that is none.
     """
-    verify, is_own = load_verifier(spec), spec not in ("exact", "regex", "number", "math-verify")
+    verify = load_verifier(spec, field)
+    is_own = spec not in BUILT_IN and not spec.startswith(("http://", "https://"))
     tried: list[str] = []
 
-    def judge(answer: str) -> str:
-        if spec == "number" and last_number(answer) is None:
-            return f"answer {answer!r} holds no number; mend it, or choose another verifier"
-        if spec == "regex":
+    def what_is_wrong(answer: str) -> str:
+        if spec == "math-verify" and not judge(verify, answer, answer).passed:
+            return f"answer {answer[:60]!r} is nothing that math-verify can read; write LaTeX between $ signs, or choose another verifier"
+        if spec in READ:
+            read, what = READ[spec]
             try:
-                re.compile(answer)
-            except re.error as error:
-                return f"answer {answer!r} is no regular expression ({error}); mend it"
-        if spec == "math-verify" and judged(verify, answer, answer) != "right":
-            return f"answer {answer!r} is nothing that math-verify can read; write LaTeX between $ signs, or choose another verifier"
+                read(answer)
+            except (ValueError, SyntaxError, re.error) as error:
+                why = f" ({words(error)})" if str(error) else ""
+                return f"answer {answer[:60]!r} {what}{why}; mend it, or choose another verifier"
         if is_own and not tried:
             tried.append(answer)
-            if (said := judged(verify, answer, answer)) not in ("right", "wrong"):
-                raise JobError(f"data.eval.verifier {spec}: on response and answer {answer!r}: {said}")
+            if (found := judge(verify, answer, answer)).score is None:
+                raise JobError(f"{field} {spec}: on response and {found.trouble}")
         return ""
 
-    return judge
+    return what_is_wrong
 
 
-def judged(verify: Verifier, response: str, answer: str) -> str:
-    """right, wrong, or what came in place of a verdict. Raises nothing that the verifier raises."""
-    try:
-        return "right" if verdict(verify, response, answer) else "wrong"
-    except BaseException as error:
-        if not is_theirs(error):
-            raise
-        return words(error)
+def _number(answer: str) -> None:
+    if last_number(answer) is None:
+        raise ValueError
+
+
+READ: dict[str, tuple[Callable[[str], Any], str]] = {
+    "number": (_number, "holds no number"),
+    "regex": (re.compile, "is no regular expression"),
+    "json-schema": (json.loads, "is no JSON"),
+    "unit-tests": (partial(compile, filename="tests.py", mode="exec"), "is no Python"),
+}
+"""Verifier -> what raises for an answer that it cannot read, and that in words."""
+BUILT_IN = ("exact", "math-verify", *READ)
 
 
 def summarise(responses: Sequence[Response], verify: Verifier, num_unanswered: int = 0) -> Evaluation:
-    """Accuracy, mean length and truncation. A response on which `verify` raises is left out of the accuracy, and counted."""
+    """As `tally`, with verdicts made here and now."""
+    return tally(responses, [judge(verify, response.text, response.answer) for response in responses], num_unanswered)
+
+
+def tally(responses: Sequence[Response], verdicts: Sequence[Verdict], num_unanswered: int = 0) -> Evaluation:
+    """Accuracy, mean length and truncation. A response without a score is left out of the accuracy, and counted."""
     num = len(responses)
-    verdicts: list[bool] = []
-    trouble = ""
-    for response in responses:
-        try:
-            verdicts.append(verdict(verify, response.text, response.answer))
-        except BaseException as error:
-            if not is_theirs(error):
-                raise
-            trouble = trouble or f"answer {response.answer!r}: {type(error).__name__}: {words(error)}"
+    judged = [verdict for verdict in verdicts if verdict.score is not None]
     return Evaluation(
-        accuracy_ratio=sum(verdicts) / len(verdicts) if verdicts else None,
+        accuracy_ratio=sum(verdict.passed for verdict in judged) / len(judged) if judged else None,
         length_tokens=sum(r.num_tokens for r in responses) / num if num else None,
         length_p95_tokens=float(np.percentile([r.num_tokens for r in responses], 95)) if num else None,
         truncation_ratio=sum(r.truncated for r in responses) / num if num else None,
         num_problems=num,
         num_unanswered=num_unanswered,
-        num_unjudged=num - len(verdicts),
-        trouble=trouble,
+        num_unjudged=num - len(judged),
+        trouble=next((verdict.trouble for verdict in verdicts if verdict.score is None), ""),
     )
 
 
-def load_verifier(spec: str) -> Verifier:
-    """A verifier by its name, or `file.py:function` or `module:function`.
+def load_verifier(spec: str, field: str = "data.eval.verifier") -> Verifier:
+    """A verifier by its name, its http(s) address, or `file.py:function` or `module:function`.
 
-    The code of a file or module runs on load. Raises JobError naming what is missing or what it raised.
+    The code of a file or module runs on load. Raises JobError naming `field` and what is missing or what it raised.
     """
     if spec in VERIFIERS:
-        if spec == "math-verify" and importlib.util.find_spec(MATH_PACKAGE) is None:
-            raise JobError("data.eval.verifier math-verify: the package is not installed; pip install math-verify[antlr4_13_2]")
+        imported, installed = PACKAGES.get(spec, ("", ""))
+        if imported and importlib.util.find_spec(imported) is None:
+            raise JobError(f"{field} {spec}: the package is not installed; pip install {installed}")
         return VERIFIERS[spec]
+    if spec.startswith(("http://", "https://")):
+        return partial(ask_server, spec)
     place, separator, name = spec.rpartition(":")
     if not separator or not place or not name:
-        raise JobError(f"data.eval.verifier {spec}: expected {', '.join(VERIFIERS)}, file.py:function or module:function")
+        raise JobError(f"{field} {spec}: expected {', '.join(VERIFIERS)}, an http(s) address, file.py:function or module:function")
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # whatever the user's code raises is their one line
-        raise JobError(f"data.eval.verifier {spec}: {place} does not load ({type(error).__name__}: {words(error)})") from error
+        raise JobError(f"{field} {spec}: {place} does not load ({type(error).__name__}: {words(error)})") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise JobError(f"data.eval.verifier {spec}: {place} has no function {name}")
+        raise JobError(f"{field} {spec}: {place} has no function {name}")
     return function
 
 

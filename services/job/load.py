@@ -141,21 +141,26 @@ def _resolve_paths(job: Job, base: Path) -> Job:
         is_glob = value and "://" not in value and not Path(value).is_absolute() and any(sign in value for sign in "*?[")
         return str(base / value) if is_glob and next(base.glob(value), None) else value  # type: ignore[operator, arg-type]
 
-    verifier = job.data.eval.verifier
-    file, separator, function = verifier.partition(":")
-    if separator and file.endswith(".py"):
-        verifier = f"{resolve(file)}:{function}"
+    def resolve_verifier(spec: str) -> str:
+        file, separator, function = spec.partition(":")
+        return f"{resolve(file)}:{function}" if separator and file.endswith(".py") else spec
+
     data = job.data.model_copy(
         update={
             "prompts": job.data.prompts.model_copy(update={"path": resolve(job.data.prompts.path)}),
-            "eval": job.data.eval.model_copy(update={"path": resolve(job.data.eval.path), "verifier": verifier}),
+            "eval": job.data.eval.model_copy(
+                update={"path": resolve(job.data.eval.path), "verifier": resolve_verifier(job.data.eval.verifier)}
+            ),
         }
     )
-    lora = job.student.lora
+    lora, reward = job.student.lora, job.objective.reward
     if lora is not None:
         lora = lora.model_copy(update={"start_from": resolve(lora.start_from)})
+    if reward is not None:
+        reward = reward.model_copy(update={"verifier": resolve_verifier(reward.verifier)})
     return job.model_copy(
         update={
+            "objective": job.objective.model_copy(update={"reward": reward}),
             "student": job.student.model_copy(
                 update={"model": resolve(job.student.model), "tokenizer": resolve(job.student.tokenizer), "lora": lora}
             ),

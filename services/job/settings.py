@@ -10,6 +10,7 @@ from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings, 
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.settings import FollowSettings, Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.services.job.errors import JobError as JobError
 from opd_governor.services.job.trackers import TRACKERS
 
 
@@ -103,8 +104,9 @@ class EvalSettings(Settings):
     limit: Annotated[int, Field(ge=1)] | None = None
     """Use only the first rows."""
     verifier: str = "exact"
-    """A verifier by name (exact, regex: the answer is a pattern, number, math-verify), or `file.py:function` / `module:function`
-    called with (response, answer)."""
+    """A verifier by name (exact; regex: the answer is a pattern; number; math-verify; json-schema: the answer is a schema; unit-tests:
+    the answer is Python that raises unless the response's code is right), an http(s) address that is sent response and answer, or
+    `file.py:function` / `module:function` called with (response, answer). It gives true or false, or a score, right from 0.5 on."""
     sampled: bool = True
     """Answer each problem twice: greedily, and sampled as rollouts are. Both on the settings in force, so a changed temperature or cap
     counts; the governor's own cap does not."""
@@ -118,12 +120,42 @@ class EvalSettings(Settings):
         return PromptSource.model_validate(prompts.model_dump() | own | same | place)
 
 
+class VerifierProcesses(Settings):
+    """The processes that verifiers run in, beside the run. A response that a verifier raises on, hangs on or gives no number for costs
+    that response alone: it has no score, and is counted."""
+
+    processes: Annotated[int, Field(ge=1, le=256)] = 2
+    """Responses judged at once by each verifier."""
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """For one response; then the process is ended and a new one goes on."""
+    memory_mib: Annotated[int, Field(ge=16)] = 1024
+    """What a process may take beyond what it has when it starts; unit tests have the same for themselves."""
+
+
+class SelectSettings(Settings):
+    """Prompts drawn by how the student does on them. It needs objective.reward, whose verdicts are kept by prompt."""
+
+    drop_always_right: Annotated[int, Field(ge=1)] | None = None
+    """Leave out a prompt once this many of its samples were judged and all were right. None: never."""
+    drop_always_wrong: Annotated[int, Field(ge=1)] | None = None
+    """The same where all were wrong."""
+    prefer: Literal["none", "mixed"] = "none"
+    """mixed: of twice as many prompts as a step needs, take those that were right about half of the time, or were never judged; the
+    others wait for the next epoch."""
+
+    @property
+    def active(self) -> bool:
+        return self != SelectSettings()
+
+
 class DataSettings(Settings):
     """Where prompts, golden answers and held-out problems come from."""
 
     prompts: PromptSource
     golden: GoldenSettings = GoldenSettings()
     eval: EvalSettings = EvalSettings()
+    verifiers: VerifierProcesses = VerifierProcesses()
+    select: SelectSettings = SelectSettings()
     unfinished_by_teacher: Literal["drop", "quota", "keep"] = "keep"
     """Prompts whose answer the teacher did not finish in the golden pass. keep: drawn like any other; quota: the governor may lower their
     share of a batch; drop: not drawn."""
@@ -267,6 +299,12 @@ class Job(Settings):
             return data | {key: values | (data.get(key) or {}) for key, values in filled.items()}
         return data
 
+    @model_validator(mode="after")
+    def _select_by_verdicts(self) -> "Job":
+        if self.data.select.active and self.objective.reward is None:
+            raise ValueError("data.select draws prompts by verdicts, and nothing judges them: set objective.reward, or remove data.select")
+        return self
+
     @field_validator("teacher", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
@@ -281,7 +319,3 @@ class Job(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"teachers need names of their own, got {names}")
         return value
-
-
-class JobError(ValueError):
-    """A user's mistake in a job: one line, exit code 2."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, Trajectory
+from opd_governor.services.inputs.verdicts import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class Batch:
     """Wait for scores after the last rollout: the scoring that rollouts did not hide."""
     num_undemonstrated: int = 0
     """Rollouts left out because no other one of their prompt was right (teacher.demonstration)."""
+    unjudged: tuple[Verdict, ...] = ()
+    """Verdicts without a score."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ class Journal:
         self._samples_per_step, self._decode, self._on_step, self._say = samples_per_step, decode, on_step, say
         self._trouble: str | None = None
         self._num_nonfinite = 0
+        self._verifier_failures: set[str | None] = set()
+        """Kinds that were told."""
 
     # ---- what happens to the run
 
@@ -98,6 +100,10 @@ class Journal:
     def learned(self, batch: Batch, report: StepReport | None, limits: LengthLimits) -> None:
         """The learner has had this batch: its metrics. `limits`: those it learned under."""
         record_batch(self._telemetry, batch, report, limits)
+        for verdict in batch.unjudged:
+            if verdict.reason not in self._verifier_failures:  # the first of each kind; the others are counted
+                self._verifier_failures.add(verdict.reason)
+                self.note(f"step {batch.step}: the verifier gave a rollout no score ({verdict.trouble}); it is counted, and not rewarded")
         self._telemetry.beat()
         if report is not None:
             self.learner_version(report.weight_version)

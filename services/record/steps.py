@@ -13,9 +13,11 @@ from opd_governor.actors.learner.metrics import POSITION_BUCKETS
 from opd_governor.actors.trajectory import LengthLimits, TokenScores, Trajectory
 from opd_governor.services.inputs.verifiers import Evaluation
 from opd_governor.services.record.batch import Batch
+from opd_governor.services.record.rewards import record_rewards, reward_fields
 from opd_governor.services.record.rundir import Record
 from opd_governor.services.record.scores import score_fields
 from opd_governor.services.record.telemetry import Telemetry
+from opd_governor.services.record.thinking import thinking_fields
 
 CLOCK_FIELDS = frozenset({"time", "step_s", "wait_s", "rollout_s", "score_s", "learn_s", "sync_s", "govern_s", "tokens_per_s"})
 """Fields of a step's record that tell time: all others are the same in every strict run of the same job."""
@@ -54,6 +56,7 @@ def record_batch(telemetry: Telemetry, batch: Batch, report: StepReport | None, 
     }
     for outcome, number in outcomes.items():
         telemetry.inc("opd_admitted_rollouts_total", number, outcome=outcome)
+    record_rewards(telemetry, batch, report)
     if report is None:
         return
     metrics = report.metrics
@@ -96,6 +99,8 @@ def step_record(
         **_of_times(times, num_tokens),
         **(_of_learner(batch, report) if report else {}),
         **score_fields(batch.scored),
+        **reward_fields(batch, report),
+        **thinking_fields(batch),
         **evaluation_fields(evaluations),
     }
 

@@ -21,6 +21,7 @@ from opd_governor.actors.governor.reference import Aim, LengthModel
 from opd_governor.actors.learner.metrics import POSITION_BUCKETS
 from opd_governor.actors.trajectory import FinishReason, LengthLimits, Trajectory
 from opd_governor.services.inputs.golden import LengthReference
+from opd_governor.services.inputs.verdicts import REASONS
 from opd_governor.services.job.settings import JobError
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -39,6 +40,7 @@ LABEL_VALUES = {
     "form": ("raw", "class"),
     "phase": ("rollout", "score", "learn", "sync", "total"),
     "source": ("engine", "teacher", "learner"),
+    "reason": REASONS,
     "role": ("rollout", "teacher", "learner", "governor", "service"),
 }
 """Labels whose values are known beforehand."""
@@ -104,6 +106,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("opd_eval_length_tokens", "gauge", "Mean held-out response length, tokens.", ("decoding",)),
     Metric("opd_eval_truncation_ratio", "gauge", "Share of held-out responses cut by the cap.", ("decoding",)),
     Metric("opd_nonfinite_samples_total", "counter", "Samples kept out because a number of theirs was NaN or infinite.", ("source",)),
+    Metric("opd_rewards_judged_total", "counter", "Rollouts that a verifier gave a score."),
+    Metric("opd_rewards_passed_total", "counter", "Those of them that it called right."),
+    Metric("opd_reward_mean", "gauge", "Mean score of the last step's rollouts."),
+    Metric("opd_reward_spread", "gauge", "Standard deviation of the last step's scores."),
+    Metric("opd_verifier_failures_total", "counter", "Rollouts that a verifier gave no score.", ("reason",)),
+    Metric("opd_signal_mean_nats", "gauge", "Mean of what a signal asks of a sampled token, last step.", ("signal",)),
+    Metric("opd_signal_spread_nats", "gauge", "Standard deviation of it over tokens.", ("signal",)),
+    Metric("opd_signal_share_ratio", "gauge", "A signal's part of the squares of both.", ("signal",)),
     Metric("opd_stop_mass_student_total", "counter", "Sum over tokens of the student's probability to stop."),
     Metric("opd_stop_mass_teacher_total", "counter", "Sum over the same tokens of the teacher's probability to stop."),
     Metric("opd_stop_mass_tokens_total", "counter", "Tokens in the two stop-mass sums."),
@@ -127,6 +137,14 @@ ADDITIONS = frozenset(
         "opd_stop_mass_student_total",
         "opd_stop_mass_teacher_total",
         "opd_stop_mass_tokens_total",
+        "opd_rewards_judged_total",
+        "opd_rewards_passed_total",
+        "opd_reward_mean",
+        "opd_reward_spread",
+        "opd_verifier_failures_total",
+        "opd_signal_mean_nats",
+        "opd_signal_spread_nats",
+        "opd_signal_share_ratio",
     }
 )
 """Metrics beyond the published contract, gauges of actuators apart."""

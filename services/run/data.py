@@ -6,7 +6,9 @@ from typing import Any
 
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.prompts import PromptStream
+from opd_governor.services.run.collect import JudgeRollouts
 from opd_governor.services.run.demonstrations import Demonstrations
+from opd_governor.services.run.rewards import Rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,9 @@ class TrainingData:
     """Mean length of a golden answer."""
     demonstrations: Demonstrations | None = None
     """None: teachers are shown none of the student's answers."""
+    judge: JudgeRollouts | None = None
+    """None: no reward, and rollouts are not judged."""
+    rewards: Rewards | None = None
     reads: Mapping[str, Any] = field(default_factory=dict)
     """What the run reads, for its checkpoints (see `reads`)."""
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from opd_governor.actors.trajectory import Prompt, Trajectory
 from opd_governor.services.inputs.resolve import Models
-from opd_governor.services.inputs.verifiers import Verifier, judged, load_verifier
+from opd_governor.services.inputs.verdicts import Verifier, judge
+from opd_governor.services.inputs.verifiers import load_verifier
 from opd_governor.services.job.settings import Job, JobError
 
 PLACE = "{demonstration}"
@@ -49,7 +50,7 @@ class Demonstrations:
         answer = trajectory.prompt.answer
         if trajectory.finish_reason != "stop" or answer is None:
             return False
-        return judged(self.verify, self.decode(trajectory.token_ids), answer) == "right"
+        return judge(self.verify, self.decode(trajectory.token_ids), answer).passed
 
     def _with(self, prompt: Prompt, answer_ids: tuple[int, ...]) -> Prompt:
         body = answer_ids[:-1] if answer_ids[-1] in self.stop_ids else answer_ids

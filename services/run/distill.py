@@ -25,7 +25,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -100,7 +100,7 @@ class Distillation:
         self._evaluate, self._finish = evaluate, finish
         self._following = Following(job, actors.fleet.learner, actors.pool, journal)
         self._terms = Terms(job, store, actors.governor, journal)
-        self._ahead = Ahead(data.stream, partial(collect, actors.fleet, actors.pool, demonstrations=data.demonstrations))
+        self._ahead = Ahead(data.stream, partial(collect, actors.fleet, actors.pool, demonstrations=data.demonstrations, judge=data.judge))
         self._gate = Gate(actors.pool, journal, max(teacher.timeout_s for teacher in job.teacher))
         self._state = RunState(self._terms, self._ahead, actors.fleet.learner, journal, checkpoints, data)
         self._recovery = LearnerRecovery(actors.fleet, self._state, journal)
@@ -198,6 +198,8 @@ class Distillation:
         """One optimiser step on what was scored. Raises LearnerError after too many in a row that brought nothing."""
         learn_started = time.monotonic()
         job, ruling, report = self._terms.job, self._terms.ruling, None
+        if self._data.rewards is not None:
+            batch = replace(batch, scored=self._data.rewards.weigh(batch.trajectories, batch.scored))
         if batch.scored:
             golden = []
             if ruling.limits.golden_weight:

@@ -4,9 +4,10 @@ import asyncio
 from dataclasses import dataclass
 
 from opd_governor.actors.trajectory import LengthLimits
-from opd_governor.services.inputs.verifiers import Evaluation, Response, Verifier, summarise
+from opd_governor.services.inputs.verifiers import Evaluation, Response, tally
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.fleet import Fleet
+from opd_governor.services.run.judges import Judge
 from opd_governor.services.run.sources import Sources
 from opd_governor.services.run.terms import base_limits
 
@@ -16,7 +17,7 @@ class HeldOut:
     """An evaluation that can be made at any step."""
 
     sources: Sources
-    verify: Verifier
+    judge: Judge
     fleet: Fleet
 
     async def __call__(self, job: Job, step: int) -> dict[str, Evaluation]:
@@ -28,7 +29,7 @@ class HeldOut:
         runs = [self._answers(job, step, greedy=greedy) for greedy in greedy_of.values()]
         num = len(self.sources.problems)
         return {
-            name: summarise(responses, self.verify, num_unanswered=num - len(responses))
+            name: tally(responses, await self.judge([(r.text, r.answer) for r in responses]), num_unanswered=num - len(responses))
             for name, responses in zip(greedy_of, await asyncio.gather(*runs), strict=True)
         }
 

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -17,6 +18,7 @@ import ray
 from opd_governor.actors.deadlines import Say
 from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.services.inputs.golden import GoldenSet
+from opd_governor.services.inputs.thinking import thinking_ids
 from opd_governor.services.job.settings import Job
 from opd_governor.services.job.tunables import ConfigStore
 from opd_governor.services.record.journal import Journal
@@ -35,8 +37,10 @@ from opd_governor.services.run.errors import TerminatedError
 from opd_governor.services.run.fleet import Fleet
 from opd_governor.services.run.golden_pass import golden_pass
 from opd_governor.services.run.held_out import HeldOut
+from opd_governor.services.run.judges import Judges, judge_rollouts
 from opd_governor.services.run.keeper import start_governor
 from opd_governor.services.run.reads import Reads, refuse_other_run, what_it_reads
+from opd_governor.services.run.rewards import Rewards
 from opd_governor.services.run.rooms import Rooms, take_rooms
 from opd_governor.services.run.service import RunService
 from opd_governor.services.run.sources import Sources
@@ -85,6 +89,8 @@ class Run:
         Raises JobError (DataError, ServiceError) for every mistake in them. Port and trackers are closed at the end.
         """
         sources = Sources.read(job)
+        if job.rollout.thinking_ids is None and (ids := thinking_ids(sources.tokenizer)) is not None:
+            job = job.model_copy(update={"rollout": job.rollout.model_copy(update={"thinking_ids": ids})})
         for line in sources.notes:
             say(line)
         directory = RunDirectory(out, resume=resume)
@@ -165,7 +171,7 @@ class Run:
         return await golden_pass(self.job, self.sources, pool, self.directory.path.parent, self.say)
 
     async def _train(self, fleet: Fleet, pool: TeacherPool, golden: GoldenSet) -> None:
-        job, sources, journal, reference = self.job, self.sources, self.journal, golden.reference
+        job, sources, _journal, reference = self.job, self.sources, self.journal, golden.reference
         self.say(
             f"golden pass: {reference.num_answers} answers kept ({reference.kept_share:.0%}), mean {reference.mean_tokens:.0f} "
             f"and p99 {reference.p99_tokens:.0f} tokens, {reference.censored_share:.0%} cut{' (cached)' if golden.cached else ''}"
@@ -178,10 +184,37 @@ class Run:
         self.telemetry.use_reference(reference)
         sources.stream.mark(golden.finished, golden.answers, golden.refused, reference.model)
         await fleet.set_reference(reference.mean_tokens)
-        self._loop = Distillation(
+        async with contextlib.AsyncExitStack() as to_the_end:
+            self._loop = self._distillation(fleet, pool, golden, to_the_end)
+            await self._loop.run(self.resume)
+        if self._terminated:
+            raise TerminatedError("terminated: the run goes on from its checkpoint with --resume")
+
+    def _distillation(self, fleet: Fleet, pool: TeacherPool, golden: GoldenSet, to_the_end: contextlib.AsyncExitStack) -> Distillation:
+        job, sources, journal = self.job, self.sources, self.journal
+        judges: dict[str, Judges] = {}
+        """By verifier: a reward and an evaluation with the same one share its processes."""
+
+        def judge(spec: str) -> Judges:
+            if spec not in judges:
+                judges[spec] = Judges(spec, job.data.verifiers)
+                to_the_end.push_async_callback(judges[spec].close)
+            return judges[spec]
+
+        reward = job.objective.reward
+        return Distillation(
             job,
             self.store,
-            TrainingData(sources.stream, sources.stream.golden(), golden.key, reference.mean_tokens, sources.demonstrations, self.reads),
+            TrainingData(
+                sources.stream,
+                sources.stream.golden(),
+                golden.key,
+                golden.reference.mean_tokens,
+                sources.demonstrations,
+                judge=partial(judge_rollouts, judge(reward.verifier), sources.decode) if reward else None,
+                rewards=Rewards(reward, sources.stream.outcomes) if reward else None,
+                reads=self.reads,
+            ),
             Actors(fleet, pool, start_governor(job, self.store, self.service, journal)),
             journal,
             Checkpoints(
@@ -191,12 +224,9 @@ class Run:
                 note=journal.note,
                 mirror=self.mirror.push if self.mirror else None,
             ),
-            HeldOut(sources, sources.verify, fleet) if sources.verify else None,
+            HeldOut(sources, judge(job.data.eval.verifier), fleet) if sources.problems else None,
             lambda: self._finish(fleet),
         )
-        await self._loop.run(self.resume)
-        if self._terminated:
-            raise TerminatedError("terminated: the run goes on from its checkpoint with --resume")
 
     async def _finish(self, fleet: Fleet) -> None:
         """The student, once all steps are taken. SIGTERM after the last step came too late to matter."""

@@ -66,6 +66,8 @@ class RunState:
         await self._terms.restore(state)
         if state["golden_key"] != self._data.golden_key:
             self._journal.note("the golden answers are not those that the checkpoint's run had: teacher, prompts or their settings differ")
+        if self._data.rewards is not None:
+            self._data.rewards.restore(state.get("rewards", {}))
         self._journal.restore(state["telemetry"], state["records"])
         self.begun = folder is not None
         self._journal.learner_version(await self._learner.restore(str(folder)) if folder else 0)
@@ -93,6 +95,7 @@ class RunState:
             "skipped_in_a_row": self.skipped_in_a_row,
             "golden_key": self._data.golden_key,
             "reads": dict(self._data.reads),
+            "rewards": self._data.rewards.state() if self._data.rewards else {},
             "telemetry": self._journal.telemetry_state(),
             "records": sizes,
         }

@@ -19,7 +19,7 @@ from prometheus_client import start_http_server
 
 from opd_governor.actors.governor.reference import Answer, fit_lengths
 from opd_governor.actors.learner.actor import StepReport
-from opd_governor.actors.learner.metrics import POSITION_BUCKETS, BatchMetrics
+from opd_governor.actors.learner.metrics import POSITION_BUCKETS, BatchMetrics, SignalSums
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
 from opd_governor.services.inputs.golden import LengthReference
 from opd_governor.services.record.batch import Batch
@@ -105,7 +105,16 @@ def _trajectory(length: int, step: int) -> Trajectory:
     logprobs_T = np.zeros(length, np.float32)
     onset = None if whole else 90
     return Trajectory(
-        Prompt(0, (1,)), (2,) * length, logprobs_T, "stop" if whole else "length", CAP_TOKENS, step, step - 1, 0, loop_onset=onset
+        Prompt(0, (1,)),
+        (2,) * length,
+        logprobs_T,
+        "stop" if whole else "length",
+        CAP_TOKENS,
+        step,
+        step - 1,
+        0,
+        loop_onset=onset,
+        reward=float(whole),
     )
 
 
@@ -127,6 +136,8 @@ def _metrics(num_tokens: int, num_stops: int) -> BatchMetrics:
         teacher_stop_mass=0.025 * num_tokens,
         teacher_stop_logp_raw_M=np.full(num_stops, -0.4, np.float32),
         teacher_stop_logp_class_M=np.full(num_stops, -0.3, np.float32),
+        teacher_signal=SignalSums(num_tokens, -0.4 * num_tokens, 0.5 * num_tokens, 0.5 / num_tokens),
+        reward_signal=SignalSums(num_tokens, 0.0, 0.25 * num_tokens, 0.25 / num_tokens),
         **zero,
     )
 

@@ -22,6 +22,7 @@ def test_every_query_about_runs_has_data_while_one_goes_and_its_target_goes_with
     server = Prometheus(tmp_path / "prometheus")
     live = LiveRun(
         tmp_path / "sums", *SMALL, "learner.total_steps=60", "data.unfinished_by_teacher=quota", f"service.file_sd_dir={server.targets}",
+        "objective.reward={verifier: regex}", "rollout.samples_per_prompt=2",
         "teacher.model=../sums/pairs",  # with tokens of its own, which one panel is about
     )  # fmt: skip
     try:

@@ -209,3 +209,33 @@ def test_a_servers_teacher_is_compared_by_the_tokenizer_that_the_job_names(job, 
     assert (one.status, "compared by bytes" in one.detail) == ("pass", True)
     absent = failures(check(job(teacher=server | {"tokenizer": "own", "model": "./absent"}), tmp_path))
     assert any("teacher teacher tokenizer ./absent" in line for line in absent)
+
+
+def test_a_reward_is_checked_with_its_group_its_verifier_and_its_answers(job, tmp_path):
+    def rewarded(samples: int = 2, verifier: str = "number", prompts: str | None = None, **reward):
+        data = {}
+        if prompts is not None:
+            (tmp_path / "own.jsonl").write_text(prompts)
+            data = {"prompts": {"path": str(tmp_path / "own.jsonl")}}
+        built = job(objective={"reward": {"verifier": verifier} | reward}, rollout={"samples_per_prompt": samples}, data=data)
+        checks = check(built, tmp_path / "run")
+        return failures(checks), exit_code(checks)
+
+    assert rewarded() == ([], 0)
+    assert rewarded(samples=1, baseline="running") == ([], 0)
+    (alone,), code = rewarded(samples=1)
+    assert alone == (
+        "objective.reward.baseline: group compares the samples of a prompt, and rollout.samples_per_prompt is 1; "
+        "set it to 2 or more, or baseline to running"
+    )
+    assert code == 2
+    (missing,), code = rewarded(prompts='{"prompt": "1+1?"}\n')
+    assert missing.endswith("own.jsonl:1: no column 'answer' to verify against; add it, set answer_column or unset objective.reward")
+    assert code == 2
+    (unread,), _ = rewarded(prompts='{"prompt": "1+1?", "answer": "two"}\n')
+    assert unread.endswith("own.jsonl:1: answer 'two' holds no number; mend it, or choose another verifier")
+    (schema,), _ = rewarded(verifier="json-schema", prompts='{"prompt": "1+1?", "answer": "{"}\n')
+    assert "own.jsonl:1: answer '{' is no JSON" in schema
+    (unknown,), code = rewarded(verifier="numbr")
+    assert unknown.startswith("objective.reward.verifier numbr: expected exact, regex, number")
+    assert code == 2

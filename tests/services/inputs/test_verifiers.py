@@ -28,7 +28,10 @@ def test_a_function_of_a_file_or_a_module_verifies(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("exactly", "expected exact, regex, number, math-verify, file.py:function or module:function"),
+        (
+            "exactly",
+            "expected exact, regex, number, math-verify, json-schema, unit-tests, an http(s) address, file.py:function or module:function",
+        ),
         ("absent.py:f", "absent.py does not load (FileNotFoundError: no such file)"),
         ("absent_module:f", "No module named 'absent_module'"),
         ("operator:absent", "operator has no function absent"),

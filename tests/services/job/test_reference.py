@@ -56,6 +56,10 @@ def test_the_defaults_on_the_page_are_those_of_a_job_that_sets_nothing() -> None
         value: Any = job
         for part in [*group.split("."), key] if group != "top level" else [key]:
             value = (value[0] if isinstance(value, list) else value)[part]
+            if value is None:
+                break  # a group that a job need not have: its defaults hold once it is there
+        if value is None and group == "objective.reward":
+            continue
         if default != "required":
             assert yaml.safe_load(default.strip("`")) == value, (group, key)
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from opd_governor.actors.deadlines import CallerError
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
+from opd_governor.services.inputs.verdicts import Verdict, failed
 from opd_governor.services.record.batch import Batch, Launch
+from opd_governor.services.record.rewards import reward_fields
 from opd_governor.services.record.steps import record_batch
 from opd_governor.services.record.telemetry import Telemetry
 from opd_governor.services.run.collect import collect
@@ -152,3 +155,39 @@ def test_where_every_rollout_is_truncated_a_quotas_share_of_them_is_learned_from
     assert (len(batch.scored), batch.num_over_quota) == (1, 5)
     batch, _ = run(dict.fromkeys(range(6), "length"), quota=0.0)
     assert (len(batch.scored), batch.num_over_quota) == (0, 6)
+
+
+def test_a_verdict_goes_with_its_rollout_and_one_without_a_score_costs_that_rollout_alone() -> None:
+    async def judge(trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        await asyncio.sleep(0)
+        return [failed("timeout", "4", "no verdict") if t.prompt.index == 1 else Verdict(t.prompt.index / 8) for t in trajectories]
+
+    prompts = [Prompt(index, (1, 2), answer="4") for index in range(6)]
+    launch = Launch(3, prompts, LengthLimits(64), RolloutSettings(samples_per_prompt=2), 1)
+    batch = asyncio.run(collect(FakeFleet({3: "error"}), FakePool({4}), launch, judge=judge))  # type: ignore[arg-type]
+    rewards = {t.prompt.index: t.reward for t in batch.trajectories}
+    assert rewards == {0: 0.0, 1: None, 2: 0.25, 3: None, 4: 0.5, 5: 0.625}
+    assert [s.trajectory.reward for s in batch.scored[::2]] == [0.0, None, 0.25, 0.625]
+    assert [verdict.reason for verdict in batch.unjudged] == ["timeout", "timeout"]
+    fields = reward_fields(batch, None)
+    assert (fields["unjudged"], fields["reward_passed"], fields["reward_mixed"]) == ({"timeout": 2}, 0.5, 0.0)
+    telemetry = Telemetry("x")
+    record_batch(telemetry, batch, None, LengthLimits(64))
+    sample = partial(telemetry.registry.get_sample_value, labels={"run": "x"})
+    assert sample("opd_reward_mean") == fields["reward_mean"] == np.mean([0.0, 0.25, 0.5, 0.625])
+    assert (sample("opd_rewards_judged_total"), sample("opd_rewards_passed_total")) == (8, 4)
+    assert telemetry.registry.get_sample_value("opd_verifier_failures_total", {"run": "x", "reason": "timeout"}) == 2
+
+
+def test_what_no_verifier_judged_is_absent_and_never_0() -> None:
+    async def judge(trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        return [failed("died", "4", "gone") for _ in trajectories]
+
+    launch = Launch(3, [Prompt(0, (1, 2))], LengthLimits(64), RolloutSettings(), 1)
+    batch = asyncio.run(collect(FakeFleet({}), FakePool(set()), launch, judge=judge))  # type: ignore[arg-type]
+    assert reward_fields(batch, None) == {"unjudged": {"died": 1}}
+    assert reward_fields(run({})[0], None) == {}
+    telemetry = Telemetry("x")
+    telemetry.set("opd_reward_mean", 0.5)
+    record_batch(telemetry, batch, None, LengthLimits(64))
+    assert telemetry.registry.get_sample_value("opd_reward_mean", {"run": "x"}) is None

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
+from opd_governor.services.inputs.verdicts import Verdict
 from opd_governor.services.run.held_out import HeldOut
 from tests.services.control.fake_run import make_job
 
@@ -30,7 +31,11 @@ async def test_both_decodings_are_asked_on_the_settings_in_force() -> None:
     fleet = FakeFleet()
     problems = tuple(Prompt(index, (5,), answer=str(index % 2)) for index in range(4))
     sources: Any = SimpleNamespace(problems=problems, decode=lambda ids: str(ids[0]))
-    evaluate = HeldOut(sources, lambda response, answer: response == answer, fleet)  # type: ignore[arg-type]
+
+    async def judge(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        return [Verdict(float(response == answer)) for response, answer in pairs]
+
+    evaluate = HeldOut(sources, judge, fleet)  # type: ignore[arg-type]
     job = make_job(rollout={"temperature": 0.7, "max_new_tokens": 99})
     found = await evaluate(job, 3)
     assert fleet.asked == {(True, 0.7, 99), (False, 0.7, 99)}

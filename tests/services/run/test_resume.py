@@ -223,5 +223,5 @@ def test_a_clock_that_jumps_bends_no_duration(tmp_path: Path, monkeypatch: pytes
 def test_the_state_names_everything_that_a_step_depends_on(tmp_path: Path) -> None:
     Loop(tmp_path).run()
     state = json.loads((tmp_path / "checkpoints/step-10/state.json").read_text())
-    names = "step cursor governor pressure healthy skipped_in_a_row config_generation golden_key reads telemetry records"
+    names = "step cursor governor pressure healthy skipped_in_a_row config_generation golden_key reads rewards telemetry records"
     assert state.keys() == set(names.split())
