@@ -42,6 +42,9 @@ def check_weights(whose: str, where: str, facts: ModelFacts) -> Iterator[Check]:
             yield Check(f"weights {whose}", "fail", f"{where}: {odd} and is not marked as quantised", REMEDY)
             return
         report = _report(kind, config, found)
+    except FileNotFoundError as error:
+        yield Check(f"weights {whose}", "fail", f"{where}: {words(error)}", "fetch the folder again")
+        return
     except BaseException as error:
         if not is_theirs(error):
             raise

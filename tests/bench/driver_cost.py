@@ -141,7 +141,7 @@ class Sink:
     async def weights(self, dtype: str, *, trained_only: bool = False) -> tuple[int, np.ndarray]:
         return self._version, np.zeros(0, np.uint8)
 
-    async def probe(self, token_ids: Sequence[int], dtype: str) -> np.ndarray:
+    async def probe(self, token_ids: Sequence[int], dtype: str, *, base: bool = False) -> np.ndarray:
         return ZEROS[: len(token_ids) - 1]
 
     async def snapshot(self) -> None: ...
@@ -167,7 +167,7 @@ class Host:
     async def load_weights(self, weights: Any, version: int, probe: Sequence[int]) -> np.ndarray:
         return ZEROS[: len(probe) - 1]
 
-    async def probe(self, token_ids: Sequence[int], dtype: str = "") -> np.ndarray:
+    async def probe(self, token_ids: Sequence[int], dtype: str = "", *, base: bool = False) -> np.ndarray:
         return ZEROS[: len(token_ids) - 1]
 
     async def score_packed(self, message: bytes) -> bytes:

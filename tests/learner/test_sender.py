@@ -25,6 +25,9 @@ class Model(torch.nn.Module):
     def get_output_embeddings(self) -> torch.nn.Linear:
         return self.head
 
+    def get_input_embeddings(self) -> torch.nn.Linear:
+        return self.head
+
 
 class Trainer:
     """vLLM's trainer engine that takes `taken` weights of its source and then fails."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from opd_governor.actors.causal_lm import CausalLM
 from opd_governor.actors.learner.lora import adapter_names, add_lora, write_adapter
@@ -78,7 +78,7 @@ def test_what_cannot_have_one_is_one_line(tmp_path: Path) -> None:
 
 def test_a_mixture_of_experts_is_refused_once(tmp_path: Path) -> None:
     config = AutoConfig.for_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, hidden_size=32, num_hidden_layers=1)
-    config.save_pretrained(tmp_path / "moe")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
     student = facts(tmp_path / "moe")
     (refused,) = [check for check in [*check_student(student), *found(tmp_path / "moe", {})] if check.status == "fail"]
     assert "a mixture of 4 experts" in refused.line()
