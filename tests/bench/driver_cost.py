@@ -170,7 +170,7 @@ class Host:
     async def probe(self, token_ids: Sequence[int], dtype: str = "", *, base: bool = False) -> np.ndarray:
         return ZEROS[: len(token_ids) - 1]
 
-    async def score_packed(self, message: bytes) -> bytes:
+    async def score_packed(self, message: bytes, followed: object = None) -> bytes:
         process, scores = await self._scorer.score(rows_of(unpack(message)))
         return pack((process, tabulate(scores)))
 
