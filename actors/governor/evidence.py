@@ -153,7 +153,9 @@ class MeanTest:
         if self.half_life_steps is not None:
             return self._level(track, seen) + self.sign * beyond
         learned = self.sign * (track.baseline - seen.expected) if track.baseline_weight else 0.0
-        if learned > 0:
+        if not _is_learned(track):
+            learned = self.max_baseline  # whatever the student begins with, until that is known
+        elif learned > 0:
             learned += math.sqrt(self._variance(track, seen) / max(1.0, track.baseline_weight / max(1.0, seen.num)))
         return seen.expected + self.sign * (min(self.max_baseline, max(0.0, learned)) + beyond)
 
@@ -203,8 +205,12 @@ def pressure_of(evidence: float, threshold: float) -> float:
     return min(1.0, max(0.0, (evidence - threshold) / (0.5 * threshold)))
 
 
+def _is_learned(track: Track) -> bool:
+    return track.baseline_weight >= BASELINE_ROLLOUTS and track.baseline_steps >= BASELINE_STEPS
+
+
 def _learn(track: Track, seen: Observation) -> Track:
-    if track.baseline_weight >= BASELINE_ROLLOUTS and track.baseline_steps >= BASELINE_STEPS:
+    if _is_learned(track):
         return track
     weight = track.baseline_weight + seen.num
     baseline = track.baseline + (seen.num / weight) * (seen.value - track.baseline) if weight > 0 else track.baseline
