@@ -180,7 +180,7 @@ def test_a_run_trains_an_addition_and_leaves_it_in_final(tmp_path: Path) -> None
         "data.golden.num_prompts=64", "data.eval.limit=8",
     )  # fmt: skip
     assert live.finish() == 0, live.log.read_text()[-3000:]
-    assert len(read_records(out / "metrics.jsonl")) == 4
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     assert json.loads((out / "final/adapter_config.json").read_text())["r"] == 8
     assert (out / "final/merged/model.safetensors").is_file()
     assert "nats away in the mean" in (out / "final/README.md").read_text()
