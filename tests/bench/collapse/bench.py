@@ -302,7 +302,7 @@ def read_results() -> dict[str, dict[int, Run]]:
     """Arm -> seed -> what is kept of the run."""
     found: dict[str, dict[int, Run]] = {}
     for arm in ARMS:
-        for folder in sorted((HERE / arm).glob("[0-9]*")):
+        for folder in sorted((HERE / arm).glob("[0-9]*"), key=lambda folder: int(folder.name)):
             found.setdefault(arm, {})[int(folder.name)] = read_kept(folder)
     return found
 
