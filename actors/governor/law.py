@@ -36,8 +36,9 @@ RECOVERED = 0.05
 LOST = 0.5
 """Severity at which a course that fails is followed by a rollback."""
 TRIAL_STEPS = 8.0
-"""Time that a course gets to show that it helps, and, where it does at least no harm, ..."""
+"""Time that a course gets to show that it helps."""
 LONG_TRIAL_STEPS = 32.0
+"""The same where severity is at least no worse than when it began."""
 HELPS = 0.8
 """A course helps that lowers severity to this share in its time."""
 COOLDOWN_STEPS = 12.0

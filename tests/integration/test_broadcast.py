@@ -22,12 +22,13 @@ import torch
 import opd_governor.services.run.fleet
 from opd_governor.actors.deadlines import ActorLostError
 from opd_governor.actors.rollout.actor import Deliveries, RolloutActor
-from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.job.settings import Job
 from opd_governor.services.record.batch import Sync
 from opd_governor.services.run.cluster import connect
 from opd_governor.services.run.fleet import Fleet
+from tests.made_up import random_batch
 from tests.tiny import build_tiny
 
 pytestmark = pytest.mark.integration
@@ -151,18 +152,6 @@ class Live:
             while process.status() != psutil.STATUS_STOPPED:
                 await asyncio.sleep(0.05)
         return syncing, process
-
-
-def random_batch(seed: int) -> list[ScoredRollout]:
-    """Made-up responses and teacher scores: any values move every weight."""
-    rng = np.random.default_rng(seed)
-    rollouts = []
-    for index in range(4):
-        token_ids = tuple(int(i) for i in rng.integers(4, 80, 16))
-        behaviour, teacher = (rng.uniform(-6, -1, 16).astype(np.float32) for _ in range(2))
-        trajectory = Trajectory(Prompt(index, (5, 6, 7)), token_ids, behaviour, "stop", 32, seed, seed - 1, 0)
-        rollouts.append(ScoredRollout(trajectory, TokenScores("t", teacher, teacher - 1)))
-    return rollouts
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import pytest
 import ray
 from tiny import Architecture, build_tiny, tiny_tokenizer
 
-from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.actors.trajectory import LengthLimits, Prompt, Trajectory
 from opd_governor.services.inputs.resolve import Models, resolve
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.cluster import connect
 from opd_governor.services.run.fleet import Fleet
+from tests.made_up import random_batch
 
 pytestmark = pytest.mark.integration
 
@@ -103,7 +104,7 @@ async def _sample_learn_sample(name: str, folder: str) -> tuple[np.ndarray, np.n
         first = await sample()
         learner = fleet.learner
         for version in range(1, 6):
-            await fleet.learner.learn(_random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
+            await fleet.learner.learn(random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
             assert (await fleet.sync_weights()).gap_nats < TOLERANCE_NATS
         (trajectory, _) = await sample()
         ids, length = [*prompt.token_ids, *trajectory.token_ids], len(trajectory.token_ids)
@@ -137,21 +138,9 @@ async def _learn_and_sync(name: str, folder: str) -> tuple[list[float], float]:
         gaps = [(await fleet.sync_weights()).gap_nats]
         first = await fleet.learner.probe(PROBE)
         for version in range(1, NUM_SYNCS + 1):
-            report = await fleet.learner.learn(_random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
+            report = await fleet.learner.learn(random_batch(version), [], LengthLimits(32), 10.0, 3e-3)
             assert not report.skipped
             gaps.append((await fleet.sync_weights()).gap_nats)
         return gaps, float(np.abs(await fleet.learner.probe(PROBE) - first).max())
     finally:
         await asyncio.to_thread(fleet.end_actors)
-
-
-def _random_batch(seed: int) -> list[ScoredRollout]:
-    """Made-up responses and teacher scores: any values move every weight."""
-    rng = np.random.default_rng(seed)
-    rollouts = []
-    for index in range(4):
-        token_ids = tuple(int(i) for i in rng.integers(4, 80, 16))
-        behaviour, teacher = (rng.uniform(-6, -1, 16).astype(np.float32) for _ in range(2))
-        trajectory = Trajectory(Prompt(index, (5, 6, 7)), token_ids, behaviour, "stop", 32, seed, seed - 1, 0)
-        rollouts.append(ScoredRollout(trajectory, TokenScores("t", teacher, teacher - 1)))
-    return rollouts

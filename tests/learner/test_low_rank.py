@@ -65,7 +65,7 @@ def test_the_gradient_is_that_of_the_merged_weight(folders: tuple[Path, Path]) -
     layer = next(iter(lora_layers(model).values()))
     with torch.no_grad():
         layer.lora_B.normal_(0, 0.1)
-    x = torch.randn(5, layer.in_features)
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
     layer(x).square().sum().backward()
     weight = layer.merged(layer.weight, layer.lora_A, layer.lora_B).detach().requires_grad_()
     torch.nn.functional.linear(x, weight).square().sum().backward()
