@@ -12,8 +12,10 @@ step resemble each other: shares are read as those of fewer rollouts (a design e
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 WITHIN_STEP_CORRELATION = 0.01
 """Between two rollouts of a step: n rollouts count as n / (1 + (n - 1) x this)."""
@@ -80,7 +82,13 @@ class Track:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Track":
-        return cls(**{**values, "logs": tuple(values["logs"])})
+        return cls(**known(cls, {**values, "logs": tuple(values["logs"])}))
+
+
+def known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that this version of a dataclass has: a state written by another version goes on, with defaults for what it lacks."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 class Test(Protocol):
@@ -219,10 +227,7 @@ def _learn(track: Track, seen: Observation) -> Track:
 
 def _accumulate(logs: tuple[float, ...], gains: list[float], ceiling: float) -> tuple[float, ...]:
     gains = [min(MAX_STEP_NATS, max(-MAX_RELIEF_NATS, gain)) for gain in gains]
-    started = [_log_one_more(log) for log in logs] or [0.0] * len(gains)
+    if logs and len(logs) != len(gains):  # written by a version with other alternatives
+        logs = (max(logs),) * len(gains)
+    started = [float(np.logaddexp(0.0, log)) for log in logs] or [0.0] * len(gains)
     return tuple(min(ceiling, log + gain) for log, gain in zip(started, gains, strict=True))
-
-
-def _log_one_more(log: float) -> float:
-    """log(1 + exp(log))."""
-    return max(0.0, log) + math.log1p(math.exp(-abs(log)))

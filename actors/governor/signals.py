@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from opd_governor.actors.extensions import Kind
-from opd_governor.actors.governor.evidence import MeanTest, Observation, ShareTest, Test
+from opd_governor.actors.governor.evidence import MeanTest, Observation, ShareTest, Test, known
 from opd_governor.actors.governor.snapshot import Growth, Snapshot, added, ratio
 
 LARGEST = 1e15
@@ -245,8 +245,8 @@ class Signals:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Signals":
-        seen = {name: Observation(**each) for name, each in values.get("observations", {}).items()}
-        return cls(**{**values, "observations": seen})
+        seen = {name: Observation(**known(Observation, each)) for name, each in values.get("observations", {}).items()}
+        return cls(**known(cls, {**values, "observations": seen}))
 
 
 def compute(previous: Snapshot, current: Snapshot) -> Signals:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from opd_governor.actors.governor.evidence import Track
+from opd_governor.actors.governor.evidence import Track, known
 from opd_governor.actors.governor.signals import Disease, Signals
 from opd_governor.actors.trajectory import LengthLimits
 
@@ -81,9 +81,9 @@ class State:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "State":
-        limits = LengthLimits(**values["limits"]) if values["limits"] else None
+        limits = LengthLimits(**known(LengthLimits, values["limits"])) if values["limits"] else None
         tracks = {name: Track.from_json(each) for name, each in values["tracks"].items()}
-        return cls(**{**values, "tracks": tracks, "limits": limits})
+        return cls(**known(cls, {**values, "tracks": tracks, "limits": limits}))
 
 
 @dataclass(frozen=True, slots=True)

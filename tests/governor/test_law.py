@@ -140,6 +140,16 @@ def test_state_and_signals_survive_json_bit_for_bit_and_decide_the_same(seen, po
         assert decide(decision.before, cleaned, policy, BASE, decision.step)[2].after == decision.after
 
 
+def test_a_state_that_another_version_wrote_goes_on():
+    state = run([HEALTHY] * 5 + [LOST_RUN] * 2)[-1].after
+    written = json.loads(json.dumps(state.to_json()))
+    del written["settled"], written["limits"]["excess_weight"]
+    read = State.from_json(written | {"releasing": True, "limits": written["limits"] | {"gone": 1.0}})
+    assert read == replace(state, settled=False, limits=replace(state.limits, excess_weight=1.0))
+    fewer = replace(read, tracks={name: replace(track, logs=track.logs[:1]) for name, track in read.tracks.items()})
+    assert run([LOST_RUN], state=fewer)[-1].after.pressure >= state.pressure
+
+
 def test_a_healthy_run_is_left_alone():
     decisions = run([HEALTHY] * 300)
     assert {d.after.pressure for d in decisions} == {0}
