@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from opd_governor.actors.trajectory import Trajectory
+from opd_governor.services.inputs.refusals import words
 from opd_governor.services.inputs.verdicts import MEMORY_VARIABLE, TIMEOUT_VARIABLE, Reason, Verdict, failed
 from opd_governor.services.job.settings import VerifierProcesses
 
@@ -116,16 +117,12 @@ class Judges:
 async def _started(spec: str, settings: VerifierProcesses) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process that has loaded the verifier. Raises VerifierError where it does not."""
     limits = {TIMEOUT_VARIABLE: str(settings.timeout_s), MEMORY_VARIABLE: str(settings.memory_mib)}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "opd_governor.services.inputs.verifier_process",
-        spec,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env=os.environ | limits,
-        start_new_session=True,
-    )
+    command = (sys.executable, "-m", "opd_governor.services.inputs.verifier_process", spec)
+    pipe = asyncio.subprocess.PIPE
+    try:
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=os.environ | limits, start_new_session=True)
+    except OSError as error:
+        raise VerifierError("died", f"its process does not start: {words(error)}") from None
     try:
         said = await _line(process, START_S)
         if "ready" not in said:
@@ -147,4 +144,7 @@ async def _line(process: asyncio.subprocess.Process, timeout_s: float) -> dict[s
     if not line:
         code = await process.wait()
         raise VerifierError("died", f"its process ended with {'signal ' if code < 0 else 'exit code '}{abs(code)}")
-    return json.loads(line)  # type: ignore[no-any-return]
+    try:
+        return dict(json.loads(line))
+    except (TypeError, ValueError):
+        raise VerifierError("nonsense", f"its process says {line[:60]!r}, which is no verdict") from None

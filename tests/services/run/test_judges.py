@@ -3,6 +3,7 @@
 import asyncio
 import http.server
 import json
+import sys
 import threading
 import time
 
@@ -116,3 +117,14 @@ def test_a_verifier_that_does_not_load_is_named() -> None:
     (found,) = judged("absent_module:f", [("a", "b")], processes=1)
     assert (found.score, found.reason) == (None, "died")
     assert "No module named 'absent_module'" in found.trouble
+
+
+def test_a_process_that_does_not_start_or_says_nonsense_costs_responses_and_keeps_nobody_waiting(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    (verdict,) = judged("exact", [("7", "7")])
+    assert (verdict.score, verdict.reason) == (None, "died")
+    assert "its process does not start: " in verdict.trouble
+    (tmp_path / "chatty").write_text("#!/bin/sh\necho '{\"ready\": true}'\nwhile read -r line; do echo hello; done\n")
+    (tmp_path / "chatty").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "chatty"))
+    assert [v.reason for v in judged("exact", [("7", "7"), ("8", "7")], processes=1)] == ["nonsense", "nonsense"]
