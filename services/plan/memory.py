@@ -17,6 +17,8 @@ LOSS_COPIES = 3.2
 """Float32 tensors of [chunk_tokens, vocabulary] at once in the loss: logits, log-probs, their gradient."""
 BACKWARD_COPIES = 2.5
 """Float32 tensors of a layer's width (hidden and inner) at once while it goes back."""
+RECOMPUTED_COPIES = 1.0
+"""The same with checkpointing, beside what the layer under way keeps: its own tensors go while it goes back."""
 LEAST_SEQUENCES = 8
 """Sequences of the whole window that an engine's KV cache should hold; below that it decodes almost one by one."""
 GRAPHS_BYTES = 1.5 * GIB
@@ -108,7 +110,8 @@ def learner_need(job: Job, student: Shape, num_ranks: int) -> Need:
     head = 4 * student.head_bytes_per_dtype_byte if lora is None else 0
     loss = LOSS_COPIES * 4 * min(settings.chunk_tokens, tokens) * student.vocabulary + 2 * head + 4 * tokens * student.hidden
     stream = 4 if lora is None else itemsize  # autocast adds up float32 weights' outputs in float32, a frozen base's in its own dtype
-    backward = BACKWARD_COPIES * stream * tokens * (student.hidden + student.inner) + 2 * head
+    copies = RECOMPUTED_COPIES if settings.gradient_checkpointing else BACKWARD_COPIES
+    backward = copies * stream * tokens * (student.hidden + student.inner) + 2 * head
     if settings.gradient_checkpointing:
         backward += full.per_layer_token * tokens
     terms |= {"loss": loss} if loss > backward else {"layer under way": backward}
