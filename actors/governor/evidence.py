@@ -74,6 +74,10 @@ class Track:
         """Baseline and scatter are learned again; evidence so far stays, so that a change releases nothing."""
         return Track(logs=self.logs)
 
+    def held_at(self, nats: float) -> "Track":
+        """With at most this much evidence."""
+        return replace(self, logs=tuple(min(nats, log) for log in self.logs))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "logs": list(self.logs), "baseline": self.baseline, "baseline_weight": self.baseline_weight,

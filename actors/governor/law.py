@@ -41,6 +41,8 @@ LONG_TRIAL_STEPS = 32.0
 """The same where severity is at least no worse than when it began."""
 HELPS = 0.8
 """A course helps that lowers severity to this share in its time."""
+AFTER_PUSH = 0.5
+"""Pressure of long answers once a push or a brake has cured them: the rest is released like any other."""
 COOLDOWN_STEPS = 12.0
 """After a rollback, before another."""
 MAX_STEPS_SPANNED = 1000.0
@@ -123,7 +125,7 @@ def _weigh(state: State, signals: Signals, policy: Policy) -> Outcome:
     weight = 1.0 - math.exp(-(signals.num_rollouts or 0.0) / SEVERITY_ROLLOUTS)
     moved = replace(moved, severity=moved.severity + weight * (share - moved.severity))
     moved = replace(moved, settled=moved.settled or moved.healthy_steps >= PATIENCE_STEPS)
-    moved, command = _steer(moved, policy, steps, stands=min(state.severity, share) >= ONSET)
+    moved, command = _steer(moved, policy, steps, stands=min(state.severity, share) >= ONSET, known=not missing)
     quiet = worst == "" and not missing
     return Outcome(
         moved,
@@ -189,8 +191,8 @@ def _sick_share(signals: Signals) -> float:
     return min(1.0, max(0.0, cut if tail is None else tail.value - tail.expected, signals.loop_rate or 0.0))
 
 
-def _steer(state: State, policy: Policy, steps: float, *, stands: bool) -> tuple[State, Command | None]:
-    """Which course is taken, and rollbacks. `stands`: inflation is in this reading and was there before it.
+def _steer(state: State, policy: Policy, steps: float, *, stands: bool, known: bool) -> tuple[State, Command | None]:
+    """Which course is taken, and rollbacks. `stands`: inflation is in this reading and was there before it. `known`: nothing is missing.
 
     A brake after an onset preserves the sickness, so an onset is answered by going back to before it, with the brake on. Where that
     cannot be (no rollback is allowed, or the student was no sounder after one) the courses are tried in turn.
@@ -201,14 +203,14 @@ def _steer(state: State, policy: Policy, steps: float, *, stands: bool) -> tuple
     if short_steps > TRIAL_STEPS and not cooling:
         return _last_resort(state, policy, lost=True)
     if state.severity < RECOVERED or not state.pressure_long:
-        return replace(state, course="prevent", course_steps=0.0), None
+        return (_recovered(state, policy) if known else state), None
     if state.course == "prevent":
         if state.severity < ONSET or state.pressure_long < 0.5 or cooling or not stands:
             return state, None
         if state.settled and policy.may_move("rollback") and state.rollbacks < policy.max_rollbacks:
             return _roll_back(state, policy), "rollback"
         return replace(state, course="push", course_steps=0.0, course_severity=state.severity), None
-    state = replace(state, course_steps=state.course_steps + steps)
+    state = replace(state, course_steps=state.course_steps + steps, recovery_steps=state.recovery_steps + steps)
     if state.course_steps < TRIAL_STEPS:
         return state, None
     if state.severity <= HELPS * state.course_severity:
@@ -220,6 +222,16 @@ def _steer(state: State, policy: Policy, steps: float, *, stands: bool) -> tuple
         return other, None
     resorted, command = _last_resort(state, policy, lost=state.course == "brake")
     return (other, None) if command is None else (resorted, command)
+
+
+def _recovered(state: State, policy: Policy) -> State:
+    """Limits follow pressure again. Once courses had their time, what led to it is answered: a student that is well again is not left
+    under the brake, yet anything new presses at once."""
+    if state.recovery_steps >= TRIAL_STEPS:
+        threshold = threshold_nats(policy.false_alarm_steps, len(SIGNALS))
+        tracks = {n: t.held_at(threshold) if SIGNALS[n].disease == "long" else t for n, t in state.tracks.items()}
+        state = replace(state, tracks=tracks, pressure_long=min(AFTER_PUSH, state.pressure_long))
+    return replace(state, course="prevent", course_steps=0.0, recovery_steps=0.0)
 
 
 def _last_resort(state: State, policy: Policy, *, lost: bool) -> tuple[State, Command | None]:
@@ -237,7 +249,7 @@ def _roll_back(state: State, policy: Policy) -> State:
     if policy.mode != "enforce":
         return state
     state = replace(state, rollbacks=state.rollbacks + 1, tracks={}, severity=0.0, healthy_steps=0.0, released_from={}, settled=False)
-    return replace(state, course="prevent", course_steps=0.0, pressure_long=1.0 if state.pressure_long else 0.0)
+    return replace(state, course="prevent", course_steps=0.0, recovery_steps=0.0, pressure_long=1.0 if state.pressure_long else 0.0)
 
 
 def _conclude(

@@ -45,6 +45,8 @@ class State:
     """Disease -> its pressure when the release began, from then until a relapse returns to it or a long healthy stretch is over."""
     course: Course = "prevent"
     course_steps: float = 0.0
+    recovery_steps: float = 0.0
+    """Of all courses since the onset."""
     course_severity: float = 0.0
     """Severity when the course began: a course that does not lower it is changed."""
     severity: float = 0.0

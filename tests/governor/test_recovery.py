@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from opd_governor.actors.governor.actuators import ACTUATORS
-from opd_governor.actors.governor.law import LOST, ONSET
+from opd_governor.actors.governor.law import AFTER_PUSH, LOST, ONSET
 from opd_governor.actors.governor.policy import Policy
 from tests.governor.readings import HEALTHY, LOST_RUN, run, signals
 
@@ -84,3 +84,16 @@ def test_inflation_that_nothing_helps_rolls_back_and_stops_in_the_end():
     assert first.after.pressure == 1
     assert second.before.severity >= LOST
     assert second.reason.endswith("roll back to the last healthy checkpoint")
+
+
+def test_a_student_that_was_pushed_back_to_health_is_not_left_under_the_brake():
+    policy = Policy(actuators=tuple(name for name in ACTUATORS if name != "rollback"))
+    lingering = signals(tail=0.045)  # a little over what the teacher has, for ever: evidence of the sickness would never fall
+    decisions = run([HEALTHY] * 5 + [LOST_RUN] * 6 + [signals(tail=0.2)] * 6 + [lingering] * 20, policy)
+    cured = next(i for i, d in enumerate(decisions) if d.before.course == "push" and d.after.course == "prevent")
+    assert decisions[cured].after.pressure_long == AFTER_PUSH
+    assert decisions[cured].limits.lr_scale > 0.5
+    again = run([LOST_RUN], policy, state=decisions[cured].after)[-1]
+    assert again.after.pressure_long > AFTER_PUSH, "what is new presses at once"
+    unread = replace(lingering, observations={name: seen for name, seen in lingering.observations.items() if name != "length"})
+    assert run([unread] * 20, policy, state=decisions[cured - 1].after)[-1].after.course == "push", "nothing is over that nobody measured"
