@@ -25,6 +25,10 @@ MAX_RELIEF_NATS = 2.0
 """Most evidence that one step may take away."""
 MOST_SHARE = 0.9
 """Where a healthy run has at least this share, more of it proves nothing: under a short cap nearly every rollout is cut."""
+PROMPTS_MOVED_NATS = 0.15
+"""Prompts whose expected answers are longer or shorter than the running level by this much are other prompts."""
+MOVED_STEP_NATS = 1.0
+"""Most evidence of one step against a running level while prompts are others than it was made of: a jump may be theirs."""
 BASELINE_ROLLOUTS = 128
 BASELINE_STEPS = 4
 """A baseline is learned over at least this many rollouts and steps; it excuses a student that begins otherwise than its teacher."""
@@ -45,6 +49,8 @@ class Observation:
     """Mean: standard deviation of one value in the reference; 0: unknown."""
     variance: float | None = None
     """Mean: of one value, as measured in this step."""
+    prompts: float | None = None
+    """Mean log of what the reference expects of the step's prompts, whether `value` is measured against it or not: it moves with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,8 @@ class Track:
     """Mean of half squared differences between neighbouring steps, x rollouts: variance of one value with all that a step shares."""
     variance: float | None = None
     """Of one value, smoothed: what the next step's mean is expected to scatter by."""
+    prompts: float | None = None
+    """Running level of `Observation.prompts`."""
 
     @property
     def evidence(self) -> float:
@@ -82,6 +90,7 @@ class Track:
         return {
             "logs": list(self.logs), "baseline": self.baseline, "baseline_weight": self.baseline_weight,
             "baseline_steps": self.baseline_steps, "last": self.last, "scatter": self.scatter, "variance": self.variance,
+            "prompts": self.prompts,
         }  # fmt: skip
 
     @classmethod
@@ -154,7 +163,7 @@ class MeanTest:
     """The expected is a running level that follows what is worse with this half-life, what is better with a fifth of it; None: the
     reference."""
     max_step_nats: float = MAX_STEP_NATS
-    """Most evidence of one step: a small one asks for many steps in a row."""
+    """Most evidence of one step: a small one asks for many steps in a row. Against a running level at most 1 where prompts moved."""
     floor: float = 0.02
     """Smallest standard deviation of a step's mean that is believed, nats."""
     alternatives: tuple[float, ...] = (0.1, 0.3, 1.0)
@@ -177,13 +186,16 @@ class MeanTest:
             track = _learn(track, seen)
         excess = self.sign * (seen.value - self.bound(track, seen))
         gains = [(delta * excess - delta * delta / 2) / variance for delta in self.alternatives]
-        track = replace(track, logs=_accumulate(track.logs, [min(self.max_step_nats, gain) for gain in gains], ceiling))
+        most = self.max_step_nats
+        if self.half_life_steps is not None and _prompts_moved(track, seen):
+            most = min(most, MOVED_STEP_NATS)
+        track = replace(track, logs=_accumulate(track.logs, [min(most, gain) for gain in gains], ceiling))
         if self.half_life_steps is not None:
             level = self._level(track, seen)
             worse = self.sign * (seen.value - level) > 0
             half_life_steps = self.half_life_steps if worse else self.half_life_steps / 5
             level += (1.0 - 0.5 ** (steps / half_life_steps)) * (seen.value - level)
-            track = replace(track, baseline=level, baseline_weight=1.0)
+            track = replace(track, baseline=level, baseline_weight=1.0, prompts=_follow_prompts(track, seen, steps / self.half_life_steps))
         return self._remember(track, seen, variance)
 
     def _level(self, track: Track, seen: Observation) -> float:
@@ -215,6 +227,17 @@ def threshold_nats(false_alarm_steps: float, num_tests: int) -> float:
 def pressure_of(evidence: float, threshold: float) -> float:
     """0 up to the threshold, 1 from one and a half times of it on."""
     return min(1.0, max(0.0, (evidence - threshold) / (0.5 * threshold)))
+
+
+def _prompts_moved(track: Track, seen: Observation) -> bool:
+    """Or nobody knows: a level that other prompts set says little of these."""
+    return seen.prompts is None or track.prompts is None or abs(seen.prompts - track.prompts) > PROMPTS_MOVED_NATS
+
+
+def _follow_prompts(track: Track, seen: Observation, half_lives: float) -> float | None:
+    if seen.prompts is None or track.prompts is None:
+        return seen.prompts
+    return track.prompts + (1.0 - 0.5**half_lives) * (seen.prompts - track.prompts)
 
 
 def _is_learned(track: Track) -> bool:

@@ -62,6 +62,8 @@ class Aim:
 class Excesses:
     """Rollouts against their prompts' references, N of them."""
 
+    expected_N: np.ndarray
+    """Log of the reference."""
     nats_N: np.ndarray
     """Log of length over the reference; for a cut rollout the expected log, given that it is longer."""
     in_tail_N: np.ndarray
@@ -140,7 +142,7 @@ class LengthModel:
         z_N = excess_N / self.spread_nats
         for i in np.flatnonzero(cut_N):
             z_N[i] = _mean_above(float(z_N[i]))
-        return Excesses(np.clip(z_N, -CLIP, CLIP) * self.spread_nats, in_tail_N, above_N)
+        return Excesses(mu_N, np.clip(z_N, -CLIP, CLIP) * self.spread_nats, in_tail_N, above_N)
 
 
 def fit_lengths(answers: Sequence[Answer]) -> LengthModel | None:

@@ -96,7 +96,8 @@ def _loops(growth: Growth) -> Observation | None:
 
 def _kl(growth: Growth) -> Observation | None:
     kl_nats = growth.ratio("opd_kl_nats_total", "opd_kl_tokens_total")
-    return None if kl_nats is None else Observation(math.log(max(KL_FLOOR_NATS, kl_nats)), 1.0, variance=None)
+    prompts = growth.ratio("opd_length_expected_nats_total", "opd_length_scored_total")
+    return None if kl_nats is None else Observation(math.log(max(KL_FLOOR_NATS, kl_nats)), 1.0, prompts=prompts)
 
 
 def _stop_mass(growth: Growth) -> Observation | None:
@@ -176,7 +177,7 @@ SIGNALS.add("kl")(
         unit="log nats",
         help="Log of mean KL against its running level. It also rises when prompts change: alone it moves the brake only, half way.",
         disease="drift",
-        test=MeanTest(sign=1.0, slack=math.log(2.5), half_life_steps=50.0, floor=0.15, alternatives=(0.3, 1.0), max_step_nats=1.0),
+        test=MeanTest(sign=1.0, slack=math.log(2.5), half_life_steps=50.0, floor=0.15, alternatives=(0.3, 1.0), max_step_nats=6.0),
         read=_kl,
         alone=0.5,
     )
@@ -302,5 +303,5 @@ def _read_all(growth: Growth) -> tuple[dict[str, Observation], dict[str, str]]:
 
 
 def _is_sound(seen: Observation) -> bool:
-    numbers = (seen.value, seen.num, seen.expected, seen.spread, seen.variance or 0.0)
-    return all(math.isfinite(number) and abs(number) <= LARGEST for number in numbers) and seen.num > 0 and min(numbers[3:]) >= 0
+    numbers = (seen.value, seen.num, seen.expected, seen.prompts or 0.0, seen.spread, seen.variance or 0.0)
+    return all(math.isfinite(number) and abs(number) <= LARGEST for number in numbers) and seen.num > 0 and min(numbers[4:]) >= 0

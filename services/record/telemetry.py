@@ -85,6 +85,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("opd_actor_restarts_total", "counter", "Actors restarted.", ("role",)),
     Metric("opd_step_seconds", "histogram", "Time of a step by phase.", ("phase",), SECONDS_BUCKETS),
     Metric("opd_length_scored_total", "counter", "Rollouts measured against their prompts' reference lengths."),
+    Metric("opd_length_expected_nats_total", "counter", "Sum over them of the log of their reference: it moves when prompts change."),
     Metric("opd_length_over_nats_total", "counter", "Sum over rollouts longer than their reference of the log of length over it."),
     Metric("opd_length_under_nats_total", "counter", "Sum over rollouts shorter than their reference of the log of it over length."),
     Metric("opd_length_squares_total", "counter", "Sum of the squares of those logs: their variance follows."),
@@ -121,6 +122,7 @@ METRICS: tuple[Metric, ...] = (
 ADDITIONS = frozenset(
     {
         "opd_length_scored_total",
+        "opd_length_expected_nats_total",
         "opd_length_over_nats_total",
         "opd_length_under_nats_total",
         "opd_length_squares_total",
@@ -271,6 +273,7 @@ class Telemetry:
             return
         found = self._reference.excesses(trajectories, self.aim)
         self.inc("opd_length_scored_total", len(trajectories))
+        self.inc("opd_length_expected_nats_total", float(found.expected_N.clip(min=0).sum()))
         self.inc("opd_length_over_nats_total", float(found.nats_N.clip(min=0).sum()))
         self.inc("opd_length_under_nats_total", float((-found.nats_N).clip(min=0).sum()))
         self.inc("opd_length_squares_total", float((found.nats_N**2).sum()))

@@ -73,6 +73,19 @@ def test_a_running_level_follows_a_slow_drift_and_shows_a_jump():
     assert 50 <= jump <= 54
 
 
+@pytest.mark.parametrize(("prompts", "steps"), [([3.0] * 5, 2), ([3.1] * 5, 2), ([3.4] * 11, 11), ([2.6] * 11, 11), ([None] * 11, 11)])
+def test_a_jump_under_the_same_prompts_is_believed_at_once_one_under_other_prompts_once_it_stays(prompts, steps):
+    test = MeanTest(sign=1.0, slack=math.log(2.5), half_life_steps=50.0, floor=0.15, alternatives=(0.3, 1.0), max_step_nats=6.0)
+    track = Track()
+    for _ in range(20):
+        track = test.update(track, Observation(-3.0, 1.0, prompts=3.0), 1.0, 15.0)
+    reached = []
+    for each in prompts:
+        track = test.update(track, Observation(-1.0, 1.0, prompts=each), 1.0, 15.0)
+        reached.append(track.evidence)
+    assert next(n for n, nats in enumerate(reached, 1) if nats > 10.5) == pytest.approx(steps, abs=1)
+
+
 def test_one_knob_for_all_signals_together():
     assert threshold_nats(5000, 7) == pytest.approx(math.log(35_000))
     assert pressure_of(10.0, 10.0) == 0

@@ -45,6 +45,9 @@ def test_rates_and_lengths_are_those_of_the_rollouts_between_two_readings(earlie
 def test_excesses_tails_and_what_was_expected_are_means_over_the_rollouts_that_have_a_reference():
     counters = {
         "opd_length_scored_total": 8.0,
+        "opd_length_expected_nats_total": 28.0,
+        "opd_kl_nats_total": 6.0,
+        "opd_kl_tokens_total": 12.0,
         "opd_length_over_nats_total": 3.0,
         "opd_length_under_nats_total": 1.0,
         "opd_length_squares_total": 2.0,
@@ -56,6 +59,7 @@ def test_excesses_tails_and_what_was_expected_are_means_over_the_rollouts_that_h
     assert seen["length"] == Observation(0.25, 8.0, spread=0.5, variance=0.25 - 0.0625)
     assert seen["short"] == seen["length"]
     assert seen["tail"] == Observation(0.25, 8.0, 0.05)
+    assert seen["kl"] == Observation(math.log(0.5), 1.0, prompts=3.5)
     assert "truncation" not in seen
 
 

@@ -64,7 +64,7 @@ def signals_of(run: Run, step: Step) -> Signals:
         "short": lengths,
         "tail": Observation(float(found.in_tail_N.mean()), num, expected),
         "loops": Observation(step.loops / num, num),
-        "kl": Observation(math.log(max(KL_FLOOR_NATS, step.kl_nats)), 1.0),
+        "kl": Observation(math.log(max(KL_FLOOR_NATS, step.kl_nats)), 1.0, prompts=float(step.mu_N.mean())),
         "stop_mass": Observation(math.log(step.stop_mass_ratio), 1.0),
     }
     return Signals(
