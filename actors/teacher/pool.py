@@ -9,7 +9,7 @@ A score that never arrives, or is not finite, comes back as None: the caller mas
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -171,11 +171,19 @@ class TeacherPool:
         return replace(blend, copied_T=copied_T)
 
     async def golden(
-        self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        told: Callable[[int], None] = lambda num_prompts: None,
     ) -> list[tuple[int, ...] | None]:
         """Answers by each domain's heaviest teacher, cut after their stop id; one without a stop id ran to `max_new_tokens`.
 
-        None: the actors failed. The same prompts and seed give the same answers with any number of actors.
+        None: the actors failed. `told` hears of each group that has its answers, in prompts.
+
+        The same prompts and seed give the same answers with any number of actors.
         """
         answers: list[tuple[int, ...] | None] = [None] * len(prompts)
         positions: dict[str, list[int]] = {teacher.settings.name: [] for teacher in self.teachers}
@@ -196,6 +204,7 @@ class TeacherPool:
             written = await self._generate(teacher, [teacher_view(prompts[position]) for position in group], options)
             for position, token_ids in zip(group, written, strict=True):
                 answers[position] = token_ids
+            told(len(group))
 
         groups = []
         for teacher in self.teachers:

@@ -5,7 +5,7 @@ D = hidden width, V = vocabulary, C = positions of a chunk, K = support size.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -66,6 +66,10 @@ class GenerateOptions:
     beams: int = 1
     length_penalty: float = 1.0
     no_repeat_ngram: int = 0
+
+
+FIRST_ROUND_TOKENS = 32
+"""Of generate; each further round doubles what there is."""
 
 
 def generate_timeout_s(settings: TeacherSettings, options: GenerateOptions) -> float:
@@ -161,12 +165,12 @@ class TorchScorer:
     def generate(self, prompts: Sequence[tuple[int, ...]], options: GenerateOptions) -> list[tuple[int, ...]]:
         """Answers cut after their first stop id; one that has none ran to `max_new_tokens`.
 
-        The same prompts, options and device give the same answers. Prompts are padded on the left.
+        The same prompts, options and device give the same answers. Prompts are padded on the left. Answers that ended leave the batch
+        after 32 tokens, 64, 128 and so on: the others begin again there, which costs one pass over what they have.
         """
         answers: list[tuple[int, ...]] = [()] * len(prompts)
         sampling = options.beams == 1 and options.temperature > 0
         config = GenerationConfig(
-            max_new_tokens=options.max_new_tokens,
             do_sample=sampling,
             temperature=options.temperature if sampling else None,
             top_k=0 if sampling else None,
@@ -177,21 +181,36 @@ class TorchScorer:
             eos_token_id=list(self.stop_ids),
             pad_token_id=self.stop_ids[0],
         )
-        lengths = [(len(prompt) + options.max_new_tokens) * options.beams for prompt in prompts]
-        device = self.lm.device
+        device, left = self.lm.device, list(range(len(prompts)))
         with torch.random.fork_rng(devices=[device] if device.type != "cpu" else []):
             torch.manual_seed(options.seed)
-            for batch in like_lengths(lengths, self.settings.batch_tokens, max_padding_ratio=1):
-                width = max(len(prompts[index]) for index in batch)
-                ids_BS = torch.full((len(batch), width), self.stop_ids[0], dtype=torch.long)
-                mask_BS = torch.zeros(len(batch), width, dtype=torch.long)
-                for row, index in enumerate(batch):
-                    ids_BS[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-                    mask_BS[row, width - len(prompts[index]) :] = 1
-                out_BS = self.lm.model.generate(ids_BS.to(device), attention_mask=mask_BS.to(device), generation_config=config)
-                for index, row_ids in zip(batch, out_BS[:, width:].tolist(), strict=True):
-                    answers[index] = cut_at_stop(row_ids, self.stop_ids)
+            for num_new in _rounds(options):
+                config.max_new_tokens = num_new
+                so_far = [prompts[index] + answers[index] for index in left]
+                lengths = [(len(ids) + num_new) * options.beams for ids in so_far]
+                for batch in like_lengths(lengths, self.settings.batch_tokens, max_padding_ratio=1):
+                    width = max(len(so_far[row]) for row in batch)
+                    ids_BS = torch.full((len(batch), width), self.stop_ids[0], dtype=torch.long)
+                    mask_BS = torch.zeros(len(batch), width, dtype=torch.long)
+                    for b, row in enumerate(batch):
+                        ids_BS[b, width - len(so_far[row]) :] = torch.tensor(so_far[row])
+                        mask_BS[b, width - len(so_far[row]) :] = 1
+                    out_BS = self.lm.model.generate(ids_BS.to(device), attention_mask=mask_BS.to(device), generation_config=config)
+                    for row, new_ids in zip(batch, out_BS[:, width:].tolist(), strict=True):
+                        answers[left[row]] += cut_at_stop(new_ids, self.stop_ids)
+                left = [index for index in left if answers[index][-1] not in self.stop_ids]
+                if not left:
+                    break
         return answers
+
+
+def _rounds(options: GenerateOptions) -> Iterator[int]:
+    """New tokens of each round. Beams cannot begin again in the middle."""
+    done, num_new = 0, options.max_new_tokens if options.beams > 1 else FIRST_ROUND_TOKENS
+    while done < options.max_new_tokens:
+        yield min(num_new, options.max_new_tokens - done)
+        done += num_new
+        num_new = done
 
 
 def check_window(teacher: str, requests: Sequence[ScoreRequest], context_tokens: int | None) -> None:

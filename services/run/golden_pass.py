@@ -1,5 +1,6 @@
 """The golden pass on the job's own teachers: complete answers, generated once, read from a cache afterwards."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from opd_governor.services.inputs.models import weights_identity
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.sources import Sources
 
+PROGRESS_S = 5.0
+"""Between two lines of progress."""
 FEW_ANSWERS_SHARE = 0.5
 """Fewer answers kept than this are said: what healthy lengths are is then known badly."""
 
@@ -24,7 +27,16 @@ async def golden_pass(job: Job, sources: Sources, pool: TeacherPool, runs: Path,
 
     async def generate(asked: Sequence[Prompt]) -> Sequence[tuple[int, ...] | None]:
         say(f"golden pass: {len(asked)} prompts to the teacher")
-        return await pool.golden(asked, max_new_tokens=max_new_tokens, temperature=settings.temperature, seed=job.seed)
+        num_answered, spoke = 0, time.monotonic()
+
+        def told(num_prompts: int) -> None:
+            nonlocal num_answered, spoke
+            num_answered += num_prompts
+            if num_answered < len(asked) and time.monotonic() - spoke > PROGRESS_S:
+                spoke = time.monotonic()
+                say(f"golden pass: {num_answered} of {len(asked)} answered")
+
+        return await pool.golden(asked, max_new_tokens=max_new_tokens, temperature=settings.temperature, seed=job.seed, told=told)
 
     def loop_in(token_ids: Sequence[int]) -> object | None:
         return find_loop(token_ids[:-1], min_repeats=rollout.loop_min_repeats, min_tokens=rollout.loop_min_tokens)

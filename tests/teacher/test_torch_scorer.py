@@ -157,6 +157,17 @@ def test_greedy_answers_do_not_depend_on_the_batch(tmp_path, architecture):
     assert all(0 < len(answer) <= 12 for answer in together)
 
 
+def test_answers_that_go_on_in_rounds_are_those_of_one_go(tmp_path, monkeypatch):
+    folder = build_tiny(tmp_path / "teacher")
+    scorer = TorchScorer(TeacherSettings(model=str(folder)), STOP_IDS)
+    prompts, options = [request.prompt_token_ids for request in ragged_requests()], GenerateOptions(max_new_tokens=100, temperature=0)
+    in_rounds = scorer.generate(prompts, options)
+    monkeypatch.setattr("opd_governor.actors.teacher.scorers.FIRST_ROUND_TOKENS", 100)
+    assert in_rounds == scorer.generate(prompts, options)
+    assert {len(answer) for answer in in_rounds} - {100}, "some end before"
+    assert max(map(len, in_rounds)) == 100
+
+
 def test_sampled_answers_follow_seed_and_temperature_and_end_at_a_stop(tmp_path):
     folder = build_tiny(tmp_path / "teacher")
     scorer = TorchScorer(TeacherSettings(model=str(folder)), (1, 3, *range(10, 30)))
