@@ -47,8 +47,8 @@ packages:
 	@tests/install-packages.sh
 
 test: $(STAMP) packages check ## everything: check, then real Ray, vLLM and Prometheus
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "(integration or browser) and not (prometheus or chaos or alone)"
-	$(BIN)/python -m pytest -q -m "prometheus or chaos or alone"
+	$(BIN)/python -m pytest -q -rR --reruns 1 -n 2 --dist loadfile -m "(integration or browser) and not (prometheus or chaos or alone)"
+	$(BIN)/python -m pytest -q -rR --reruns 1 -m "prometheus or chaos or alone"
 
 bench: bench-memory bench-driver bench-speed ## the three short benchmarks (half an hour on 2 idle cores)
 

@@ -59,6 +59,10 @@ MIXED = ("objective.loss=mixed_kl", "objective.support=union", "objective.top_k=
 """Half forward KL: reverse KL alone keeps to what the student does already, and follows no teacher into a loop."""
 
 
+GROWS = (ENFORCE, "governor.actuators=[cap_tokens]", "governor.initial_cap_tokens=48")
+ENDINGS = ("objective.golden_weight=0.1", "objective.golden_ratio=1")
+
+
 def only(*actuators: str) -> tuple[str, ...]:
     return (*GOVERNED, f"governor.actuators=[{', '.join(actuators)}]")
 
@@ -97,6 +101,12 @@ ARMS: dict[str, tuple[str, ...]] = {
     # prompts change at step 51 (longer ones, known to the teacher), nothing is sick
     "healthy-prompts-off": ("governor.mode=off",),
     "healthy-prompts": (ENFORCE,),
+    # the horizon as treatment, measured at the whole window: a cap that grows from short (the governor moves nothing else), or the loss
+    # on the first tokens and the stop; each with and without a golden answer beside every rollout, which ends
+    "horizon-cap": GROWS,
+    "horizon-cap-end": (*GROWS, *ENDINGS),
+    "horizon-loss": ("objective.horizon_tokens=48",),
+    "horizon-loss-end": ("objective.horizon_tokens=48", *ENDINGS),
     # a teacher that often gets stuck takes over at step 60
     "swap-plain": MIXED,
     "swap-governed": (*MIXED, ENFORCE),
