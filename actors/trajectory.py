@@ -48,6 +48,8 @@ class Prompt:
     """A complete, terminating answer (its stop id included)."""
     teacher_finishes: bool | None = None
     """Whether the teacher itself finished this prompt within the budget; None: not tried."""
+    teacher_right: bool | None = None
+    """Whether a verifier called its answer right; None: not tried, or nobody asked."""
     expected_tokens: float | None = None
     """Mean length of the teacher's answers to it, tokens, by what the golden pass found; None: not known."""
     longest_tokens: float | None = None

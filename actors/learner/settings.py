@@ -22,8 +22,10 @@ class RewardSettings(Settings):
     domain; none: nothing."""
     normalise: bool = False
     """Divide advantages by the spread of what the baseline is a mean of. It favours prompts that are nearly always right or wrong."""
-    when: Literal["always", "failed", "passed"] = "always"
-    """Rollouts that are distilled: all, or those that the verifier failed or passed. A rollout without a verdict is then left out."""
+    when: Literal["always", "failed", "passed", "teacher_right"] = "always"
+    """Rollouts that are distilled: all, those that the verifier failed or passed (one without a verdict is then left out), or those on
+    prompts that the teacher itself gets right. That is found out once: the verifier judges the golden pass's answers. Prompts beyond
+    data.golden.num_prompts were not tried and are distilled."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "RewardSettings":
@@ -31,10 +33,12 @@ class RewardSettings(Settings):
             raise ValueError("normalise divides by the spread around a baseline: set baseline to group or running, or normalise to false")
         return self
 
-    def distils(self, reward: float | None) -> bool:
-        """Whether a rollout with this score is distilled."""
+    def distils(self, reward: float | None, teacher_right: bool | None = None) -> bool:
+        """Whether a rollout with this score, on a prompt that the teacher gets right or not, is distilled."""
         if self.when == "always":
             return True
+        if self.when == "teacher_right":
+            return teacher_right is not False
         return reward is not None and (reward >= PASS) == (self.when == "passed")
 
 

@@ -78,7 +78,7 @@ def distillation_weight(trajectory: Trajectory, settings: ObjectiveSettings) -> 
 
     It comes after the reduction: the fewer rollouts are distilled, the less the teacher moves the student.
     """
-    if settings.reward is not None and not settings.reward.distils(trajectory.reward):
+    if settings.reward is not None and not settings.reward.distils(trajectory.reward, trajectory.prompt.teacher_right):
         return 0.0
     return settings.distillation_weight
 

@@ -84,6 +84,8 @@ class PromptStream:
         self._table, self._seed, self._unfinished, self._is_shuffled = table, seed, unfinished, shuffle
         self._indices = np.asarray(survey.indices, np.int64)
         self._finished: dict[int, bool] = {}
+        self.teacher_right: dict[int, bool] = {}
+        """Prompt index -> what a verifier said of the teacher's own answer."""
         self._golden: dict[int, tuple[int, ...] | None] = {}
         self._lengths: LengthModel | None = None
         self._epoch = self._position = 0
@@ -207,6 +209,7 @@ class PromptStream:
             teacher_weights=tuple(json.loads(row["weights"]).items()) if row["weights"] else (),
             golden_ids=self._golden.get(index, None if answer is None else tuple(answer)),
             teacher_finishes=self._finished.get(index),
+            teacher_right=self.teacher_right.get(index),
             expected_tokens=self._lengths.expected_tokens(*asked) if self._lengths else None,
             longest_tokens=self._lengths.longest_tokens(*asked) if self._lengths else None,
         )

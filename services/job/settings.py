@@ -301,6 +301,9 @@ class Job(Settings):
 
     @model_validator(mode="after")
     def _select_by_verdicts(self) -> "Job":
+        reward = self.objective.reward
+        if reward is not None and reward.when == "teacher_right" and not self.data.golden.enabled:
+            raise ValueError("objective.reward.when: teacher_right judges the golden pass's answers: set data.golden.enabled to true")
         if self.data.select.active and self.objective.reward is None:
             raise ValueError("data.select draws prompts by verdicts, and nothing judges them: set objective.reward, or remove data.select")
         return self

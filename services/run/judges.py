@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from opd_governor.actors.trajectory import Trajectory
+from opd_governor.services.inputs.golden import GoldenSet
 from opd_governor.services.inputs.refusals import words
 from opd_governor.services.inputs.verdicts import MEMORY_VARIABLE, TIMEOUT_VARIABLE, Reason, Verdict, failed
 from opd_governor.services.job.settings import VerifierProcesses
@@ -34,6 +35,16 @@ Asked = tuple[str, str, asyncio.Future[Verdict]]
 async def judge_rollouts(judge: Judge, decode: Callable[[Sequence[int]], str], trajectories: Sequence[Trajectory]) -> list[Verdict]:
     """Verdicts on rollouts, each as text without its stop id."""
     return await judge([(decode(t.token_ids), t.prompt.answer or "") for t in trajectories])
+
+
+async def judge_teacher(
+    judge: Judge, decode: Callable[[Sequence[int]], str], golden: GoldenSet, answer_to: Callable[[int], str | None]
+) -> dict[int, bool]:
+    """Prompt index -> whether the teacher's own answer is right. One that did not end is not; one without a verdict is left out."""
+    ended = [index for index, finished in golden.finished.items() if finished and index in golden.answers]
+    verdicts = await judge([(decode(golden.answers[index]), answer_to(index) or "") for index in ended])
+    right = {index: verdict.passed for index, verdict in zip(ended, verdicts, strict=True) if verdict.score is not None}
+    return {index: False for index, finished in golden.finished.items() if not finished} | right
 
 
 class VerifierError(Exception):
@@ -111,6 +122,20 @@ class Judges:
             _, _, verdict = taken.popleft()
             if not verdict.done():
                 verdict.set_result(Verdict(**said))
+
+
+class JudgesOf:
+    """Judges by verifier: a reward and an evaluation with the same one share its processes, which end with `to_the_end`."""
+
+    def __init__(self, settings: VerifierProcesses, to_the_end: contextlib.AsyncExitStack) -> None:
+        self._settings, self._to_the_end = settings, to_the_end
+        self._judges: dict[str, Judges] = {}
+
+    def __call__(self, spec: str) -> Judges:
+        if spec not in self._judges:
+            self._judges[spec] = Judges(spec, self._settings)
+            self._to_the_end.push_async_callback(self._judges[spec].close)
+        return self._judges[spec]
 
 
 @contextlib.asynccontextmanager

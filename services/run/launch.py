@@ -37,7 +37,7 @@ from opd_governor.services.run.errors import TerminatedError
 from opd_governor.services.run.fleet import Fleet
 from opd_governor.services.run.golden_pass import golden_pass
 from opd_governor.services.run.held_out import HeldOut
-from opd_governor.services.run.judges import Judges, judge_rollouts
+from opd_governor.services.run.judges import Judges, JudgesOf, judge_rollouts, judge_teacher
 from opd_governor.services.run.keeper import start_governor
 from opd_governor.services.run.reads import Reads, refuse_other_run, what_it_reads
 from opd_governor.services.run.rewards import Rewards
@@ -185,22 +185,26 @@ class Run:
         sources.stream.mark(golden.finished, golden.answers, golden.refused, reference.model)
         await fleet.set_reference(reference.mean_tokens)
         async with contextlib.AsyncExitStack() as to_the_end:
-            self._loop = self._distillation(fleet, pool, golden, to_the_end)
+            judges = JudgesOf(job.data.verifiers, to_the_end)
+            if job.objective.reward is not None and job.objective.reward.when == "teacher_right":
+                await self._find_where_the_teacher_is_right(golden, judges(job.objective.reward.verifier))
+            self._loop = self._distillation(fleet, pool, golden, judges)
             await self._loop.run(self.resume)
         if self._terminated:
             raise TerminatedError("terminated: the run goes on from its checkpoint with --resume")
 
-    def _distillation(self, fleet: Fleet, pool: TeacherPool, golden: GoldenSet, to_the_end: contextlib.AsyncExitStack) -> Distillation:
+    async def _find_where_the_teacher_is_right(self, golden: GoldenSet, judges: Judges) -> None:
+        stream = self.sources.stream
+        right = await judge_teacher(judges, self.sources.decode, golden, lambda index: stream.at(index).answer)
+        stream.teacher_right = right
+        said = (
+            f"golden pass: the teacher is right on {sum(right.values())} of {len(right)} prompts that it tried; on the others not distilled"
+        )
+        untried = len(stream) - len(right)
+        self.say(said + (f", on {untried} untried ones distilled (data.golden.num_prompts)" if untried else ""))
+
+    def _distillation(self, fleet: Fleet, pool: TeacherPool, golden: GoldenSet, judges: JudgesOf) -> Distillation:
         job, sources, journal = self.job, self.sources, self.journal
-        judges: dict[str, Judges] = {}
-        """By verifier: a reward and an evaluation with the same one share its processes."""
-
-        def judge(spec: str) -> Judges:
-            if spec not in judges:
-                judges[spec] = Judges(spec, job.data.verifiers)
-                to_the_end.push_async_callback(judges[spec].close)
-            return judges[spec]
-
         reward = job.objective.reward
         return Distillation(
             job,
@@ -211,7 +215,7 @@ class Run:
                 golden.key,
                 golden.reference.mean_tokens,
                 sources.demonstrations,
-                judge=partial(judge_rollouts, judge(reward.verifier), sources.decode) if reward else None,
+                judge=partial(judge_rollouts, judges(reward.verifier), sources.decode) if reward else None,
                 rewards=Rewards(reward, sources.stream.outcomes) if reward else None,
                 reads=self.reads,
             ),
@@ -224,7 +228,7 @@ class Run:
                 note=journal.note,
                 mirror=self.mirror.push if self.mirror else None,
             ),
-            HeldOut(sources, judge(job.data.eval.verifier), fleet) if sources.problems else None,
+            HeldOut(sources, judges(job.data.eval.verifier), fleet) if sources.problems else None,
             lambda: self._finish(fleet),
         )
 

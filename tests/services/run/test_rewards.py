@@ -1,5 +1,6 @@
 """Advantages from scores, and a whole batch's gradient from them, against formulas of their own in float64."""
 
+from dataclasses import replace
 from functools import reduce
 from operator import add
 
@@ -14,7 +15,11 @@ from opd_governor.actors.learner.fields import LazyLogits
 from opd_governor.actors.learner.metrics import summarise
 from opd_governor.actors.learner.objective import chunked_objective
 from opd_governor.actors.learner.settings import ObjectiveSettings, RewardSettings
+from opd_governor.actors.learner.weights import distillation_weight
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout, TokenScores, Trajectory
+from opd_governor.services.inputs.golden import GoldenSet
+from opd_governor.services.job.settings import VerifierProcesses
+from opd_governor.services.run.judges import Judges, judge_teacher
 from opd_governor.services.run.rewards import Rewards
 
 VOCABULARY, STOP_IDS = 11, [2, 7]
@@ -173,6 +178,28 @@ def test_a_gate_distils_what_failed_or_passed_and_nothing_without_a_verdict(when
         wanted = plain[i] if i in distilled else torch.zeros_like(plain[i])
         assert torch.allclose(both[i] - alone[i], wanted, rtol=1e-9, atol=1e-12)
         assert (wanted.norm() > 0) == (i in distilled)
+
+
+def test_a_gate_distils_where_the_teacher_is_right_or_nobody_knows() -> None:
+    settings = ObjectiveSettings(reward={"verifier": "exact", "when": "teacher_right"}, distillation_weight=0.5)
+    on = [replace(BATCH[0], prompt=replace(BATCH[0].prompt, teacher_right=right)) for right in (True, False, None)]
+    assert [distillation_weight(rollout, settings) for rollout in on] == [0.5, 0.0, 0.5]
+
+
+async def test_the_teachers_answers_are_judged_once_an_answer_that_did_not_end_is_not_right() -> None:
+    golden = GoldenSet(
+        answers={0: (4,), 1: (5,), 4: (9,)},
+        finished={0: True, 1: True, 2: False, 3: True},
+        reference=None,
+        cached=True,
+        key="",  # type: ignore[arg-type]
+    )
+    judges = Judges("exact", VerifierProcesses())
+    try:
+        right = await judge_teacher(judges, lambda ids: str(ids[0]), golden, {0: "4", 1: "4", 2: "4"}.get)
+    finally:
+        await judges.close()
+    assert right == {0: True, 1: False, 2: False}, "of 3 no answer was kept, and 4 was not the teacher's"
 
 
 def test_nothing_to_learn_from_is_refused() -> None:
