@@ -47,6 +47,7 @@ REWARD = {"verifier": "deploy/sums/task.py:is_correct", "weight": WEIGHT}
 ARMS: dict[str, dict[str, Any]] = {
     "teacher": {},
     "reward": {"reward": REWARD},
+    "reward, teacher where right": {"reward": REWARD | {"when": "teacher_right"}},
     "reward on failures": {"reward": REWARD | {"when": "failed"}},
     "reward alone": {"reward": REWARD, "distillation_weight": 0.0},
 }
@@ -92,7 +93,9 @@ class Sampler:
     tokenizer: PreTrainedTokenizerBase
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[dict[str, str]], first_index: int, step: int) -> list[ScoredRollout]:
+    def __call__(
+        self, rows: Sequence[dict[str, str]], first_index: int, step: int, teacher_right: Sequence[bool | None]
+    ) -> list[ScoredRollout]:
         asked = self.tokenizer([row["prompt"] for row in rows for _ in range(SAMPLES)], padding=True, return_tensors="pt")
         num_asked = asked.input_ids.shape[1]
         self.student.eval()
@@ -111,13 +114,28 @@ class Sampler:
             row, ended = rows[k // SAMPLES], stop_id in ids
             num = ids.index(stop_id) + 1 if ended else len(ids)
             verdict = judge(is_correct, self.tokenizer.decode(ids[:num]), row["answer"])
-            prompt = Prompt(first_index + k // SAMPLES, tuple(self.tokenizer(row["prompt"]).input_ids), answer=row["answer"])
+            asked_ids, right = tuple(self.tokenizer(row["prompt"]).input_ids), teacher_right[k // SAMPLES]
+            prompt = Prompt(first_index + k // SAMPLES, asked_ids, answer=row["answer"], teacher_right=right)
             finish = "stop" if ended else "length"
             logprobs_T, number = student_BT[k, :num].numpy(), k % SAMPLES
             rollout = Trajectory(prompt, tuple(ids[:num]), logprobs_T, finish, CAP_TOKENS, step, step - 1, 0, number, reward=verdict.score)
             scores = TokenScores("teacher", teacher_BT[k, :num].numpy(), teacher_BTV[k, :num, stop_id].numpy())
             scored.append(ScoredRollout(rollout, scores))
         return scored
+
+    @torch.no_grad()
+    def teacher_right(self, rows: Sequence[dict[str, str]]) -> list[bool | None]:
+        """Whether the teacher's own answer, sampled once, is right: what a golden pass finds out."""
+        right: list[bool | None] = []
+        for start in range(0, len(rows), 96):
+            part = rows[start : start + 96]
+            asked = self.tokenizer([row["prompt"] for row in part], padding=True, return_tensors="pt")
+            found = self.teacher.generate(**asked, max_new_tokens=CAP_TOKENS, do_sample=True, top_k=0)[:, asked.input_ids.shape[1] :]
+            for row, ids in zip(part, found.tolist(), strict=True):
+                ended = self.tokenizer.eos_token_id in ids
+                text = self.tokenizer.decode(ids[: ids.index(self.tokenizer.eos_token_id) + 1] if ended else ids)
+                right.append(ended and judge(is_correct, text, row["answer"]).passed)
+        return right
 
 
 def pick(logp_BTV: Tensor, ids_BT: Tensor) -> Tensor:
@@ -135,6 +153,10 @@ def run(arm: str, seed: int, teacher: Path) -> dict[str, Any]:
     rows, held_out = prompt_files()["prompts_3_9.jsonl"], prompt_files()["eval_3_9.jsonl"][:NUM_HELD_OUT]
     random.Random(seed).shuffle(rows)
     rewards = Rewards(objective.reward) if objective.reward else None
+    asked = rows[: STEPS * PROMPTS]
+    torch.manual_seed(seed)
+    gated = objective.reward is not None and objective.reward.when == "teacher_right"
+    right = sample.teacher_right(asked) if gated else [None] * len(asked)
 
     def accuracy(step: int) -> dict[str, float]:
         model.eval()
@@ -146,14 +168,15 @@ def run(arm: str, seed: int, teacher: Path) -> dict[str, Any]:
     steps: list[dict[str, Any]] = [{"step": 0, **accuracy(0)}]
     for step in range(1, STEPS + 1):
         first = (step - 1) * PROMPTS
-        scored = sample(rows[first : first + PROMPTS], first, step)
+        scored = sample(asked[first : first + PROMPTS], first, step, right[first : first + PROMPTS])
         if rewards is not None:
             scored = rewards.weigh([one.trajectory for one in scored], scored)
         report = learner.step(scored, [], LengthLimits(CAP_TOKENS), 40.0)
         record = {"step": step, "right": sum(one.trajectory.reward == 1 for one in scored) / len(scored), "grad_norm": report.grad_norm}
         record |= {"kl_nats": float(report.metrics.kl_nats_P.sum() / report.metrics.num_tokens_P.sum())} | signal_fields(report.metrics)
         steps.append(record | (accuracy(step) if step == STEPS else {}))
-    return {"arm": arm, "seed": seed, "objective": ARMS[arm], "steps": steps}
+    told = {"teacher_right": sum(map(bool, right)) / len(right)} if gated else {}
+    return {"arm": arm, "seed": seed, "objective": ARMS[arm], "steps": steps} | told
 
 
 def machine() -> dict[str, Any]:
