@@ -1,4 +1,4 @@
-"""Whether the weights in a folder are those that its config describes, by the files' headers: no tensor is read.
+"""Whether the weights in a folder are those that its config describes, by the files' headers; of each tensor one row is read.
 
 headers of *.safetensors --> a model of shapes alone, loaded by transformers itself --> its report of missing and odd tensors
 """
@@ -39,7 +39,7 @@ def check_weights(whose: str, where: str, facts: ModelFacts) -> Iterator[Check]:
     try:
         found, odd = _headers(folder)
         if odd:
-            yield Check(f"weights {whose}", "fail", f"{where}: {odd} and is not marked as quantised", REMEDY)
+            yield Check(f"weights {whose}", "fail", f"{where}: {odd}", REMEDY)
             return
         report = _report(kind, config, found)
     except FileNotFoundError as error:
@@ -67,15 +67,19 @@ def _told(whose: str, where: str, report: dict[str, Any]) -> Iterator[Check]:
 
 
 def _headers(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """Every tensor as a shape, and what is wrong with the first one that holds whole numbers."""
+    """Every tensor as a shape, and what is wrong with the first one that holds whole numbers, or no numbers in its first row."""
     found, odd = {}, ""
     for file in weight_files(folder):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 header = opened.get_slice(name)
                 found[name] = torch.empty(header.get_shape(), device="meta")
-                if not odd and header.get_dtype() in INTEGERS:
-                    odd = f"{name} holds whole numbers ({header.get_dtype()})"
+                if odd:
+                    continue
+                if header.get_dtype() in INTEGERS:
+                    odd = f"{name} holds whole numbers ({header.get_dtype()}) and is not marked as quantised"
+                elif header.get_shape() and not torch.isfinite(header[:1].float()).all():
+                    odd = f"{name} holds NaN or infinity: whatever it is asked, the model answers nothing"
     return found, odd
 
 

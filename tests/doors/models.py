@@ -220,6 +220,8 @@ MODELS = [
     Case("weights of other names", 3, ["its weights lack"], changed("student", weights(lambda name, t: {f"x.{name}": t}))),
     Case("weights of another shape", 3, ["has shape [64, 128], its config asks for [128, 64]"], changed("student", weights(lambda name, t: {name: t.T if "up_proj" in name else t}))),
     Case("whole numbers for weights", 3, ["holds whole numbers (I8)"], changed("student", weights(lambda name, t: {name: t.to(torch.int8)}))),
+    Case("weights that are NaN", 3, ["student", "holds NaN or infinity"], changed("student", weights(lambda name, t: {name: t * float("nan")}))),
+    Case("a teacher with one infinite norm", 3, ["teacher", "model.norm.weight holds NaN or infinity"], changed("teacher", weights(lambda name, t: {name: t / 0 if name == "model.norm.weight" else t}))),
     Case("weights in float16", 0, ["120 prompts"], changed("student", weights(lambda name, t: {name: t.half()}))),
     Case("a vocabulary larger than the weights", 3, ["has shape [85, 64], its config asks for [90, 64]"], changed("student", config(vocab_size=90))),
     Case("a layer more than the weights have", 3, ["its weights lack model.layers.2"], changed("student", config(num_hidden_layers=3))),
