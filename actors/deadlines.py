@@ -100,5 +100,7 @@ def reason_of(error: Exception) -> Reason:
 
 
 def first_line(error: Exception) -> str:
-    """For a person's one line: Ray's messages run over a page."""
+    """For a person's one line: Ray's messages run over a page, and name what happened in an actor last."""
+    cause = getattr(error, "cause", None)
+    error = cause if isinstance(cause, Exception) else error
     return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]

@@ -3,8 +3,9 @@
 import asyncio
 
 import pytest
+from ray.exceptions import RayTaskError
 
-from opd_governor.actors.deadlines import FIRST_S, HungError, Pace, within
+from opd_governor.actors.deadlines import FIRST_S, HungError, Pace, first_line, within
 
 
 def test_a_deadline_grows_with_the_work_and_never_falls_below_the_floor() -> None:
@@ -46,3 +47,10 @@ async def test_an_answer_in_time_says_nothing_and_an_error_is_passed_on() -> Non
     with pytest.raises(KeyError):
         await within(fail(), 1.0, lambda: "x", lines.append)
     assert lines == []
+
+
+def test_what_happened_in_an_actor_is_said_in_its_own_words() -> None:
+    lost = RayTaskError("load_weights", "a page of frames\n" * 30, ValueError("no module named 'lm_head'\nin a model"))
+    assert first_line(lost) == "ValueError: no module named 'lm_head'"
+    assert first_line(RuntimeError("plain")) == "RuntimeError: plain"
+    assert first_line(lost.as_instanceof_cause()) == "ValueError: no module named 'lm_head'"

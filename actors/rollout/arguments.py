@@ -16,6 +16,7 @@ def engine_arguments(model: str, settings: RolloutSettings, *, seed: int, max_lo
     """
     arguments: dict[str, Any] = {
         "model": model,
+        "runner": "generate",  # by the architecture's name alone vLLM takes a model of own code for one that embeds
         "skip_tokenizer_init": True,
         "load_format": "dummy",
         "hf_overrides": HEAD_APART,

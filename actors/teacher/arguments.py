@@ -12,6 +12,7 @@ def engine_arguments(settings: TeacherSettings, *, context_tokens: int | None, s
     """
     arguments: dict[str, Any] = {
         "model": settings.model,
+        "runner": "generate",  # by the architecture's name alone vLLM takes a model of own code for one that embeds
         "dtype": settings.dtype,
         "load_format": "safetensors",  # never a pickle
         "seed": seed,

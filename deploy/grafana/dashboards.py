@@ -73,6 +73,7 @@ LENGTHS = (
             (of("opd_rollout_length_max_tokens"), "longest of the step {{run}}"),
             (of("opd_governor_cap_tokens"), "cap {{run}}"),
             (of("opd_length_reference_tokens"), "reference {{stat}} {{run}}"),
+            (f"exp({ratio(rate('opd_length_expected_nats_total'), rate('opd_length_scored_total'))})", "expected of these prompts {{run}}"),
         ),
         width=16, height=11,
     ),

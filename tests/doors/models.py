@@ -146,12 +146,13 @@ def named_templates(folder: Path) -> None:
     values("tokenizer_config.json", chat_template=named)(folder)
 
 
-def llama_of_own_code(folder: Path) -> None:
-    """A Llama that only code in its own folder knows."""
-    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+def llama_of_own_code(folder: Path, base: bool = False) -> None:
+    """A Llama that only code in its own folder knows. `base`: AutoModel is in its auto_map too."""
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"} | ({"AutoModel": "own.OwnBase"} if base else {})
     config(auto_map=auto_map, model_type="own-kind", architectures=["OwnModel"])(folder)
     (folder / "own.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own-kind'\n\n\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own-kind'\n\n\n"
+        "class OwnBase(LlamaModel):\n    config_class = OwnConfig\n\n\n"
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
 

@@ -50,8 +50,8 @@ def test_code_of_a_models_own_and_a_problem_beyond_the_window(tmp_path: Path, mo
     models = {name: build_tiny(tmp_path / name, seed=seed, extra=EXTRA) for name, seed in (("student", 1), ("teacher", 2))}
     for folder in models.values():
         tiny_tokenizer().save_pretrained(folder)
-        llama_of_own_code(folder)
-    problems = [{"prompt": f"Say {n}.", "answer": f"[{letters}]"} for n, letters in enumerate(("a-m", "n-z", "A-M", "N-Z", "0-4", "5-9"))]
+        llama_of_own_code(folder, base=True)
+    problems = [{"prompt": f"Say {n}.", "answer": f"[{letters}]"} for n, letters in enumerate(("a-m", "q", "A-M", "X", "0-4", "%"))]
     short = run(tmp_path, "short", models, *problems)
     long = run(tmp_path, "long", models, *problems[:3], {"prompt": "x" * 300, "answer": "[a-z]"}, *problems[3:])
     greedy = ("eval_accuracy", "eval_length", "eval_truncation")
