@@ -102,6 +102,8 @@ class TokenLosses:
     distribution: there it is the mean log-ratio of what was sampled, which may be above or below reverse KL."""
     clipped_N: Tensor
     """1 where the PPO clip cut the gradient off."""
+    outlier_N: Tensor
+    """1 where the teacher finds the sampled token less likely than the trust region allows."""
     signal_N: Tensor
     """The teacher's signal on the sampled token, nats: its log-ratio with tilt and bound, times `distil_N`."""
     entropy_N: Tensor

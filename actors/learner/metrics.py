@@ -59,6 +59,8 @@ class BatchMetrics:
     num_masked_tokens: int
     """Rollout tokens of weight 0."""
     num_clipped_tokens: int
+    num_outlier_tokens: int
+    """Outside the trust region."""
     entropy_nats: float
     reference_kl_nats: float
     student_stop_mass: float
@@ -100,6 +102,7 @@ def summarise(losses: TokenLosses, fields: TokenFields, stop_ids_E: Tensor) -> B
         kl_nats_P=torch.bincount(bucket_N, losses.kl_N[rollout_N].double().cpu(), minlength=len(POSITION_BUCKETS)).numpy(),
         num_masked_tokens=int(total(fields.weight_N == 0)),
         num_clipped_tokens=int(total(losses.clipped_N)),
+        num_outlier_tokens=int(total(losses.outlier_N)),
         entropy_nats=total(losses.entropy_N),
         reference_kl_nats=total(losses.reference_kl_N),
         student_stop_mass=total(losses.student_stop_logp_N.exp()),

@@ -11,6 +11,7 @@ Shapes: N tokens of a micro-batch, C of a chunk, V vocabulary, X classes of a de
 Log-probs are natural logarithms (nats) of the temperature-1 softmax.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,7 @@ def token_losses(
     one_action_C = at_stop_C if settings.stop_event == "class" else torch.zeros_like(at_stop_C)
     action_logp_C = torch.where(one_action_C, at.stop_logp_C, logp_C)
     gap_C = torch.where(one_action_C, at.teacher_stop_logp_C, at.teacher_logp_C) - action_logp_C.detach()
+    outlier_C = gap_C < -(settings.trust_region_nats or math.inf)
     tilt_C = fields.tilt_N.to(logp_CV.dtype)
     # log(1 + P_T(E|s)(e^b - 1)): what the tilt takes from every action; exactly 0 where b = 0
     log_tilt_sum_C = torch.log1p(at.teacher_stop_logp_C.exp() * torch.expm1(tilt_C))
@@ -147,9 +149,12 @@ def token_losses(
     if support.classes is not None:
         student_CX, teacher_CX, p_CX = close(at, support.classes(at, settings), settings, log_tilt_sum_C)
         loss_C = LOSSES[settings.loss](student_CX, teacher_CX, p_CX, settings)
+        if outlier_C.any():
+            instead_C = LOSSES["forward_kl"](student_CX, teacher_CX, p_CX, settings) if settings.outliers == "forward" else 0.0
+            loss_C = torch.where(outlier_C, instead_C, loss_C)
         loss_C = loss_C if fields.distil_N is None else fields.distil_N * loss_C
     sampled_C = torch.ones_like(at_stop_C) if support.classes is None else fields.sampled_only_N
-    signal_C = teacher_signal(gap_C + tilt_C * at_stop_C - log_tilt_sum_C, fields, settings)
+    signal_C = teacher_signal(gap_C + tilt_C * at_stop_C - log_tilt_sum_C, outlier_C, fields, settings)
     if sampled_C is not None and sampled_C.any():
         estimate_C, estimate_clipped_C = policy_gradient(signal_C + fields.overlong_N, logp_C, action_logp_C, fields, settings)
         loss_C, clipped_C = torch.where(sampled_C, estimate_C, loss_C), torch.where(sampled_C, estimate_clipped_C, clipped_C)
@@ -169,6 +174,7 @@ def token_losses(
         logp_N=logp_C,
         kl_N=-gap_C,
         clipped_N=clipped_C,
+        outlier_N=outlier_C.to(gap_C.dtype),
         signal_N=signal_C,
         entropy_N=entropy_C,
         student_stop_logp_N=at.stop_logp_C,

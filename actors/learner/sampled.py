@@ -19,8 +19,14 @@ CERTAIN = 1e-6
 """A stop is not taken to be likelier than 1 minus this."""
 
 
-def teacher_signal(gap_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings") -> Tensor:
-    """The log-ratio to the teacher within its bound, times the weight of distillation."""
+def teacher_signal(gap_C: Tensor, outlier_C: Tensor, fields: TokenFields, settings: "ObjectiveSettings") -> Tensor:
+    """The log-ratio to the teacher within its bounds, times the weight of distillation.
+
+    Tokens outside the trust region are clipped to its edge or say nothing. Source: TrOPD, arXiv 2606.01249.
+    """
+    if settings.trust_region_nats is not None:
+        edge_C = gap_C.clamp(min=-settings.trust_region_nats) if settings.outliers == "clip" else torch.zeros_like(gap_C)
+        gap_C = torch.where(outlier_C, edge_C, gap_C)
     bound = settings.advantage_clip_nats
     signal_C = gap_C if bound is None else gap_C.clamp(-bound, bound)
     return signal_C if fields.distil_N is None else fields.distil_N * signal_C

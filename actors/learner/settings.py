@@ -103,6 +103,11 @@ class ObjectiveSettings(Settings):
     """Truncated importance sampling: weight min(pi_learner / pi_engine, cap); None: no weight."""
     advantage_clip_nats: Annotated[float, Field(gt=0)] | None = None
     """Bound on each token's signal |D|; None: unbounded."""
+    trust_region_nats: Annotated[float, Field(gt=0)] | None = None
+    """A sampled token that the teacher finds less likely than the student by more than this is an outlier. None: none is."""
+    outliers: Literal["clip", "mask", "forward"] = "clip"
+    """What an outlier teaches. clip: as much as a token at the edge of the region (support sampled); mask: nothing; forward: KL(teacher ||
+    student) on the support, in place of `loss` (a dense support): the teacher rejects what was sampled, so it shows what it would say."""
     reference_kl_weight: Annotated[float, Field(ge=0, le=10)] = 0.0
     """StableOPD: weight of KL(student || frozen initial student) on student prefixes."""
     reference_kl: Literal["exact", "k3"] = "exact"
@@ -153,6 +158,9 @@ class ObjectiveSettings(Settings):
             raise ValueError("overlong_weight acts on the sampled estimator only: set support to sampled or the weight to 0")
         if _supports()[self.support].hidden and self.position_gamma > 0:
             raise ValueError(f"position_gamma needs log-probs of the sampled tokens; support {self.support} has none: set it to 0")
+        if self.trust_region_nats is not None and self.outliers == ("clip" if dense else "forward"):
+            other = "mask or forward" if dense else "clip or mask"
+            raise ValueError(f"outliers {self.outliers} does not act on support {self.support}: set it to {other}")
         if self.reward is None and self.distillation_weight == 0:
             raise ValueError("distillation_weight 0 leaves nothing to learn from: set a reward, or the weight above 0")
         return self

@@ -168,6 +168,7 @@ def _of_learner(batch: Batch, report: StepReport) -> Record:
         },
         "entropy_nats": metrics.entropy_nats / num_tokens,
         "clipped": metrics.num_clipped_tokens / num_tokens,
+        "outliers": metrics.num_outlier_tokens / num_tokens,
         "masked": metrics.num_masked_tokens / num_tokens,
         "stop_mass_student": metrics.student_stop_mass / num_tokens,
         "stop_mass_teacher": metrics.teacher_stop_mass / num_tokens,

@@ -125,7 +125,7 @@ def _scores(trajectory: Trajectory) -> TokenScores:
 
 def _metrics(num_tokens: int, num_stops: int) -> BatchMetrics:
     tokens_P = np.full(len(POSITION_BUCKETS), num_tokens // len(POSITION_BUCKETS))
-    zero: dict[str, Any] = dict.fromkeys(("num_masked_tokens", "num_clipped_tokens", "num_golden_tokens"), 0)
+    zero: dict[str, Any] = dict.fromkeys(("num_masked_tokens", "num_clipped_tokens", "num_outlier_tokens", "num_golden_tokens"), 0)
     zero |= dict.fromkeys(("reference_kl_nats", "golden_nats"), 0.0)
     return BatchMetrics(
         loss=0.3,

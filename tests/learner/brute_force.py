@@ -190,6 +190,8 @@ def sampled_loss(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor
     mine = action_mass(p, case.sampled[n], case.stop_ids, settings)
     theirs = action_mass(q, case.sampled[n], case.stop_ids, settings)
     advantage = number(torch.log(theirs) - torch.log(mine))
+    if is_outlier(case, settings, n, p):
+        advantage = max(advantage, -settings.trust_region_nats) if settings.outliers == "clip" else 0.0
     if settings.advantage_clip_nats is not None:
         advantage = max(-settings.advantage_clip_nats, min(settings.advantage_clip_nats, advantage))
     advantage += settings.overlong_weight * case.overlong[n]
@@ -204,8 +206,17 @@ def sampled_loss(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor
     return -importance(case, settings, n, p) * ratio * advantage
 
 
-def dense_loss(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor]) -> Tensor:
+def is_outlier(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor]) -> bool:
+    """Whether the teacher finds what was sampled less likely than the student by more than the region."""
     q = list(case.teacher_probs[n])
+    if settings.support == "full":
+        q = [mass / sum(q[: min(len(p), len(q))]) for mass in q[: min(len(p), len(q))]]
+    theirs, mine = (number(action_mass(probs, case.sampled[n], case.stop_ids, settings)) for probs in (q, p))
+    return settings.trust_region_nats is not None and math.log(theirs) - math.log(mine) < -settings.trust_region_nats
+
+
+def dense_loss(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor]) -> Tensor:
+    q, outlier = list(case.teacher_probs[n]), is_outlier(case, settings, n, p)
     zero = torch.zeros((), dtype=torch.float64)
     if settings.support == "full":
         size = min(len(p), len(q))
@@ -228,13 +239,16 @@ def dense_loss(case: Case, settings: ObjectiveSettings, n: int, p: list[Tensor])
         sums = [sum((probs[token] for token in members if token < len(probs)), zero) for members in classes]
         return [mass / sum(sums) for mass in sums]
 
+    if outlier:
+        return kl(masses(q), masses(p)) if settings.outliers == "forward" else sum(masses(p)) * 0.0
     return divergence(masses(p), masses(q), settings)
 
 
-def divergence(p: list[Tensor], q: list[Tensor], settings: ObjectiveSettings) -> Tensor:
-    def kl(a: list[Tensor], b: list[Tensor]) -> Tensor:
-        return sum((x * (torch.log(x) - torch.log(y)) for x, y in zip(a, b, strict=True)), torch.zeros((), dtype=torch.float64))
+def kl(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return sum((x * (torch.log(x) - torch.log(y)) for x, y in zip(a, b, strict=True)), torch.zeros((), dtype=torch.float64))
 
+
+def divergence(p: list[Tensor], q: list[Tensor], settings: ObjectiveSettings) -> Tensor:
     def mix(share: float) -> list[Tensor]:
         return [share * y + (1 - share) * x for x, y in zip(p, q, strict=True)]
 

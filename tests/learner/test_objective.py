@@ -83,6 +83,8 @@ SAMPLED_OPTIONS = {
     "overlong penalty": {"overlong_weight": 0.7},
     "k3": {"reference_kl": "k3"},
     "narrow ratio clip": {"clip_low": 0.05, "clip_high": 0.1},
+    "outliers clipped": {"trust_region_nats": 0.4},
+    "outliers masked": {"trust_region_nats": 0.4, "outliers": "mask"},
 }
 
 
@@ -93,6 +95,22 @@ SAMPLED_OPTIONS = {
 def test_sampled_loss_and_gradient_follow_the_formula(option, proximal, stop_event, reduction):
     settings = ObjectiveSettings(stop_event=stop_event, reduction=reduction, constant_normaliser_tokens=7.0, **SAMPLED_OPTIONS[option])
     assert_matches_formula(brute_force.random_case(2, proximal=proximal), settings)
+
+
+@pytest.mark.parametrize("outliers", ["mask", "forward"])
+@pytest.mark.parametrize("support", ["union", "full"])
+@pytest.mark.parametrize("loss", ["reverse_kl", "jsd"])
+def test_a_dense_loss_outside_the_trust_region_follows_the_formula(loss, support, outliers):
+    case, settings = brute_force.random_case(1), ObjectiveSettings(loss=loss, support=support, trust_region_nats=0.4, outliers=outliers)
+    assert_matches_formula(case, settings)
+    assert 0 < compute(case, settings)[2].outlier_N.mean() < 1
+
+
+def test_a_trust_region_that_nothing_obeys_is_refused():
+    with pytest.raises(ValueError, match="outliers forward does not act on support sampled: set it to clip or mask"):
+        ObjectiveSettings(trust_region_nats=1.0, outliers="forward")
+    with pytest.raises(ValueError, match="outliers clip does not act on support full: set it to mask or forward"):
+        ObjectiveSettings(trust_region_nats=1.0, support="full")
 
 
 @pytest.mark.parametrize("loss", DENSE_LOSSES)
