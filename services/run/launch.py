@@ -197,11 +197,9 @@ class Run:
         stream = self.sources.stream
         right = await judge_teacher(judges, self.sources.decode, golden, lambda index: stream.at(index).answer)
         stream.teacher_right = right
-        said = (
-            f"golden pass: the teacher is right on {sum(right.values())} of {len(right)} prompts that it tried; on the others not distilled"
-        )
-        untried = len(stream) - len(right)
-        self.say(said + (f", on {untried} untried ones distilled (data.golden.num_prompts)" if untried else ""))
+        num_right, untried = sum(right.values()), len(stream) - len(right)
+        said = f"golden pass: the teacher is right on {num_right} of the {len(right)} prompts it answered, the others are not distilled"
+        self.say(said + (f"; {untried} more, not asked, are distilled (data.golden.num_prompts asks more)" if untried else ""))
 
     def _distillation(self, fleet: Fleet, pool: TeacherPool, golden: GoldenSet, judges: JudgesOf) -> Distillation:
         job, sources, journal = self.job, self.sources, self.journal
