@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRA ?= cpu
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help run test check docs bench bench-memory bench-driver bench-speed bench-collapse bench-governor bench-trl gpu chaos soak setup packages
+.PHONY: help run test check docs bench bench-memory bench-driver bench-speed bench-collapse bench-governor bench-guard bench-trl gpu chaos soak setup packages
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -65,6 +65,9 @@ bench-speed: $(STAMP) ## overlap, padding, start-up; step time over floor; step 
 
 bench-governor: $(STAMP) ## the governor's law on runs with a known truth: false alarms, delay, price (under 3 minutes on one core)
 	$(BIN)/python -m tests.bench.governor.bench
+
+bench-guard: $(STAMP) ## is this tree slower than the commit before? both sides of the quickstart, alternating (five minutes on 2 idle cores)
+	$(BIN)/python -m tests.bench.speed.guard
 
 gpu: $(STAMP) ## on one GPU (EXTRA=gpu), some minutes: a colocated run, memory against the estimate, MFU; says what it leaves out
 	@echo "left out: nccl between GPUs, tensor parallelism, mixtures of experts, tokens per second beside vLLM alone"

@@ -103,7 +103,8 @@ def watch(process: psutil.Process, metrics: Path) -> dict[str, float]:
     return {role: (ended[1][role] - begun[1][role]) / (ended[0] - begun[0]) for role in ended[1]}
 
 
-def run_job(job: str, steps: int, settings: tuple[str, ...] = (), keep: Path | None = None) -> Run:
+def run_job(job: str, steps: int, settings: tuple[str, ...] = (), keep: Path | None = None, tree: Path = ROOT) -> Run:
+    """`tree`: whose code runs."""
     with tempfile.TemporaryDirectory(prefix="opd-speed-") as folder:
         out = keep or Path(folder) / "run"
         shutil.rmtree(out, ignore_errors=True)
@@ -112,7 +113,8 @@ def run_job(job: str, steps: int, settings: tuple[str, ...] = (), keep: Path | N
         log = Path(folder) / "log"
         with log.open("w") as file:
             words = [*command, *sets((*SETTINGS, *settings, f"learner.total_steps={steps}"))]
-            process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT)
+            environment = ENVIRONMENT | {"PYTHONPATH": str(tree)}
+            process = subprocess.Popen(words, cwd=tree, env=environment, stdout=file, stderr=subprocess.STDOUT)
             cpu_s = watch(psutil.Process(process.pid), out / "metrics.jsonl")
             code = process.wait()
         if code:
