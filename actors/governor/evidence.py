@@ -27,7 +27,9 @@ MOST_SHARE = 0.9
 """Where a healthy run has at least this share, more of it proves nothing: under a short cap nearly every rollout is cut."""
 PROMPTS_MOVED_NATS = 0.15
 """Prompts whose expected answers are longer or shorter than the running level by this much are other prompts."""
-MOVED_STEP_NATS = 1.0
+MOVED_STEPS = 8.0
+"""For so long after one step's prompts were others, the next ones count as others too: a step's prompts scatter."""
+MOVED_STEP_NATS = 2.0
 """Most evidence of one step against a running level while prompts are others than it was made of: a jump may be theirs."""
 BASELINE_ROLLOUTS = 128
 BASELINE_STEPS = 4
@@ -69,6 +71,8 @@ class Track:
     """Of one value, smoothed: what the next step's mean is expected to scatter by."""
     prompts: float | None = None
     """Running level of `Observation.prompts`."""
+    moved_steps: float = 0.0
+    """Steps for which prompts still count as others than it was made of."""
 
     @property
     def evidence(self) -> float:
@@ -90,7 +94,7 @@ class Track:
         return {
             "logs": list(self.logs), "baseline": self.baseline, "baseline_weight": self.baseline_weight,
             "baseline_steps": self.baseline_steps, "last": self.last, "scatter": self.scatter, "variance": self.variance,
-            "prompts": self.prompts,
+            "prompts": self.prompts, "moved_steps": self.moved_steps,
         }  # fmt: skip
 
     @classmethod
@@ -163,7 +167,7 @@ class MeanTest:
     """The expected is a running level that follows what is worse with this half-life, what is better with a fifth of it; None: the
     reference."""
     max_step_nats: float = MAX_STEP_NATS
-    """Most evidence of one step: a small one asks for many steps in a row. Against a running level at most 1 where prompts moved."""
+    """Most evidence of one step: a small one asks for many steps in a row. Where prompts moved: MOVED_STEP_NATS."""
     floor: float = 0.02
     """Smallest standard deviation of a step's mean that is believed, nats."""
     alternatives: tuple[float, ...] = (0.1, 0.3, 1.0)
@@ -195,7 +199,7 @@ class MeanTest:
             worse = self.sign * (seen.value - level) > 0
             half_life_steps = self.half_life_steps if worse else self.half_life_steps / 5
             level += (1.0 - 0.5 ** (steps / half_life_steps)) * (seen.value - level)
-            track = replace(track, baseline=level, baseline_weight=1.0, prompts=_follow_prompts(track, seen, steps / self.half_life_steps))
+            track = _follow_prompts(replace(track, baseline=level, baseline_weight=1.0), seen, steps, steps / self.half_life_steps)
         return self._remember(track, seen, variance)
 
     def _level(self, track: Track, seen: Observation) -> float:
@@ -231,13 +235,17 @@ def pressure_of(evidence: float, threshold: float) -> float:
 
 def _prompts_moved(track: Track, seen: Observation) -> bool:
     """Or nobody knows: a level that other prompts set says little of these."""
-    return seen.prompts is None or track.prompts is None or abs(seen.prompts - track.prompts) > PROMPTS_MOVED_NATS
-
-
-def _follow_prompts(track: Track, seen: Observation, half_lives: float) -> float | None:
     if seen.prompts is None or track.prompts is None:
-        return seen.prompts
-    return track.prompts + (1.0 - 0.5**half_lives) * (seen.prompts - track.prompts)
+        return True
+    return track.moved_steps > 0 or abs(seen.prompts - track.prompts) > PROMPTS_MOVED_NATS
+
+
+def _follow_prompts(track: Track, seen: Observation, steps: float, half_lives: float) -> Track:
+    if seen.prompts is None or track.prompts is None:
+        return replace(track, prompts=seen.prompts)
+    beyond = seen.prompts - track.prompts
+    moved_steps = MOVED_STEPS if abs(beyond) > PROMPTS_MOVED_NATS else max(0.0, track.moved_steps - steps)
+    return replace(track, prompts=track.prompts + (1.0 - 0.5**half_lives) * beyond, moved_steps=moved_steps)
 
 
 def _is_learned(track: Track) -> bool:
