@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
@@ -136,17 +137,23 @@ def read_adapter(folder: Path, settings: LoraSettings) -> dict[str, Tensor]:
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError) as error:
-        raise LoraError(f"student.lora.start_from: {folder} is no adapter in peft's format ({error}); give its folder") from None
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        why = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise LoraError(f"student.lora.start_from: {folder} is no adapter in peft's format ({why}); give its folder") from None
     odd = [key for key in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
     if odd or config.get("bias", "none") != "none":
         raise LoraError(f"student.lora.start_from: {folder} uses {', '.join(odd) or 'bias'}, which is not known here; train it without")
-    theirs = (config["r"], config["lora_alpha"])
+    theirs = (rank, alpha)
     if theirs != (settings.rank, settings.scale * settings.rank):
         raise LoraError(
             f"student.lora.start_from: {folder} has rank {theirs[0]} and alpha {theirs[1]:g}, "
             f"the job {settings.rank} and {settings.scale * settings.rank:g}; set rank and alpha to the adapter's"
         )
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise LoraError(f"student.lora.start_from: {folder} is a {kind} adapter, not LORA; give one that is")
+    if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point() or not tensor.isfinite().all()]:
+        raise LoraError(f"student.lora.start_from: {folder}: {odd[0]} holds NaN, infinite values or whole numbers; give a sound adapter")
     return tensors
 
 

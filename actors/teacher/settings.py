@@ -12,12 +12,26 @@ ASKED = {"name", "domains", "weight", "system_prompt", "context", "demonstration
 PER_TEACHER = frozenset({*ASKED, "beams", "length_penalty", "no_repeat_ngram"})
 """Settings that shape a request or its use, not the actor that serves it: teachers may differ in them and share actors."""
 
+DEMONSTRATION = "{demonstration}"
+"""Where the right answer stands in teacher.demonstration."""
+
 
 def _with_braces_closed(text: str) -> str:
+    remedy = "name columns in braces, and write a brace of the text twice"
     try:
-        list(string.Formatter().parse(text))
+        fields = list(string.Formatter().parse(text))
     except ValueError as error:
-        raise ValueError(f"{error}; name columns in braces, and write a brace of the text twice") from None
+        raise ValueError(f"{error}; {remedy}") from None
+    for _, name, how, converted in fields:
+        if name is not None and (not name or name.isdigit() or how or converted):
+            whole = name + (f"!{converted}" if converted else "") + (f":{how}" if how else "")
+            raise ValueError(f"{{{whole}}} is no column's name; {remedy}")
+    return text
+
+
+def _with_a_place(text: str) -> str:
+    if text.count(DEMONSTRATION) != 1:
+        raise ValueError(f"it must hold {DEMONSTRATION} once")
     return text
 
 
@@ -61,7 +75,7 @@ class TeacherSettings(Settings):
     """What the teacher alone sees of each prompt: text with columns of the row in braces, such as `"Solution:\\n{golden}"`. It stands
     before the prompt with an empty line between (in chat form: in the last user message), or around it where it names {prompt}.
     A row without one of the columns is a bad row. A column `teacher_prompt` takes the prompt's place for teachers."""
-    demonstration: str | None = None
+    demonstration: Annotated[str, AfterValidator(_with_a_place)] | None = None
     """Text with `{demonstration}` that stands before the teacher's view of each rollout: the shortest right answer among the other
     rollouts of its prompt (needs rollout.samples_per_prompt above 1 and an answer column; right is what data.eval.verifier says).
     A rollout without one is left out of the loss."""

@@ -13,7 +13,7 @@ from opd_governor.services.cli.init import init
 from opd_governor.services.cli.others import others
 from opd_governor.services.cli.plan import Gpus, described
 from opd_governor.services.cli.plan import commands as planning
-from opd_governor.services.cli.terminal import AsJson, JobFile, Sets, fail, load, quiet_environment, versions
+from opd_governor.services.cli.terminal import AsJson, JobFile, Sets, fail, load, quick_imports, quiet_environment, versions
 from opd_governor.services.job.settings import JobError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -53,9 +53,10 @@ def run(
     Example: `opd run deploy/jobs/sums.yaml --set learner.total_steps=40 --out /tmp/sums`
     """
     os.umask(0o077)  # whatever a run writes is its owner's alone
-    job = load(job_file, sets)
-    quiet_environment()
-    from opd_governor.services.inputs.preflight import check, exit_code, failures
+    with quick_imports():
+        job = load(job_file, sets)
+        quiet_environment()
+        from opd_governor.services.inputs.preflight import check, exit_code, failures
 
     directory = out or Path("runs") / job.name
     checks = check(job, directory)
@@ -106,11 +107,12 @@ def check(
 
     Example: `opd check deploy/jobs/smollm2.yaml --json` or `opd check deploy/jobs/qwen3-8-gpus.yaml --gpus 8x80 --dry`
     """
-    job = load(job_file, sets)
-    quiet_environment()
-    from opd_governor.services.inputs.fit import check_dry, check_engine_arguments, check_fit, local_hardware
-    from opd_governor.services.inputs.preflight import check as preflight
-    from opd_governor.services.inputs.preflight import exit_code, render
+    with quick_imports():
+        job = load(job_file, sets)
+        quiet_environment()
+        from opd_governor.services.inputs.fit import check_dry, check_engine_arguments, check_fit, local_hardware
+        from opd_governor.services.inputs.preflight import check as preflight
+        from opd_governor.services.inputs.preflight import exit_code, render
 
     if dry and gpus is None:
         fail(["--dry: goes with --gpus, such as --gpus 8x80"], 2)

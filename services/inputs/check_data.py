@@ -6,7 +6,6 @@ from typing import Any
 
 from opd_governor.services.inputs.checks import Check
 from opd_governor.services.inputs.prompts import PromptStream, describe_refusals, open_problems, open_prompts
-from opd_governor.services.inputs.thinking import thinking_ids
 from opd_governor.services.job.settings import Job, JobError
 
 
@@ -17,9 +16,6 @@ def check_data(job: Job, tokenizer: Any, window: int, teacher_tokenizers: Mappin
         yield Check("chat template", "fail", detail, "set it to false, or student.tokenizer to one that has a template")
         return
     yield from _check_template_keys(job, tokenizer)
-    if job.rollout.thinking_budget_tokens is not None and job.rollout.thinking_ids is None and thinking_ids(tokenizer) is None:
-        detail = "rollout.thinking_budget_tokens: the student's tokenizer has none of the known marks of thinking, such as </think>"
-        yield Check("thinking", "fail", detail, "set rollout.thinking_ids to the ids of its marks, or unset the budget", exit_code=2)
     try:
         stream = open_prompts(job, tokenizer, window, teacher_tokenizers)
     except JobError as error:

@@ -88,6 +88,11 @@ def check_objective(job: Job) -> Iterator[Check]:
     if reward is not None and reward.baseline == "group" and samples < 2:
         detail = f"objective.reward.baseline: group compares the samples of a prompt, and rollout.samples_per_prompt is {samples}"
         yield Check("reward", "fail", detail, "set it to 2 or more, or baseline to running", exit_code=2)
+    if samples < 2 and any(teacher.demonstration for teacher in job.teacher):
+        detail = f"teacher.demonstration: it is another answer to the same prompt, and rollout.samples_per_prompt is {samples}"
+        yield Check("demonstration", "fail", detail, "set it to 2 or more, or remove the demonstration", exit_code=2)
+    if len({teacher.demonstration for teacher in job.teacher}) > 1:
+        yield Check("demonstration", "fail", "teacher.demonstration: differs between teachers", "set it alike for all", exit_code=2)
     if job.learner.compile and not any(map(shutil.which, COMPILERS)):
         detail = f"learner.compile: true, and none of {', '.join(COMPILERS)} is on this machine"
         yield Check("compiler", "warn", detail, "install one where the learner runs (apt-get install g++), or set it to false")

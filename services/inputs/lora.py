@@ -31,6 +31,9 @@ def check_lora(job: Job, student: ModelFacts) -> Iterator[Check]:
         yield Check("lora", "fail", str(error), exit_code=2)
         return
     yield Check("lora", "pass", _words(model))
+    if _count(model) > _count_frozen(model):
+        detail = f"student.lora.rank: {lora.rank} makes the addition larger than the model it is added to"
+        yield Check("lora rank", "warn", detail, "lower it: 8 to 64 are usual")
     if job.cluster.weight_transfer in ("nccl", "ipc"):
         detail = f"cluster.weight_transfer: {job.cluster.weight_transfer} is not used: an addition always travels as a file"
         yield Check("lora transfer", "warn", detail, "leave it out")
@@ -66,15 +69,18 @@ def _count(model: Any) -> int:
     return sum(own[name].numel() for name in adapter_names(model))
 
 
+def _count_frozen(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters()) - _count(model)
+
+
 def _names(model: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.rpartition(".")[2] for name in lora_layers(model)))
 
 
 def _words(model: Any) -> str:
     """Parameters and share, where they are, what travels and what is kept."""
-    trained, total = _count(model), sum(p.numel() for p in model.parameters())
-    share = trained / (total - trained)
+    trained, frozen = _count(model), _count_frozen(model)
     return (
-        f"{trained:,} parameters, {share:.2%} of the model's {total - trained:,}, in {', '.join(_names(model))}; "
+        f"{trained:,} parameters, {trained / frozen:.2%} of the model's {frozen:,}, in {', '.join(_names(model))}; "
         f"{4 * trained / MIB:,.1f} MiB to the engines a step, {12 * trained / MIB:,.1f} MiB a checkpoint"
     )

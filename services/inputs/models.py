@@ -237,7 +237,10 @@ def tokenizer_difference(student: Any, teacher: Any) -> str | None:
 
     The teacher may have more ids: the student never writes them.
     """
-    ours, others = ({index: token for token, index in t.get_vocab().items()} for t in (student, teacher))
+    whole = [tokenizer.get_vocab() for tokenizer in (student, teacher)]
+    if whole[0] == whole[1]:
+        return None
+    ours, others = ({index: token for token, index in vocabulary.items()} for vocabulary in whole)
     for index in sorted(ours):
         if ours[index] != others.get(index):
             named = [repr(vocabulary[index]) if index in vocabulary else "nothing" for vocabulary in (ours, others)]

@@ -25,6 +25,7 @@ from opd_governor.services.inputs.follow import check_follow
 from opd_governor.services.inputs.lora import check_lora
 from opd_governor.services.inputs.models import resolve_model, split_pruned
 from opd_governor.services.inputs.resolve import ModelFacts, server_tokenizer, student_facts, teacher_facts, window_of
+from opd_governor.services.inputs.thinking import check_thinking
 from opd_governor.services.inputs.tokens import own_tokenizer
 from opd_governor.services.job.settings import Job, JobError
 
@@ -38,7 +39,13 @@ def check(job: Job, directory: Path) -> list[Check]:
     teachers = [_look_at_teacher(settings, checks) for settings in job.teacher]
     if student is None:
         return checks
-    checks += [*check_student(student), *check_lora(job, student), *check_stop_ids(job, student), *check_pad(student.tokenizer)]
+    checks += [
+        *check_student(student),
+        *check_lora(job, student),
+        *check_stop_ids(job, student),
+        *check_thinking(job, student),
+        *check_pad(student.tokenizer),
+    ]
     others: dict[str, Any] = {}
     for settings, teacher in zip(job.teacher, teachers, strict=True):
         if teacher is not None:
@@ -48,7 +55,7 @@ def check(job: Job, directory: Path) -> list[Check]:
         read = teacher.tokenizer if teacher is not None else _server_tokenizer(settings, checks)
         if read is not None:
             checks += check_pair(settings, student, read, teacher.stops if teacher is not None else {}, job)
-            if settings.render == "own" or own_tokenizer(settings, teacher.model if teacher else settings.model, student.tokenizer):
+            if settings.render == "own" or own_tokenizer(settings, teacher.model if teacher else settings.model, student.tokenizer, read):
                 others[settings.name] = read
     try:
         window = window_of(job, [facts for facts in (student, *teachers) if facts is not None])

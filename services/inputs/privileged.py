@@ -5,6 +5,7 @@
 The student's prompt, and so its tokens, are never touched.
 """
 
+import math
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ def privileged(question: Question, context: str | None) -> Privileged:
     values = {name: _value(question, name) for name in columns_named(context) if name != PROMPT}
     empty = [name for name, value in values.items() if not value.strip()]
     if empty:
-        raise RowError(f"column {empty[0]!r} is empty, and teacher.context names it; fill it, or take the row out")
+        remedy = "fill it, take the row out, or write braces that are text twice"
+        raise RowError(f"column {empty[0]!r} is empty, and teacher.context names it; {remedy}")
     hint = _filled(context, values | {PROMPT: ""})
 
     def placed(asked: str) -> str:
@@ -75,7 +77,7 @@ def _value(question: Question, name: str) -> str:
     known = {"golden": question.golden, "answer": question.answer, "domain": question.domain}
     value = known.get(name)
     value = column_of(question.row, name) if value is None else value
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
         return _shown(value)

@@ -240,7 +240,7 @@ def open_prompts(job: Job, tokenizer: Any, context_tokens: int, teacher_tokenize
     source = job.data.prompts
     table = open_table(open_rows(source), tokenizer, terms_of(job, source), teacher_tokenizers)
     reward = job.objective.reward
-    judge = None if reward is None else judge_of(reward.verifier, "objective.reward.verifier")
+    judge = None if reward is None else judge_of(reward.verifier, job.data.verifiers, "objective.reward.verifier")
     survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, judge, answers_for="objective.reward")
     stream = PromptStream(table, survey, job.seed, shuffle=source.shuffle, unfinished=job.data.unfinished_by_teacher)
     if reward is not None:
@@ -355,7 +355,7 @@ def open_problems(job: Job, tokenizer: Any, context_tokens: int) -> Problems:
     `open_prompts` does.
     """
     assert job.data.eval.path is not None
-    judge = judge_of(job.data.eval.verifier)
+    judge = judge_of(job.data.eval.verifier, job.data.verifiers)
     source = job.data.eval.source(job.data.prompts)
     try:
         table = open_table(open_rows(source), tokenizer, Terms(source))

@@ -133,7 +133,7 @@ def resolve(job: Job) -> tuple[Models, Any]:
     same = [
         facts
         for settings, facts in zip(job.teacher, found, strict=True)
-        if facts is not None and own_tokenizer(settings, facts.model, student.tokenizer) is None
+        if facts is not None and own_tokenizer(settings, facts.model, student.tokenizer, facts.tokenizer) is None
     ]
     stop_ids = stop_ids_of(job, [student, *same])
     named = (job.student.tokenizer or student.model, student.tokenizer)

@@ -23,10 +23,10 @@ from opd_governor.services.job.settings import Job, JobError
 SAME, OWN = "same", "own"
 
 
-def own_tokenizer(teacher: TeacherSettings, model: str, student: Any) -> str | None:
+def own_tokenizer(teacher: TeacherSettings, model: str, student: Any, read: Any = None) -> str | None:
     """Folder or id of the tokenizer whose ids this teacher is asked in; None: the student's.
 
-    `model`: the teacher's, resolved; `student`: the student's tokenizer.
+    `model`: the teacher's, resolved; `student`: the student's tokenizer; `read`: that of `model`, where it is loaded already.
     """
     if teacher.tokenizer not in (None, OWN, SAME):
         return teacher.tokenizer
@@ -34,7 +34,9 @@ def own_tokenizer(teacher: TeacherSettings, model: str, student: Any) -> str | N
         return model
     if teacher.tokenizer == SAME or not teacher.means.local:
         return None
-    return model if tokenizer_difference(student, tokenizer_of(model, teacher.trust_remote_code)) else None
+    if read is None:
+        read = tokenizer_of(model, teacher.trust_remote_code)
+    return model if tokenizer_difference(student, read) else None
 
 
 def named_tokenizer(teacher: TeacherSettings, model: str | None) -> str | None:

@@ -19,7 +19,7 @@ from opd_governor.services.inputs.verdicts import judge, limits
 from opd_governor.services.inputs.verifiers import load_verifier
 
 
-def main(spec: str) -> None:
+def main(spec: str, field: str = "data.eval.verifier") -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -30,7 +30,7 @@ def main(spec: str) -> None:
 
     try:
         load_extensions()
-        verify = load_verifier(spec)
+        verify = load_verifier(spec, field)
     except Exception as error:
         say({"trouble": str(error)})
         return
@@ -58,4 +58,4 @@ def _limit_memory(more_mib: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -23,9 +24,11 @@ import numpy as np
 
 from opd_governor.actors.extensions import Kind
 from opd_governor.services.inputs.refusals import words
+from opd_governor.services.inputs.trial import trouble_of
 from opd_governor.services.inputs.unit_tests import last_block, passes
 from opd_governor.services.inputs.verdicts import Verdict, Verifier, judge, limits
 from opd_governor.services.job.errors import JobError
+from opd_governor.services.job.settings import VerifierProcesses
 
 VERIFIERS: Kind[Verifier] = Kind("verifier")
 PACKAGES = {"math-verify": ("math_verify", "math-verify[antlr4_13_2]"), "json-schema": ("jsonschema", "jsonschema")}
@@ -144,13 +147,14 @@ class Evaluation:
         return "; ".join(parts)
 
 
-def judge_of(spec: str, field: str = "data.eval.verifier") -> Callable[[str], str]:
+def judge_of(spec: str, settings: VerifierProcesses, field: str = "data.eval.verifier") -> Callable[[str], str]:
     """A function that says why no response could be judged against an answer; it answers nothing where one can.
 
-    A verifier of the job's own may be slow: it is tried on one answer alone. Raises JobError, naming `field`, for a verifier that is none.
+    A verifier of the job's own may be slow: it is tried on one answer alone, in a process of its own. Raises JobError, naming `field`,
+    for a verifier that is none.
     """
-    verify = load_verifier(spec, field)
-    is_own = spec not in BUILT_IN and not spec.startswith(("http://", "https://"))
+    is_own = spec not in BUILT_IN
+    verify = exact if is_own and ":" in spec else load_verifier(spec, field)
     tried: list[str] = []
 
     def what_is_wrong(answer: str) -> str:
@@ -165,8 +169,8 @@ def judge_of(spec: str, field: str = "data.eval.verifier") -> Callable[[str], st
                 return f"answer {answer[:60]!r} {what}{why}; mend it, or choose another verifier"
         if is_own and not tried:
             tried.append(answer)
-            if (found := judge(verify, answer, answer)).score is None:
-                raise JobError(f"{field} {spec}: on response and {found.trouble}")
+            if trouble := trouble_of(spec, field, answer, settings):
+                raise JobError(trouble)
         return ""
 
     return what_is_wrong
@@ -177,10 +181,18 @@ def _number(answer: str) -> None:
         raise ValueError
 
 
+def _schema(answer: str) -> None:
+    validators, schema = importlib.import_module("jsonschema.validators"), json.loads(answer)
+    try:
+        validators.validator_for(schema, default=validators.Draft202012Validator).check_schema(schema)
+    except importlib.import_module("jsonschema.exceptions").SchemaError as error:
+        raise ValueError(error.message) from None
+
+
 READ: dict[str, tuple[Callable[[str], Any], str]] = {
     "number": (_number, "holds no number"),
     "regex": (re.compile, "is no regular expression"),
-    "json-schema": (json.loads, "is no JSON"),
+    "json-schema": (_schema, "is no JSON schema"),
     "unit-tests": (partial(compile, filename="tests.py", mode="exec"), "is no Python"),
 }
 """Verifier -> what raises for an answer that it cannot read, and that in words."""
@@ -240,5 +252,7 @@ def _import_file(path: Path) -> Any:
     assert spec is not None, path
     assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
+    if (folder := str(path.absolute().parent)) not in sys.path:
+        sys.path.append(folder)  # for what it imports from beside it
     spec.loader.exec_module(module)
     return module

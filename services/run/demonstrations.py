@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from opd_governor.actors.teacher.settings import DEMONSTRATION
 from opd_governor.actors.trajectory import Prompt, Trajectory
 from opd_governor.services.inputs.resolve import Models
 from opd_governor.services.inputs.verdicts import Verifier, judge
 from opd_governor.services.inputs.verifiers import load_verifier
 from opd_governor.services.job.settings import Job, JobError
-
-PLACE = "{demonstration}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +72,7 @@ def demonstrations_of(job: Job, models: Models, tokenizer: Any, decode: Callable
         raise JobError("teacher.demonstration: set it alike for all teachers, whose tokens must be the student's")
     (template,) = templates
     assert template is not None
-    if template.count(PLACE) != 1:
-        raise JobError(f"teacher.demonstration: {template!r} must hold {PLACE} once")
-    if job.rollout.samples_per_prompt < 2:
-        raise JobError("teacher.demonstration: needs rollout.samples_per_prompt of at least 2: it is another answer to the same prompt")
-    before, _, after = template.partition(PLACE)
+    before, _, after = template.partition(DEMONSTRATION)
     ids = [tuple(tokenizer(text, add_special_tokens=False).input_ids) if text else () for text in (before, after)]
     verify = load_verifier(job.data.eval.verifier)
     return Demonstrations(ids[0], ids[1], verify, decode, models.stop_ids, models.context_tokens, tokenizer.bos_token_id)

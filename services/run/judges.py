@@ -19,6 +19,7 @@ from typing import Any
 from opd_governor.actors.trajectory import Trajectory
 from opd_governor.services.inputs.golden import GoldenSet
 from opd_governor.services.inputs.refusals import words
+from opd_governor.services.inputs.trial import PROCESS, START_S
 from opd_governor.services.inputs.verdicts import MEMORY_VARIABLE, TIMEOUT_VARIABLE, Reason, Verdict, failed
 from opd_governor.services.job.settings import VerifierProcesses
 
@@ -26,8 +27,6 @@ Judge = Callable[[Sequence[tuple[str, str]]], Awaitable[list[Verdict]]]
 """(response, answer) pairs -> their verdicts, in order."""
 AT_ONCE = 8
 """Responses handed to a process together, so that it never waits for the driver."""
-START_S = 120.0
-"""For a process to load the verifier."""
 
 Asked = tuple[str, str, asyncio.Future[Verdict]]
 
@@ -142,7 +141,7 @@ class JudgesOf:
 async def _started(spec: str, settings: VerifierProcesses) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process that has loaded the verifier. Raises VerifierError where it does not."""
     limits = {TIMEOUT_VARIABLE: str(settings.timeout_s), MEMORY_VARIABLE: str(settings.memory_mib)}
-    command = (sys.executable, "-m", "opd_governor.services.inputs.verifier_process", spec)
+    command = (sys.executable, "-m", PROCESS, spec)
     pipe = asyncio.subprocess.PIPE
     try:
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, env=os.environ | limits, start_new_session=True)

@@ -11,7 +11,6 @@ from typing import Any
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.prompts import PromptStream, Survey, describe_refusals, open_problems, open_prompts
 from opd_governor.services.inputs.resolve import Models, resolve, teacher_tokenizers
-from opd_governor.services.inputs.verifiers import load_verifier
 from opd_governor.services.job.settings import Job
 from opd_governor.services.run.demonstrations import Demonstrations, demonstrations_of
 
@@ -35,15 +34,12 @@ class Sources:
         """Raises JobError (DataError) for whatever is wrong with them."""
         models, tokenizer = resolve(job)
         stream = open_prompts(job, tokenizer, models.context_tokens, teacher_tokenizers(job, models))
-        if job.objective.reward is not None:
-            load_verifier(job.objective.reward.verifier, "objective.reward.verifier")
         sources = cls(models, tokenizer, stream, ())
         sources = replace(sources, demonstrations=demonstrations_of(job, models, tokenizer, sources.decode))
         if not job.data.eval.path:
             return replace(sources, notes=told("data.prompts", stream.survey, job))
         held_out = open_problems(job, tokenizer, models.context_tokens)
         notes = told("data.prompts", stream.survey, job) + told("data.eval", held_out.survey, job)
-        load_verifier(job.data.eval.verifier)
         return replace(sources, problems=held_out.prompts, notes=notes)
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from opd_governor.services.cli.app import app
 from tests.doors.cases import CHAT, HELD_OUT, JOB, READING, ROWS, Case
 from tests.doors.models import MODELS, students
+from tests.doors.tasks import TASKS
 from tests.tiny import build_tiny
 
-TABLE = [*READING, *ROWS, *CHAT, *HELD_OUT, *JOB, *MODELS]
+TABLE = [*READING, *ROWS, *CHAT, *HELD_OUT, *JOB, *MODELS, *TASKS]
 
 
 @pytest.fixture(scope="module")
