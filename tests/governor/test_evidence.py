@@ -73,7 +73,9 @@ def test_a_running_level_follows_a_slow_drift_and_shows_a_jump():
     assert 50 <= jump <= 54
 
 
-@pytest.mark.parametrize(("prompts", "steps"), [([3.0] * 5, 2), ([3.1] * 5, 2), ([3.4] * 8, 6), ([3.4, 3.1] * 4, 6), ([2.6] * 8, 6), ([None] * 8, 6)])
+@pytest.mark.parametrize(
+    ("prompts", "steps"), [([3.0] * 5, 2), ([3.1] * 5, 2), ([3.4] * 8, 6), ([3.4, 3.1] * 4, 6), ([2.6] * 8, 6), ([None] * 8, 6)]
+)
 def test_a_jump_under_the_same_prompts_is_believed_at_once_one_under_other_prompts_once_it_stays(prompts, steps):
     test = MeanTest(sign=1.0, slack=math.log(2.5), half_life_steps=50.0, floor=0.15, alternatives=(0.3, 1.0), max_step_nats=6.0)
     track = Track()
