@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from opd_governor.services.inputs.checks import Check
+from opd_governor.services.inputs.environments import open_environment
 from opd_governor.services.inputs.prompts import PromptStream, describe_refusals, open_problems, open_prompts
 from opd_governor.services.inputs.thinking import thinking_ids
 from opd_governor.services.job.settings import Job, JobError
@@ -20,6 +21,13 @@ def check_data(job: Job, tokenizer: Any, window: int, teacher_tokenizers: Mappin
     if job.rollout.thinking_budget_tokens is not None and job.rollout.thinking_ids is None and thinking_ids(tokenizer) is None:
         detail = "rollout.thinking_budget_tokens: the student's tokenizer has none of the known marks of thinking, such as </think>"
         yield Check("thinking", "fail", detail, "set rollout.thinking_ids to the ids of its marks, or unset the budget", exit_code=2)
+    try:
+        bridge = open_environment(job, tokenizer)
+    except JobError as error:
+        yield Check("environment", "fail", str(error), exit_code=2)
+        return
+    if bridge is not None and job.environment is not None:
+        yield Check("environment", "pass", job.environment.entry or f"{len(job.environment.tools)} tools")
     try:
         stream = open_prompts(job, tokenizer, window, teacher_tokenizers)
     except JobError as error:
