@@ -13,6 +13,7 @@ from opd_governor.actors.learner.metrics import POSITION_BUCKETS
 from opd_governor.actors.trajectory import LengthLimits, TokenScores, Trajectory
 from opd_governor.services.inputs.verifiers import Evaluation
 from opd_governor.services.record.batch import Batch
+from opd_governor.services.record.conversations import conversation_fields, record_conversations
 from opd_governor.services.record.rewards import record_rewards, reward_fields
 from opd_governor.services.record.rundir import Record
 from opd_governor.services.record.scores import score_fields
@@ -57,6 +58,7 @@ def record_batch(telemetry: Telemetry, batch: Batch, report: StepReport | None, 
     for outcome, number in outcomes.items():
         telemetry.inc("opd_admitted_rollouts_total", number, outcome=outcome)
     record_rewards(telemetry, batch, report)
+    record_conversations(telemetry, batch)
     if report is None:
         return
     metrics = report.metrics
@@ -101,6 +103,7 @@ def step_record(
         **score_fields(batch.scored),
         **reward_fields(batch, report),
         **thinking_fields(batch),
+        **conversation_fields(batch),
         **evaluation_fields(evaluations),
     }
 
@@ -205,13 +208,20 @@ def sample_records(batch: Batch, num: int, decode: Callable[[Sequence[int]], str
         {
             "step": batch.step,
             "prompt": trajectory.prompt.text,
-            "response": decode(trajectory.token_ids),
+            "response": decode(trajectory.conversation_ids),
             "finish_reason": trajectory.finish_reason,
             "length_tokens": len(trajectory.token_ids),
-            "loop_onset_char": None if trajectory.loop_onset is None else len(decode(trajectory.token_ids[: trajectory.loop_onset])),
+            "loop_onset_char": _onset_char(trajectory, decode),
         }
         for trajectory in chosen
     ]
+
+
+def _onset_char(trajectory: Trajectory, decode: Callable[[Sequence[int]], str]) -> int | None:
+    if trajectory.loop_onset is None:
+        return None
+    between = sum(len(ids) for place, ids in trajectory.observed if place <= trajectory.loop_onset)
+    return len(decode(trajectory.conversation_ids[: trajectory.loop_onset + between]))
 
 
 def nonfinite_record(source: Source, trajectory: Trajectory, scores: TokenScores | None) -> Record:
@@ -226,7 +236,7 @@ def nonfinite_record(source: Source, trajectory: Trajectory, scores: TokenScores
         "weight_version": trajectory.weight_version,
         "text": prompt.text,
         "prompt_ids": list(prompt.token_ids),
-        "token_ids": list(trajectory.token_ids),
+        "token_ids": list(trajectory.conversation_ids),
         "logprobs": trajectory.logprobs_T.tolist(),
     }
     if scores is not None:
