@@ -309,8 +309,6 @@ class Job(Settings):
         reward = self.objective.reward
         if reward is not None and reward.when == "teacher_right" and not self.data.golden.enabled:
             raise ValueError("objective.reward.when: teacher_right judges the golden pass's answers: set data.golden.enabled to true")
-        if reward is not None and reward.when == "teacher_right" and self.environment is not None:
-            raise ValueError("objective.reward.when: teacher_right judges single answers, not conversations: remove it, or environment")
         if self.data.select.active and self.objective.reward is None:
             raise ValueError("data.select draws prompts by verdicts, and nothing judges them: set objective.reward, or remove data.select")
         return self
