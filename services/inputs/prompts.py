@@ -170,9 +170,9 @@ class PromptStream:
                 "raise data.golden.max_new_tokens or set it to keep"
             )
 
-    def digest(self) -> str:
-        """Equal for equal prompts in equal order, wherever their file lies."""
-        return self._table.digest(self._indices)
+    def digest(self, column: str = "token_ids") -> str:
+        """Equal for equal prompts in equal order, wherever their file lies; or for what one of the table's other columns says of them."""
+        return self._table.digest(self._indices, column)
 
     def state(self) -> dict[str, int]:
         """The cursor, as JSON."""

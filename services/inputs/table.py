@@ -93,13 +93,16 @@ class PromptTable:
         row = self[index]
         return f"{self.found.files[row['file']]}:{row['line']}"
 
-    def digest(self, indices: np.ndarray) -> str:
-        """Of the token ids of these rows, in their order in the source."""
+    def digest(self, indices: np.ndarray, column: str = "token_ids") -> str:
+        """Of one column of these rows, ids or text, in their order in the source."""
         digest, used = hashlib.sha256(), np.zeros(len(self), bool)
         used[indices] = True
         for start, batch in zip(self._starts, self._batches, strict=False):
-            ids = batch.column("token_ids").filter(pyarrow.array(used[start : start + batch.num_rows]))
-            for part in (pyarrow.compute.list_value_length(ids), ids.flatten()):
+            values = batch.column(column).filter(pyarrow.array(used[start : start + batch.num_rows]))
+            if pyarrow.types.is_string(values.type):
+                digest.update(json.dumps(values.to_pylist()).encode())
+                continue
+            for part in (pyarrow.compute.list_value_length(values), values.flatten()):
                 digest.update(part.to_numpy(zero_copy_only=False).tobytes())
         return digest.hexdigest()[:16]
 

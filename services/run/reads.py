@@ -16,6 +16,8 @@ from opd_governor.services.run.sources import Sources
 
 Reads = Mapping[str, Any]
 """Key of the job -> digest, or the value itself for a setting."""
+PLAIN = (" demonstration", " follow", " weight")
+"""Ends of keys with the settings by which a teacher's scores are made: what it sees of a prompt is in the prompts' own digest."""
 
 
 def what_it_reads(job: Job, sources: Sources) -> dict[str, Any]:
@@ -23,11 +25,18 @@ def what_it_reads(job: Job, sources: Sources) -> dict[str, Any]:
     models = sources.models
     reads: dict[str, Any] = {
         "data.prompts": sources.stream.digest(),
+        "data.prompts for teachers": sources.stream.digest("teacher_ids"),
+        "golden answers of data.prompts": sources.stream.digest("golden_ids"),
+        "rollout.stop_token_ids": list(models.stop_ids),
         "student.model": weights_identity(models.student),
         "student.tokenizer": tokenizer_identity(sources.tokenizer),
     }
+    if job.objective.reward is not None:
+        reads["answers of data.prompts"] = sources.stream.digest("answer")
     for settings, model in zip(job.teacher, models.teachers, strict=True):
         reads[f"teacher {settings.name}"] = weights_identity(model) if settings.means.local else f"{settings.url} {model}"
+        asked = settings.model_dump(mode="json", include={key.removeprefix(" ") for key in PLAIN})
+        reads |= {f"teacher {settings.name} {key}": value for key, value in asked.items()}
     return reads | {f"objective.{key}": value for key, value in job.objective.model_dump(mode="json").items()}
 
 
@@ -37,8 +46,8 @@ def changes(before: Reads, now: Reads) -> list[str]:
     for key in sorted(before.keys() | now.keys()):
         if key not in before or before[key] == now.get(key):
             continue
-        if key.startswith("objective."):
-            found.append(f"{key} (was {before[key]}, is {now.get(key)})")
+        if key.startswith(("objective.", "rollout.")) or key.endswith(PLAIN):
+            found.append(f"{key} (was {before[key]}, is {now[key]})" if key in now else f"{key} (gone)")
         else:
             found.append(f"{key} (other content)" if key in now else f"{key} (gone)")
     return found

@@ -130,12 +130,18 @@ def _parse(text: str) -> Any:
         return None
 
 
+STAMPED = re.compile(r"\[[^\[\]{}\"]*\]\s*\S")
+"""A line of a log that begins with a time, level or rank in brackets."""
+
+
 def _is_document(head: bytes) -> bool:
     """One JSON value over many lines, or one line alone."""
     text = _text(head).lstrip()
     if not text.startswith(("{", "[")):
         return False
     first = text.partition("\n")[0].strip()
+    if STAMPED.match(first):
+        return False
     return not (first.startswith("{") and _parse(first) is not None and len(text) > len(first) + 1 and text[len(first) :].strip() != "")
 
 

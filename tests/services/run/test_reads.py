@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from opd_governor.services.inputs.prompts import open_prompts
-from opd_governor.services.job.settings import JobError
-from opd_governor.services.run.reads import changes, refuse_other_run
+from opd_governor.services.job.settings import Job, JobError
+from opd_governor.services.run.reads import changes, refuse_other_run, what_it_reads
+from opd_governor.services.run.sources import Sources
+from tests.doors.models import save
 from tests.services.inputs.test_prompts import job_of, write_lines
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHATML, build_tiny, tiny_tokenizer
 
 READS = {"data.prompts": "a", "student.model": "b", "teacher t": "c", "objective.loss": "reverse_kl"}
 
@@ -52,3 +55,36 @@ def test_a_prompt_file_that_moved_is_the_same_and_one_that_changed_is_not(tmp_pa
 
     assert digest("a.jsonl", ["one", "two"]) == digest("b.jsonl", ["one", "two"])
     assert len({digest("c.jsonl", texts) for texts in (["one", "two"], ["two", "one"], ["onet", "wo"], ["one", "two", "x"])}) == 4
+
+
+def test_each_thing_that_a_run_reads_is_named_when_it_changes(tmp_path: Path) -> None:
+    """Prompts, what teachers alone see of them, golden answers, answers, models, template, stop ids, objective: one at a time."""
+    row = {"prompt": "one", "hint": "a", "golden": "b", "answer": "c"}
+    models = {name: build_tiny(tmp_path / name, seed=seed) for name, seed in (("student", 1), ("teacher", 2), ("other", 3))}
+
+    def reads(row: dict[str, str], student: str = "student", **groups: Any) -> dict[str, Any]:
+        path = write_lines(tmp_path / "p.jsonl", [row])
+        tree = {
+            "name": "a", "student": {"model": str(models[student])}, "data": {"prompts": {"path": str(path)}},
+            "teacher": {"model": str(models["teacher"]), "context": "{hint}"} | groups.pop("teacher", {}),
+            "objective": {"reward": {"verifier": "exact", "baseline": "running"}} | groups.pop("objective", {}),
+        } | groups  # fmt: skip
+        job = Job.model_validate(tree)
+        return json.loads(json.dumps(what_it_reads(job, Sources.read(job))))
+
+    first = reads(row)
+    assert changes(first, reads(row)) == []
+    assert changes(first, reads(row | {"prompt": "two"}))[0] == "data.prompts (other content)"
+    assert changes(first, reads(row | {"hint": "z"})) == ["data.prompts for teachers (other content)"]
+    assert changes(first, reads(row | {"golden": "z"})) == ["golden answers of data.prompts (other content)"]
+    assert changes(first, reads(row | {"answer": "z"})) == ["answers of data.prompts (other content)"]
+    assert changes(first, reads(row, teacher={"system_prompt": "Be short."})) == ["data.prompts for teachers (other content)"]
+    assert changes(first, reads(row, teacher={"weight": 2.0})) == ["teacher teacher weight (was 1.0, is 2.0)"]
+    assert changes(first, reads(row, teacher={"model": str(models["other"])})) == ["teacher teacher (other content)"]
+    assert changes(first, reads(row, "other")) == ["student.model (other content)"]
+    assert changes(first, reads(row, rollout={"stop_token_ids": [3]})) == [
+        "golden answers of data.prompts (other content)", "rollout.stop_token_ids (was [1], is [3])"
+    ]  # fmt: skip
+    assert changes(first, reads(row, objective={"clip_low": 0.1})) == ["objective.clip_low (was 0.2, is 0.1)"]
+    save(models["student"], template=CHATML)
+    assert "student.tokenizer (other content)" in changes(first, reads(row))

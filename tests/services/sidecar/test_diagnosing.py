@@ -40,6 +40,15 @@ def test_a_steady_run_is_healthy_in_every_trainers_log(name: str, tmp_path: Path
     assert judge(log).kind == "healthy", render(log, judge(log))
 
 
+def test_a_log_whose_lines_begin_with_a_time_in_brackets_is_no_json(tmp_path: Path) -> None:
+    lines = write_all(tmp_path, collapse())["slime"].read_text().splitlines()
+    path = tmp_path / "stamped.log"
+    path.write_text("".join(f"[2026-11-28 01:02:03] {line}\n" for line in lines))
+    (log,) = read_logs([path])
+    assert log.trainer == "slime"
+    assert judge(log).kind == "collapsed"
+
+
 def test_a_file_cut_in_the_middle_is_read_up_to_there(tmp_path: Path) -> None:
     text = json.dumps({"log_history": trl_rows(collapse())}, indent=2)
     path = tmp_path / "state.json"
