@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-FinishReason = Literal["stop", "length", "repetition", "error"]
+FinishReason = Literal["stop", "length", "repetition", "turns", "error"]
+"""turns: a conversation that had all the turns it may have, each of which ended by itself."""
 
 PASS = 0.5
 """Score from which a verifier's verdict counts as right."""
@@ -54,6 +55,10 @@ class Prompt:
     """Mean length of the teacher's answers to it, tokens, by what the golden pass found; None: not known."""
     longest_tokens: float | None = None
     """Where the tail of their lengths begins, tokens."""
+    turn: int = 0
+    """Of a conversation: turns behind it. `token_ids` then end with what the environment said last."""
+    most_tokens: int | None = None
+    """Of a turn: most new tokens, where a conversation has left fewer than the cap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +131,50 @@ class Trajectory:
     reward: float | None = None
     """The verifier's score; None: not asked, or no verdict."""
     refusal: str = ""
-    """With finish reason "error": the engine's words where it refused this request."""
+    """With finish reason "error": the engine's words where it refused this request, or what went wrong in the environment."""
+    observed: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """Of a conversation: what stands between its turns and was not sampled, as (sampled tokens before it, its ids), in order. Everything
+    else here is about sampled tokens only: `token_ids`, lengths, log-probs, loops."""
+    num_turns: int = 1
+    failure: str = ""
+    """With finish reason "error": why the environment gave no answer, in one word (environment/protocol.py); empty: the engine's fault."""
+    repeated_calls: int = 0
+    """Of a conversation: turns that say word for word what the turn before them said."""
 
     @property
     def truncated(self) -> bool:
-        """Cut before it stopped: by the cap or by the in-engine loop stop."""
+        """Cut before it stopped: by the cap or by the in-engine loop stop. A used-up number of turns is no cut."""
         return self.finish_reason in ("length", "repetition")
+
+    @property
+    def conversation_ids(self) -> tuple[int, ...]:
+        """All ids behind the prompt in their order, the environment's too: what a model reads, exactly as the engine read it."""
+        if not self.observed:
+            return self.token_ids
+        ids: list[int] = []
+        start = 0
+        for place, between in self.observed:
+            ids += self.token_ids[start:place]
+            ids += between
+            start = place
+        return (*ids, *self.token_ids[start:])
+
+    @property
+    def mask_T(self) -> np.ndarray | None:  # noqa: N802 - a shape suffix
+        """[len(conversation_ids)] bool: which of them were sampled. None: all were."""
+        if not self.observed:
+            return None
+        mask_T = np.ones(len(self.token_ids) + sum(len(between) for _, between in self.observed), bool)
+        shift = 0
+        for place, between in self.observed:
+            mask_T[place + shift : place + shift + len(between)] = False
+            shift += len(between)
+        return mask_T
+
+    @property
+    def answer_ids(self) -> tuple[int, ...]:
+        """The last turn: what a verifier reads."""
+        return self.token_ids[self.observed[-1][0] :] if self.observed else self.token_ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,8 @@ def _tail(growth: Growth) -> Observation | None:
 def _ends(growth: Growth) -> tuple[float | None, float | None]:
     """Rollouts that ended, and those of them that were cut."""
     by = {reason: growth.of("opd_rollouts_total", finish_reason=reason) for reason in ("stop", "length", "repetition")}
-    return added(*by.values()), added(by["length"], by["repetition"])
+    used_up = growth.of("opd_rollouts_total", finish_reason="turns") or 0.0  # older records know no such end
+    return added(*by.values(), used_up), added(by["length"], by["repetition"])
 
 
 def _truncation(growth: Growth) -> Observation | None:

@@ -58,11 +58,13 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One sequence before padding: its prompt, its response and the fields of each response token."""
+    """One sequence before padding: its prompt, all that stands behind it, and the fields of each token there that was sampled."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     fields: dict[str, np.ndarray]
+    mask_T: np.ndarray | None = None
+    """Which of the response were sampled; None: all."""
 
     @property
     def num_tokens(self) -> int:
@@ -191,7 +193,7 @@ def _rollout_row(
         fields["teacher_hidden_NH"] = scores.hidden_TH
     for name, values in fields.items():
         assert len(values) == num_tokens, f"{name}: {len(values)} values for {num_tokens} tokens"
-    return _Row(trajectory.prompt.token_ids, trajectory.token_ids, fields)
+    return _Row(trajectory.prompt.token_ids, trajectory.conversation_ids, fields, trajectory.mask_T)
 
 
 def as_float32(hidden_TH: np.ndarray) -> np.ndarray:
@@ -253,19 +255,21 @@ def _group(rows: list[_Row], micro_batch_tokens: int) -> list[list[_Row]]:
 
 
 def _pad(rows: list[_Row], pad_id: int) -> MicroBatch:
-    inputs = _inputs([(row.prompt_ids, row.response_ids) for row in rows], pad_id)
-    return MicroBatch(inputs, TokenFields(**{name: _join(rows, name) for name in rows[0].fields}))
+    return MicroBatch(_inputs(rows, pad_id), TokenFields(**{name: _join(rows, name) for name in rows[0].fields}))
 
 
-def _inputs(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], pad_id: int) -> ModelInputs:
-    longest = max(len(prompt_ids) + len(response_ids) for prompt_ids, response_ids in sequences)
-    input_ids_BL = torch.full((len(sequences), longest), pad_id)
+def _inputs(rows: list[_Row], pad_id: int) -> ModelInputs:
+    """Tokens that were not sampled are read by the model and predicted by nothing: no loss ever sees their states' logits."""
+    longest = max(row.num_tokens for row in rows)
+    input_ids_BL = torch.full((len(rows), longest), pad_id)
     predictors = []
-    for row, (prompt_ids, response_ids) in enumerate(sequences):
-        assert prompt_ids, "a response needs at least one prompt token to be predicted from"
-        num_tokens = len(prompt_ids) + len(response_ids)
-        input_ids_BL[row, :num_tokens] = torch.tensor(prompt_ids + response_ids)
-        predictors.append(row * longest + len(prompt_ids) - 1 + torch.arange(len(response_ids)))
+    for place, row in enumerate(rows):
+        assert row.prompt_ids, "a response needs at least one prompt token to be predicted from"
+        input_ids_BL[place, : row.num_tokens] = torch.tensor(row.prompt_ids + row.response_ids)
+        sampled_N = torch.arange(len(row.response_ids))
+        if row.mask_T is not None:
+            sampled_N = sampled_N[torch.from_numpy(row.mask_T)]
+        predictors.append(place * longest + len(row.prompt_ids) - 1 + sampled_N)
     return ModelInputs(input_ids_BL, torch.cat(predictors))
 
 

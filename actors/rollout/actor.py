@@ -357,5 +357,6 @@ class RayEngine:
 
 def request_seed(seed: int, prompt: Prompt, sample: int, step: int) -> int:
     """A seed of its own for every request, the same in every run of the same job."""
-    state = np.random.SeedSequence((seed, prompt.epoch, prompt.index, sample, step)).generate_state(1)
+    of_turn = (prompt.turn,) if prompt.turn else ()
+    state = np.random.SeedSequence((seed, prompt.epoch, prompt.index, sample, step, *of_turn)).generate_state(1)
     return int(state[0] & 0x7FFFFFFF)

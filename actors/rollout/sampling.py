@@ -73,7 +73,8 @@ def budget_tokens(prompt: Prompt, limits: LengthLimits, context_tokens: int) -> 
     A teacher that sees more than the student needs room for the answer behind its own, longer view.
     """
     view_tokens = max(len(prompt.token_ids), len(prompt.teacher_token_ids or ()))
-    return max(1, min(limits.cap_tokens, context_tokens - view_tokens))
+    cap_tokens = limits.cap_tokens if prompt.most_tokens is None else min(limits.cap_tokens, prompt.most_tokens)
+    return max(1, min(cap_tokens, context_tokens - view_tokens))
 
 
 def refuse_if_too_long(prompt_tokens: int, context_tokens: int, min_new_tokens: int) -> str | None:

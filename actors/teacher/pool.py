@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from opd_governor.actors.deadlines import FLOOR_S, CallerError
 from opd_governor.actors.teacher.attempts import Answer, Attempts, Events, Teacher
 from opd_governor.actors.teacher.blending import blend_scores, union_of_supports
+from opd_governor.actors.teacher.conversation import of_sampled, spread_support
 from opd_governor.actors.teacher.copied import copied_tokens
 from opd_governor.actors.teacher.member import COOLDOWN_S, Member, TeacherHandle
 from opd_governor.actors.teacher.scorers import GenerateOptions, ScoreRequest
@@ -146,8 +147,8 @@ class TeacherPool:
             raise CallerError("the objective's support needs the student's own top ids, but the trajectory carries no support_ids_TK")
         return ScoreRequest(
             prompt_token_ids=teacher_view(trajectory.prompt),
-            token_ids=trajectory.token_ids,
-            support_ids_TK=trajectory.support_ids_TK if self.support.student else None,
+            token_ids=trajectory.conversation_ids,
+            support_ids_TK=spread_support(trajectory) if self.support.student else None,
             top_k=self.support.top_k,
             rest=self.support.rest,
             hidden=self.support.hidden,
@@ -162,7 +163,7 @@ class TeacherPool:
             self._events.on_nonfinite(trajectory, scores)
         if odd or len(arrived) < len(teachers):
             return None
-        blend = blend_scores([answer.scores for answer in arrived], list(teachers.values()))
+        blend = of_sampled(blend_scores([answer.scores for answer in arrived], list(teachers.values())), trajectory.mask_T)
         prompt = trajectory.prompt
         if not prompt.privileged_ids:
             return blend

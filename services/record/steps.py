@@ -205,13 +205,20 @@ def sample_records(batch: Batch, num: int, decode: Callable[[Sequence[int]], str
         {
             "step": batch.step,
             "prompt": trajectory.prompt.text,
-            "response": decode(trajectory.token_ids),
+            "response": decode(trajectory.conversation_ids),
             "finish_reason": trajectory.finish_reason,
             "length_tokens": len(trajectory.token_ids),
-            "loop_onset_char": None if trajectory.loop_onset is None else len(decode(trajectory.token_ids[: trajectory.loop_onset])),
+            "loop_onset_char": _onset_char(trajectory, decode),
         }
         for trajectory in chosen
     ]
+
+
+def _onset_char(trajectory: Trajectory, decode: Callable[[Sequence[int]], str]) -> int | None:
+    if trajectory.loop_onset is None:
+        return None
+    between = sum(len(ids) for place, ids in trajectory.observed if place <= trajectory.loop_onset)
+    return len(decode(trajectory.conversation_ids[: trajectory.loop_onset + between]))
 
 
 def nonfinite_record(source: Source, trajectory: Trajectory, scores: TokenScores | None) -> Record:
@@ -226,7 +233,7 @@ def nonfinite_record(source: Source, trajectory: Trajectory, scores: TokenScores
         "weight_version": trajectory.weight_version,
         "text": prompt.text,
         "prompt_ids": list(prompt.token_ids),
-        "token_ids": list(trajectory.token_ids),
+        "token_ids": list(trajectory.conversation_ids),
         "logprobs": trajectory.logprobs_T.tolist(),
     }
     if scores is not None:

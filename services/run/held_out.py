@@ -38,7 +38,7 @@ class HeldOut:
         limits: LengthLimits = base_limits(job)
         requests = [(problem, 0) for problem in self.sources.problems]
         return [
-            Response(self.sources.decode(t.token_ids), t.prompt.answer or "", len(t.token_ids), t.truncated)
+            Response(self.sources.decode(t.answer_ids), t.prompt.answer or "", len(t.token_ids), t.truncated)
             async for group in self.fleet.rollout(requests, limits, step, job.rollout, greedy=greedy)
             for t in group
             if t.finish_reason != "error"

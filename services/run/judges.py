@@ -33,7 +33,7 @@ Asked = tuple[str, str, asyncio.Future[Verdict]]
 
 async def judge_rollouts(judge: Judge, decode: Callable[[Sequence[int]], str], trajectories: Sequence[Trajectory]) -> list[Verdict]:
     """Verdicts on rollouts, each as text without its stop id."""
-    return await judge([(decode(t.token_ids), t.prompt.answer or "") for t in trajectories])
+    return await judge([(decode(t.answer_ids), t.prompt.answer or "") for t in trajectories])
 
 
 async def judge_teacher(

@@ -100,7 +100,7 @@ class RunLearner:
         learning_rate: float,
     ) -> StepReport:
         """One optimiser step. Raises ActorLostError."""
-        tokens = sum(len(r.trajectory.prompt.token_ids) + len(r.trajectory.token_ids) for r in rollouts)
+        tokens = sum(len(r.trajectory.prompt.token_ids) + len(r.trajectory.conversation_ids) for r in rollouts)
         tokens += sum(len(prompt.token_ids) + len(prompt.golden_ids or ()) for prompt in golden)
         return await self._ask("step", rollouts, golden, limits, reference_tokens, learning_rate, tokens=tokens)
 
