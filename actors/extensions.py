@@ -170,10 +170,24 @@ def _take_back(num_kept: int) -> None:
     del _added[num_kept:]
 
 
-def _import(name: str) -> None:
+def part_of(spec: str, field: str) -> Any:
+    """What `module:name` or `file.py:name` names. `field`: the job's key, for messages. Raises ExtensionError."""
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise ExtensionError(f"{field} {spec}: give file.py:name or module:name")
+    try:
+        module = _import(place)
+    except (Exception, SystemExit) as error:
+        why = " ".join(str(error).split())
+        raise ExtensionError(f"{field} {spec}: {place} does not load ({type(error).__name__}: {why}); mend it") from error
+    if not hasattr(module, name):
+        raise ExtensionError(f"{field} {spec}: {place} has no {name}")
+    return getattr(module, name)
+
+
+def _import(name: str) -> Any:
     if not name.endswith(".py"):
-        importlib.import_module(name)
-        return
+        return importlib.import_module(name)
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError("no such file")
@@ -189,3 +203,4 @@ def _import(name: str) -> None:
     except BaseException:
         del sys.modules[spec.name]
         raise
+    return module

@@ -14,6 +14,8 @@ FinishReason = Literal["stop", "length", "repetition", "turns", "error"]
 
 PASS = 0.5
 """Score from which a verifier's verdict counts as right."""
+BY_ENVIRONMENT = "environment"
+"""The verifier that takes the reward of the job's environment."""
 REST_ID = -2
 """In a support's ids: the column whose log-prob is that of every id which is neither the sampled one, nor in the support, nor (where
 stops are one event) a stop id. -1 is padding."""

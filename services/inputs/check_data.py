@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from opd_governor.services.inputs.checks import Check
+from opd_governor.services.inputs.environments import open_environment
 from opd_governor.services.inputs.prompts import PromptStream, describe_refusals, open_problems, open_prompts
 from opd_governor.services.job.settings import Job, JobError
 
@@ -16,6 +17,13 @@ def check_data(job: Job, tokenizer: Any, window: int, teacher_tokenizers: Mappin
         yield Check("chat template", "fail", detail, "set it to false, or student.tokenizer to one that has a template")
         return
     yield from _check_template_keys(job, tokenizer)
+    try:
+        bridge = open_environment(job, tokenizer)
+    except JobError as error:
+        yield Check("environment", "fail", str(error), exit_code=2)
+        return
+    if bridge is not None and job.environment is not None:
+        yield Check("environment", "pass", job.environment.entry or f"{len(job.environment.tools)} tools")
     try:
         stream = open_prompts(job, tokenizer, window, teacher_tokenizers)
     except JobError as error:

@@ -39,6 +39,8 @@ class Terms:
     loop_min_tokens: int = 32
     stop_ids: tuple[int, ...] | None = None
     """rollout.stop_token_ids: golden answers end with one of them."""
+    tools: str = ""
+    """Schemas of environment.tools as JSON: every conversation that names no tools has them."""
 
 
 @dataclass(slots=True)
@@ -118,6 +120,8 @@ class RowEncoder:
                 raise row.value
             with theirs("", "the row", "mend or remove it", RowError):
                 draft.question = read_question(row.value, row.place, self._source, self.notes, self._named)
+            if self._terms.tools and draft.question.tools is None and not isinstance(draft.question.content, str):
+                draft.question.tools = json.loads(self._terms.tools)
             if not draft.question.content:
                 raise RowError(f"column {self._source.column!r} holds no tokens; give the prompt some text")
         except RowError as error:

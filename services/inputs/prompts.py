@@ -13,6 +13,7 @@ import numpy as np
 from opd_governor.actors.governor.reference import LengthModel
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.encode import Terms
+from opd_governor.services.inputs.environments import tools_json
 from opd_governor.services.inputs.outcomes import Outcomes
 from opd_governor.services.inputs.refusals import NAMED, DataError, some_of
 from opd_governor.services.inputs.rows import open_rows
@@ -251,7 +252,7 @@ def open_prompts(job: Job, tokenizer: Any, context_tokens: int, teacher_tokenize
 def terms_of(job: Job, source: PromptSource) -> Terms:
     """What of the job decides how a row is encoded."""
     rollout = job.rollout
-    return Terms(source, job.teacher, rollout.loop_min_repeats, rollout.loop_min_tokens, rollout.stop_token_ids)
+    return Terms(source, job.teacher, rollout.loop_min_repeats, rollout.loop_min_tokens, rollout.stop_token_ids, tools_json(job))
 
 
 def survey_of(
@@ -358,7 +359,7 @@ def open_problems(job: Job, tokenizer: Any, context_tokens: int) -> Problems:
     judge = judge_of(job.data.eval.verifier, job.data.verifiers)
     source = job.data.eval.source(job.data.prompts)
     try:
-        table = open_table(open_rows(source), tokenizer, Terms(source))
+        table = open_table(open_rows(source), tokenizer, Terms(source, tools=tools_json(job)))
         survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, judge)
     except DataError as error:
         raise DataError(str(error).replace("data.prompts.", "data.eval.")) from None  # the keys that say how these rows are read

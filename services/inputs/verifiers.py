@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from opd_governor.actors.extensions import Kind
+from opd_governor.actors.trajectory import BY_ENVIRONMENT
 from opd_governor.services.inputs.refusals import words
 from opd_governor.services.inputs.trial import trouble_of
 from opd_governor.services.inputs.unit_tests import last_block, passes
@@ -80,6 +81,12 @@ def json_schema(response: str, answer: str) -> bool:
 
 
 VERIFIERS.add("unit-tests")(passes)
+
+
+@VERIFIERS.add(BY_ENVIRONMENT)
+def by_environment(response: str, answer: str) -> float:
+    """The reward that the job's environment gave: it comes with the rollout."""
+    raise ValueError("the environment's reward comes with its rollouts; other responses have none")
 
 
 def ask_server(url: str, response: str, answer: str) -> float:
@@ -196,7 +203,7 @@ READ: dict[str, tuple[Callable[[str], Any], str]] = {
     "unit-tests": (partial(compile, filename="tests.py", mode="exec"), "is no Python"),
 }
 """Verifier -> what raises for an answer that it cannot read, and that in words."""
-BUILT_IN = ("exact", "math-verify", *READ)
+BUILT_IN = ("exact", "math-verify", BY_ENVIRONMENT, *READ)
 
 
 def summarise(responses: Sequence[Response], verify: Verifier, num_unanswered: int = 0) -> Evaluation:

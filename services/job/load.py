@@ -153,13 +153,17 @@ def _resolve_paths(job: Job, base: Path) -> Job:
             ),
         }
     )
-    lora, reward = job.student.lora, job.objective.reward
+    lora, reward, environment = job.student.lora, job.objective.reward, job.environment
     if lora is not None:
         lora = lora.model_copy(update={"start_from": resolve(lora.start_from)})
     if reward is not None:
         reward = reward.model_copy(update={"verifier": resolve_verifier(reward.verifier)})
+    if environment is not None:
+        entry = environment.entry and resolve_verifier(environment.entry)
+        environment = environment.model_copy(update={"entry": entry, "tools": tuple(map(resolve_verifier, environment.tools))})
     return job.model_copy(
         update={
+            "environment": environment,
             "objective": job.objective.model_copy(update={"reward": reward}),
             "student": job.student.model_copy(
                 update={"model": resolve(job.student.model), "tokenizer": resolve(job.student.tokenizer), "lora": lora}

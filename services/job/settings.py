@@ -5,11 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from opd_governor.actors.deadlines import FLOOR_S
+from opd_governor.actors.environment.settings import EnvironmentSettings
 from opd_governor.actors.governor.policy import Policy
 from opd_governor.actors.learner.settings import LearnerSettings, LoraSettings, ObjectiveSettings
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.settings import FollowSettings, Settings, TemplateKeys, Url
 from opd_governor.actors.teacher.settings import TeacherSettings
+from opd_governor.actors.trajectory import BY_ENVIRONMENT
 from opd_governor.services.job.errors import JobError as JobError
 from opd_governor.services.job.trackers import TRACKERS
 
@@ -105,8 +107,9 @@ class EvalSettings(Settings):
     """Use only the first rows."""
     verifier: str = "exact"
     """A verifier by name (exact; regex: the answer is a pattern; number; math-verify; json-schema: the answer is a schema; unit-tests:
-    the answer is Python that raises unless the response's code is right), an http(s) address that is sent response and answer, or
-    `file.py:function` / `module:function` called with (response, answer). It gives true or false, or a score, right from 0.5 on."""
+    the answer is Python that raises unless the response's code is right; environment: the reward that the environment gave), an http(s)
+    address that is sent response and answer, or `file.py:function` / `module:function` called with (response, answer). It gives true or
+    false, or a score, right from 0.5 on."""
     sampled: bool = True
     """Answer each problem twice: greedily, and sampled as rollouts are. Both on the settings in force, so a changed temperature or cap
     counts; the governor's own cap does not."""
@@ -274,6 +277,8 @@ class Job(Settings):
     teacher: tuple[TeacherSettings, ...]
     data: DataSettings
     rollout: RolloutSettings = RolloutSettings()
+    environment: EnvironmentSettings | None = None
+    """Rollouts of several turns, with tools or any environment. None: a prompt and one answer."""
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
     governor: Policy = Policy()
     learner: LearnerSettings = LearnerSettings()
@@ -306,6 +311,25 @@ class Job(Settings):
             raise ValueError("objective.reward.when: teacher_right judges the golden pass's answers: set data.golden.enabled to true")
         if self.data.select.active and self.objective.reward is None:
             raise ValueError("data.select draws prompts by verdicts, and nothing judges them: set objective.reward, or remove data.select")
+        return self
+
+    @model_validator(mode="after")
+    def _conversations(self) -> "Job":
+        reward = self.objective.reward
+        verifiers = {"objective.reward.verifier": reward.verifier if reward else None, "data.eval.verifier": self.data.eval.verifier}
+        if self.environment is None:
+            for field, verifier in verifiers.items():
+                if verifier == BY_ENVIRONMENT:
+                    raise ValueError(f"{field}: {BY_ENVIRONMENT} takes the environment's reward, and there is none: set environment")
+            return self
+        if self.objective.golden_weight > 0:
+            raise ValueError("environment: golden answers are of one turn: set objective.golden_weight to 0")
+        if reward is not None and reward.when == "teacher_right":
+            raise ValueError("environment: objective.reward.when teacher_right judges answers of one turn: choose another")
+        if any(teacher.demonstration for teacher in self.teacher):
+            raise ValueError("environment: teacher.demonstration shows answers of one turn: unset it")
+        if self.environment.tools and BY_ENVIRONMENT in verifiers.values():
+            raise ValueError(f"environment.tools give no reward: name a verifier other than {BY_ENVIRONMENT}")
         return self
 
     @field_validator("teacher", mode="before")

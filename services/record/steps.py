@@ -13,6 +13,7 @@ from opd_governor.actors.learner.metrics import POSITION_BUCKETS
 from opd_governor.actors.trajectory import LengthLimits, TokenScores, Trajectory
 from opd_governor.services.inputs.verifiers import Evaluation
 from opd_governor.services.record.batch import Batch
+from opd_governor.services.record.conversations import conversation_fields, record_conversations
 from opd_governor.services.record.rewards import record_rewards, reward_fields
 from opd_governor.services.record.rundir import Record
 from opd_governor.services.record.scores import score_fields
@@ -57,6 +58,7 @@ def record_batch(telemetry: Telemetry, batch: Batch, report: StepReport | None, 
     for outcome, number in outcomes.items():
         telemetry.inc("opd_admitted_rollouts_total", number, outcome=outcome)
     record_rewards(telemetry, batch, report)
+    record_conversations(telemetry, batch)
     if report is None:
         return
     metrics = report.metrics
@@ -101,6 +103,7 @@ def step_record(
         **score_fields(batch.scored),
         **reward_fields(batch, report),
         **thinking_fields(batch),
+        **conversation_fields(batch),
         **evaluation_fields(evaluations),
     }
 

@@ -41,7 +41,7 @@ LABEL_VALUES = {
     "phase": ("rollout", "score", "learn", "sync", "total"),
     "source": ("engine", "teacher", "learner"),
     "reason": REASONS,
-    "role": ("rollout", "teacher", "learner", "governor", "service"),
+    "role": ("rollout", "teacher", "learner", "governor", "environment", "service"),
 }
 """Labels whose values are known beforehand."""
 
@@ -115,6 +115,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("opd_signal_mean_nats", "gauge", "Mean of what a signal asks of a sampled token, last step.", ("signal",)),
     Metric("opd_signal_spread_nats", "gauge", "Standard deviation of it over tokens.", ("signal",)),
     Metric("opd_signal_share_ratio", "gauge", "A signal's part of the squares of both.", ("signal",)),
+    Metric("opd_turns_total", "counter", "Turns of the student in conversations."),
+    Metric("opd_observed_tokens_total", "counter", "Tokens that environments put between turns: read, never learned."),
+    Metric("opd_repeated_calls_total", "counter", "Turns that say word for word what the turn before them said."),
+    Metric("opd_environment_failures_total", "counter", "Conversations that the environment gave no answer to.", ("reason",)),
+    Metric("opd_conversation_turns", "gauge", "Mean turns of a conversation, last step."),
     Metric("opd_stop_mass_student_total", "counter", "Sum over tokens of the student's probability to stop."),
     Metric("opd_stop_mass_teacher_total", "counter", "Sum over the same tokens of the teacher's probability to stop."),
     Metric("opd_stop_mass_tokens_total", "counter", "Tokens in the two stop-mass sums."),

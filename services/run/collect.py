@@ -18,14 +18,14 @@ from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.actors.trajectory import Prompt, ScoredRollout, TokenScores, Trajectory
 from opd_governor.services.inputs.verdicts import Verdict
 from opd_governor.services.record.batch import Batch, Launch
+from opd_governor.services.run.conversations import Sampler
 from opd_governor.services.run.demonstrations import Demonstrations
-from opd_governor.services.run.fleet import Fleet
 
 JudgeRollouts = Callable[[Sequence[Trajectory]], Awaitable[list[Verdict]]]
 
 
 async def collect(
-    fleet: Fleet, pool: TeacherPool, launch: Launch, *, demonstrations: Demonstrations | None = None, judge: JudgeRollouts | None = None
+    fleet: Sampler, pool: TeacherPool, launch: Launch, *, demonstrations: Demonstrations | None = None, judge: JudgeRollouts | None = None
 ) -> Batch:
     """Sample, score and judge one step's batch. Rollouts that ended in an error are dropped from it and counted as unscored.
 

@@ -42,6 +42,7 @@ from opd_governor.services.run.ahead import Ahead
 from opd_governor.services.run.border import Border
 from opd_governor.services.run.checkpoints import Checkpoints
 from opd_governor.services.run.collect import collect
+from opd_governor.services.run.conversations import Sampler
 from opd_governor.services.run.data import TrainingData
 from opd_governor.services.run.errors import GuardRailError, LearnerError, SyncError
 from opd_governor.services.run.fleet import Fleet
@@ -64,6 +65,8 @@ class Actors:
     pool: TeacherPool
     governor: Any
     """A GovernorKeeper."""
+    sampler: Sampler | None = None
+    """Conversations; None: the fleet's engines, one turn a rollout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,9 @@ class Distillation:
         self._evaluate, self._finish = evaluate, finish
         self._following = Following(job, actors.fleet.learner, actors.pool, journal)
         self._terms = Terms(job, store, actors.governor, journal)
-        self._ahead = Ahead(data.stream, partial(collect, actors.fleet, actors.pool, demonstrations=data.demonstrations, judge=data.judge))
+        self._ahead = Ahead(
+            data.stream, partial(collect, actors.sampler or actors.fleet, actors.pool, demonstrations=data.demonstrations, judge=data.judge)
+        )
         self._gate = Gate(actors.pool, journal, max(teacher.timeout_s for teacher in job.teacher))
         self._state = RunState(self._terms, self._ahead, actors.fleet.learner, journal, checkpoints, data)
         self._recovery = LearnerRecovery(actors.fleet, self._state, journal)

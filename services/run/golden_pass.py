@@ -2,14 +2,17 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from opd_governor.actors.environment.pool import EnvironmentPool
 from opd_governor.actors.rollout.loops import find_loop
 from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.actors.trajectory import Prompt
 from opd_governor.services.inputs.golden import GoldenSet, choose_prompts, collect_golden, golden_key
 from opd_governor.services.inputs.models import weights_identity
 from opd_governor.services.job.settings import Job
+from opd_governor.services.run.environments import teacher_lengths
 from opd_governor.services.run.sources import Sources
 
 PROGRESS_S = 5.0
@@ -18,8 +21,13 @@ FEW_ANSWERS_SHARE = 0.5
 """Fewer answers kept than this are said: what healthy lengths are is then known badly."""
 
 
-async def golden_pass(job: Job, sources: Sources, pool: TeacherPool, runs: Path, say: Callable[[str], None]) -> GoldenSet:
-    """What the teachers answer to the prompts chosen for it. The cache lies in data.golden.cache_dir, otherwise in `runs`/golden."""
+async def golden_pass(
+    job: Job, sources: Sources, pool: TeacherPool, runs: Path, say: Callable[[str], None], environments: EnvironmentPool | None = None
+) -> GoldenSet:
+    """What the teachers answer to the prompts chosen for it. The cache lies in data.golden.cache_dir, otherwise in `runs`/golden.
+
+    With an environment they hold whole conversations, which say how long healthy ones are and are no golden answers.
+    """
     settings, rollout = job.data.golden, job.rollout
     prompts = choose_prompts(sources.stream, settings, job.seed)
     max_new_tokens = settings.max_new_tokens or rollout.max_new_tokens
@@ -27,6 +35,8 @@ async def golden_pass(job: Job, sources: Sources, pool: TeacherPool, runs: Path,
 
     async def generate(asked: Sequence[Prompt]) -> Sequence[tuple[int, ...] | None]:
         say(f"golden pass: {len(asked)} prompts to the teacher")
+        if environments is not None:
+            return await teacher_lengths(job, sources, pool, environments, asked, max_new_tokens)
         num_answered, spoke = 0, time.monotonic()
 
         def told(num_prompts: int) -> None:
@@ -52,7 +62,7 @@ async def golden_pass(job: Job, sources: Sources, pool: TeacherPool, runs: Path,
             f"golden pass: only {golden.reference.kept_share:.0%} of the answers end by themselves and without a loop; "
             "the reference length is a guess: raise data.golden.max_new_tokens, or check the stop ids with opd check"
         )
-    return golden
+    return golden if environments is None else replace(golden, answers={})
 
 
 def _key(job: Job, sources: Sources, prompts: Sequence[Prompt], max_new_tokens: int) -> str:
@@ -63,4 +73,6 @@ def _key(job: Job, sources: Sources, prompts: Sequence[Prompt], max_new_tokens: 
     }
     loops = [job.rollout.loop_min_repeats, job.rollout.loop_min_tokens]
     terms = {"teachers": teachers, "stop_ids": sources.models.stop_ids, "loops": loops, "num_ids": sources.models.num_ids}
+    if job.environment is not None:
+        terms["environment"] = job.environment.model_dump(exclude={"concurrency"})
     return golden_key(prompts, job.data.golden.model_copy(update={"max_new_tokens": max_new_tokens}), terms, job.seed)

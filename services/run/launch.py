@@ -16,10 +16,11 @@ from pathlib import Path
 import ray
 
 from opd_governor.actors.deadlines import Say
+from opd_governor.actors.environment.pool import EnvironmentPool
 from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.services.inputs.golden import GoldenSet
 from opd_governor.services.inputs.thinking import thinking_ids
-from opd_governor.services.job.settings import Job
+from opd_governor.services.job.settings import BY_ENVIRONMENT, Job
 from opd_governor.services.job.tunables import ConfigStore
 from opd_governor.services.record.journal import Journal
 from opd_governor.services.record.mirror import Mirror
@@ -33,6 +34,7 @@ from opd_governor.services.run.checkpoints import Checkpoints
 from opd_governor.services.run.cluster import connect, descendants, leave, refuse_taken_name, require_roles
 from opd_governor.services.run.data import TrainingData
 from opd_governor.services.run.distill import Actors, Distillation
+from opd_governor.services.run.environments import conversations, environments_of
 from opd_governor.services.run.errors import TerminatedError
 from opd_governor.services.run.fleet import Fleet
 from opd_governor.services.run.golden_pass import golden_pass
@@ -69,6 +71,7 @@ class Run:
     service: RunService
     reads: Reads
     _loop: Distillation | None = None
+    _environments: EnvironmentPool | None = None
     _ending: bool = False
     _terminated: bool = False
 
@@ -154,6 +157,7 @@ class Run:
         if rooms.shared:
             await fleet.start_learner(rooms)  # on one GPU each measures what is free: in order
         pool = await start_teachers(rooms, self.sources, self.journal)
+        self._environments = environments_of(self.job, self.journal)
         try:
             if rooms.shared:
                 await pool.start()
@@ -164,11 +168,13 @@ class Run:
             await self._train(fleet, pool, golden)
         finally:
             self._ending = True
+            if self._environments is not None:
+                self._environments.end()
             await pool.close()
 
     async def _golden_after(self, pool: TeacherPool) -> GoldenSet:
         await pool.start()
-        return await golden_pass(self.job, self.sources, pool, self.directory.path.parent, self.say)
+        return await golden_pass(self.job, self.sources, pool, self.directory.path.parent, self.say, self._environments)
 
     async def _train(self, fleet: Fleet, pool: TeacherPool, golden: GoldenSet) -> None:
         job, sources, _journal, reference = self.job, self.sources, self.journal, golden.reference
@@ -204,6 +210,7 @@ class Run:
     def _distillation(self, fleet: Fleet, pool: TeacherPool, golden: GoldenSet, judges: JudgesOf) -> Distillation:
         job, sources, journal = self.job, self.sources, self.journal
         reward = job.objective.reward
+        sampler = conversations(job, sources, fleet, self._environments)
         return Distillation(
             job,
             self.store,
@@ -213,11 +220,13 @@ class Run:
                 golden.key,
                 golden.reference.mean_tokens,
                 sources.demonstrations,
-                judge=partial(judge_rollouts, judges(reward.verifier), sources.decode) if reward else None,
+                judge=partial(judge_rollouts, judges(reward.verifier), sources.decode)
+                if reward and reward.verifier != BY_ENVIRONMENT
+                else None,
                 rewards=Rewards(reward, sources.stream.outcomes) if reward else None,
                 reads=self.reads,
             ),
-            Actors(fleet, pool, start_governor(job, self.store, self.service, journal)),
+            Actors(fleet, pool, start_governor(job, self.store, self.service, journal), sampler),
             journal,
             Checkpoints(
                 self.directory.checkpoints,
@@ -226,7 +235,7 @@ class Run:
                 note=journal.note,
                 mirror=self.mirror.push if self.mirror else None,
             ),
-            HeldOut(sources, judges(job.data.eval.verifier), fleet) if sources.problems else None,
+            HeldOut(sources, judges(job.data.eval.verifier), sampler) if sources.problems else None,
             lambda: self._finish(fleet),
         )
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opd_governor.actors.trajectory import Prompt
+from opd_governor.services.inputs.bridge import Bridge
+from opd_governor.services.inputs.environments import open_environment
 from opd_governor.services.inputs.prompts import PromptStream, Survey, describe_refusals, open_problems, open_prompts
 from opd_governor.services.inputs.resolve import Models, resolve, teacher_tokenizers
 from opd_governor.services.job.settings import Job
@@ -26,6 +28,8 @@ class Sources:
     problems: tuple[Prompt, ...]
     """Held out; empty: no evaluation."""
     demonstrations: Demonstrations | None = None
+    bridge: Bridge | None = None
+    """Between turns; None: rollouts have one."""
     notes: tuple[str, ...] = ()
     """Rows that were left out or taken otherwise than they stood, one line a kind."""
 
@@ -34,7 +38,7 @@ class Sources:
         """Raises JobError (DataError) for whatever is wrong with them."""
         models, tokenizer = resolve(job)
         stream = open_prompts(job, tokenizer, models.context_tokens, teacher_tokenizers(job, models))
-        sources = cls(models, tokenizer, stream, ())
+        sources = cls(models, tokenizer, stream, (), bridge=open_environment(job, tokenizer))
         sources = replace(sources, demonstrations=demonstrations_of(job, models, tokenizer, sources.decode))
         if not job.data.eval.path:
             return replace(sources, notes=told("data.prompts", stream.survey, job))
