@@ -18,9 +18,10 @@ import ray
 from opd_governor.actors.deadlines import Say
 from opd_governor.actors.environment.pool import EnvironmentPool
 from opd_governor.actors.teacher.pool import TeacherPool
+from opd_governor.actors.trajectory import BY_ENVIRONMENT
 from opd_governor.services.inputs.golden import GoldenSet
 from opd_governor.services.inputs.thinking import thinking_ids
-from opd_governor.services.job.settings import BY_ENVIRONMENT, Job
+from opd_governor.services.job.settings import Job
 from opd_governor.services.job.tunables import ConfigStore
 from opd_governor.services.record.journal import Journal
 from opd_governor.services.record.mirror import Mirror
