@@ -1,6 +1,5 @@
 """One process of an environment. It is asked one message at a time, and brings a task that it does not know to where it stood."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,10 +17,6 @@ class EnvironmentActor:
 
     def ready(self) -> None:
         """The environment is loaded."""
-
-    def process(self) -> int:
-        """Its id."""
-        return os.getpid()
 
     def answer(self, ticket: int, row: Mapping[str, Any], before: Sequence[Message], message: Message) -> Reply | Failure:
         """The environment's answer to `message`. `before`: the student's messages so far, played again where the task is not here."""

@@ -37,7 +37,7 @@ async def test_a_killed_process_loses_no_conversation() -> None:
     tasks = [pool.open({"prompt": "q"}) for _ in range(2)]
     first = [await pool.answer(task, message) for task in tasks]
     handle: Any = tasks[0].seat.handle
-    os.kill(await handle.actor.process.remote(), signal.SIGKILL)
+    os.kill(await handle.actor.__ray_call__.remote(lambda actor: os.getpid()), signal.SIGKILL)
     rest = [[await pool.answer(task, message) for task in tasks] for _ in range(2)]
     assert [r.messages[0]["content"] for r in first if isinstance(r, Reply)] == ["1", "1"]
     assert [r.messages[0]["content"] for r in rest[0] if isinstance(r, Reply)] == ["0", "0"], "played again to the new process"
