@@ -59,8 +59,6 @@ class BatchMetrics:
     num_masked_tokens: int
     """Rollout tokens of weight 0."""
     num_clipped_tokens: int
-    num_outlier_tokens: int
-    """Outside the trust region."""
     entropy_nats: float
     reference_kl_nats: float
     student_stop_mass: float
@@ -77,6 +75,8 @@ class BatchMetrics:
     """What the teacher asks of the sampled tokens; under a dense loss, what it would ask of them alone."""
     reward_signal: "SignalSums" = field(default_factory=lambda: SignalSums())
     """What the verifier asks of them; all 0 without a reward."""
+    num_outlier_tokens: int = 0
+    """Outside the trust region."""
 
     def __add__(self, other: "BatchMetrics") -> "BatchMetrics":
         def add(name: str) -> Any:

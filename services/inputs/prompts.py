@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from opd_governor.actors.governor.reference import LengthModel
-from opd_governor.actors.trajectory import Prompt
+from opd_governor.actors.trajectory import BY_ENVIRONMENT, Prompt
 from opd_governor.services.inputs.encode import Terms
 from opd_governor.services.inputs.environments import tools_json
 from opd_governor.services.inputs.outcomes import Outcomes
@@ -241,7 +241,9 @@ def open_prompts(job: Job, tokenizer: Any, context_tokens: int, teacher_tokenize
     source = job.data.prompts
     table = open_table(open_rows(source), tokenizer, terms_of(job, source), teacher_tokenizers)
     reward = job.objective.reward
-    judge = None if reward is None else judge_of(reward.verifier, job.data.verifiers, "objective.reward.verifier")
+    judge = None  # an environment may pay without an answer to hold against
+    if reward is not None and reward.verifier != BY_ENVIRONMENT:
+        judge = judge_of(reward.verifier, job.data.verifiers, "objective.reward.verifier")
     survey = survey_of(table, source, context_tokens, job.rollout.min_new_tokens, judge, answers_for="objective.reward")
     stream = PromptStream(table, survey, job.seed, shuffle=source.shuffle, unfinished=job.data.unfinished_by_teacher)
     if reward is not None:
@@ -352,11 +354,12 @@ class Problems:
 def open_problems(job: Job, tokenizer: Any, context_tokens: int) -> Problems:
     """Held-out prompts, each with an answer to verify against, read and refused as the training prompts are.
 
-    A row without an answer that the verifier can judge by is a bad row. Raises JobError for a verifier that is none, and DataError as
-    `open_prompts` does.
+    A row without an answer that the verifier can judge by is a bad row, unless the environment judges. Raises JobError for a verifier
+    that is none, and DataError as `open_prompts` does.
     """
     assert job.data.eval.path is not None
-    judge = judge_of(job.data.eval.verifier, job.data.verifiers)
+    by_environment = job.data.eval.verifier == BY_ENVIRONMENT
+    judge = None if by_environment else judge_of(job.data.eval.verifier, job.data.verifiers)
     source = job.data.eval.source(job.data.prompts)
     try:
         table = open_table(open_rows(source), tokenizer, Terms(source, tools=tools_json(job)))
