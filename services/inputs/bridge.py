@@ -30,13 +30,9 @@ class Bridge:
 
     def __call__(self, messages: Messages) -> tuple[int, ...]:
         """Ids between the student's turn, its stop included, and its next one. Raises JobError in one line."""
-<<<<<<< HEAD
-        return tuple(self._tokenizer(self.text(messages), add_special_tokens=False).input_ids)
-=======
         text = self.text(messages)
         with theirs("", "the student's tokenizer", "let the environment say what it can encode", JobError):
             return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
->>>>>>> env
 
     def text(self, messages: Messages) -> str:
         """The same as text."""

@@ -10,12 +10,8 @@ from opd_governor.actors.extensions import ExtensionError
 from opd_governor.services.inputs.bridge import Bridge
 from opd_governor.services.job.settings import Job, JobError
 
-<<<<<<< HEAD
-CONTENT = "an answer"
-=======
 CONTENT = "1234"
 """Digits, which every tokenizer has."""
->>>>>>> env
 
 
 def tool_schemas(job: Job) -> list[dict[str, Any]] | None:

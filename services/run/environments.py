@@ -63,20 +63,12 @@ def _turn(prompt: Prompt, sample: int, ids: tuple[int, ...] | None, stop_ids: tu
 async def teacher_lengths(
     job: Job, sources: Sources, pool: TeacherPool, environments: EnvironmentPool, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> list[tuple[int, ...] | None]:
-<<<<<<< HEAD
-    """What the teachers say in whole conversations, their own tokens only; None where a teacher or the environment failed."""
-=======
     """What the teachers say in whole conversations, their own tokens only, up to `max_new_tokens`; None where one failed."""
->>>>>>> env
     turns = TeacherTurns(pool, sources.models.stop_ids, job.data.golden.temperature, job.seed)
     assert sources.bridge is not None
     played = Conversations(turns, environments, sources.bridge, sources.decode, sources.models.context_tokens, strict=True)
     found: dict[int, tuple[int, ...] | None] = {}
     limits = LengthLimits(max_new_tokens)
     async for group in played.rollout([(prompt, 0) for prompt in prompts], limits, 0, job.rollout):
-<<<<<<< HEAD
-        found |= {t.prompt.index: None if t.finish_reason == "error" else t.token_ids for t in group}
-=======
         found |= {t.prompt.index: None if t.finish_reason == "error" else t.token_ids[:max_new_tokens] for t in group}
->>>>>>> env
     return [found[prompt.index] for prompt in prompts]

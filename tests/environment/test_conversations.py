@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
-=======
 from deploy.sums.tokenizer import build_tokenizer
->>>>>>> env
 from opd_governor.actors.environment.protocol import Failure, Reply, checked
 from opd_governor.actors.environment.settings import EnvironmentSettings
 from opd_governor.actors.environment.tools import ToolEnvironment, read_calls, schemas
@@ -182,11 +179,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     )
     with pytest.raises(JobError, match="leaves out messages of role tool"):
         Bridge(deaf, {})([{"role": "tool", "content": "7"}])
-<<<<<<< HEAD
-=======
     with pytest.raises(JobError, match="the student's tokenizer says: "):
         Bridge(build_tokenizer(64), {})([{"role": "user", "content": "Zebra"}])
->>>>>>> env
     assert TOKENIZER.decode(Bridge(tiny_tokenizer(), {})([{"role": "user", "content": "more"}])) == "more"
 
 
