@@ -347,6 +347,22 @@ LEARNER = (
         ),
     ),
     Panel(
+        "Conversations",
+        "Where an environment answers the student. A student that makes the same call again and again loops, whatever its tokens say.",
+        "none",
+        (
+            (of("opd_conversation_turns"), "turns {{run}}"),
+            (ratio(rate("opd_repeated_calls_total"), rate("opd_turns_total")), "turns that repeat the one before, share {{run}}"),
+            (ratio(rate("opd_observed_tokens_total"), rate("opd_turns_total")), "environment's tokens a turn {{run}}"),
+        ),
+    ),
+    Panel(
+        "Conversations without an answer so far",
+        "The environment raised, gave something that is no answer, took too long or died; each costs its conversation alone.",
+        "short",
+        ((f"sum by (run, reason) ({of('opd_environment_failures_total')})", "{{reason}} {{run}}"),),
+    ),
+    Panel(
         "Rollouts without a verdict so far",
         "The verifier raised, hung, gave no number, ran out of memory or died; each costs its rollout alone.",
         "short",

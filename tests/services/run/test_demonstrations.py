@@ -94,7 +94,7 @@ def test_a_job_that_cannot_have_them_is_refused() -> None:
     one = of("Right: {demonstration}\n")
     assert one is not None
     assert tiny_tokenizer().decode(one.before_ids) == "Right: "
-    with pytest.raises(JobError, match=r"must hold \{demonstration\} once"):
+    with pytest.raises(ValueError, match=r"must hold \{demonstration\} once"):
         of("none")
     with pytest.raises(JobError, match="samples_per_prompt of at least 2"):
         of("{demonstration}", samples=1)
