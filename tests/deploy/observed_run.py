@@ -115,6 +115,9 @@ def _trajectory(length: int, step: int) -> Trajectory:
         0,
         loop_onset=onset,
         reward=float(whole),
+        observed=((1, (5, 6)),),
+        num_turns=2,
+        repeated_calls=int(not whole),
     )
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from opd_governor.actors.rollout.settings import RolloutSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, TokenScores, Trajectory
+from opd_governor.services.inputs.check_machine import check_objective
 from opd_governor.services.inputs.resolve import Models
-from opd_governor.services.job.settings import Job, JobError
+from opd_governor.services.job.settings import Job
 from opd_governor.services.record.batch import Launch
 from opd_governor.services.run.collect import collect
 from opd_governor.services.run.demonstrations import Demonstrations, demonstrations_of
@@ -85,10 +86,12 @@ def test_a_step_scores_each_beside_another_and_counts_those_left_out() -> None:
 
 
 def test_a_job_that_cannot_have_them_is_refused() -> None:
-    def of(template: str | None, samples: int = 2) -> Demonstrations | None:
+    def job(template: str | None, samples: int = 2) -> Job:
         groups = {"teacher": {"model": "t", "demonstration": template}, "rollout": {"samples_per_prompt": samples}}
-        job = Job.model_validate({"name": "t", "student": {"model": "s"}, "data": {"prompts": {"path": "p"}}} | groups)
-        return demonstrations_of(job, Models("s", ("t",), (STOP,), 64), tiny_tokenizer(), str)
+        return Job.model_validate({"name": "t", "student": {"model": "s"}, "data": {"prompts": {"path": "p"}}} | groups)
+
+    def of(template: str | None) -> Demonstrations | None:
+        return demonstrations_of(job(template), Models("s", ("t",), (STOP,), 64), tiny_tokenizer(), str)
 
     assert of(None) is None
     one = of("Right: {demonstration}\n")
@@ -96,5 +99,6 @@ def test_a_job_that_cannot_have_them_is_refused() -> None:
     assert tiny_tokenizer().decode(one.before_ids) == "Right: "
     with pytest.raises(ValueError, match=r"must hold \{demonstration\} once"):
         of("none")
-    with pytest.raises(JobError, match="samples_per_prompt of at least 2"):
-        of("{demonstration}", samples=1)
+    (refused,) = (check for check in check_objective(job("{demonstration}", samples=1)) if check.name == "demonstration")
+    assert (refused.status, refused.exit_code) == ("fail", 2)
+    assert "samples_per_prompt is 1" in refused.detail
