@@ -241,7 +241,8 @@ def load_verifier(spec: str, field: str = "data.eval.verifier") -> Verifier:
         return partial(ask_server, spec)
     place, separator, name = spec.rpartition(":")
     if not separator or not place or not name:
-        raise JobError(f"{field} {spec}: expected {', '.join(VERIFIERS)}, an http(s) address, file.py:function or module:function")
+        known = ", ".join(name for name in VERIFIERS if name != BY_ENVIRONMENT)
+        raise JobError(f"{field} {spec}: expected {known}, an http(s) address, file.py:function or module:function")
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # whatever the user's code raises is their one line
