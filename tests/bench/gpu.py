@@ -36,7 +36,7 @@ SMOKE = {"hidden": 64, "inner": 128, "layers": 2, "heads": 2, "kv_heads": 1, "vo
 STOP_IDS = (1, 3)
 CHUNK_TOKENS = 1024
 OBJECTIVE: Any = SimpleNamespace(
-    support="sampled", stop_event="class", importance_cap=2.0, advantage_clip_nats=None, clip_low=0.2, clip_high=0.2
+    support="sampled", stop_event="class", importance_cap=2.0, advantage_clip_nats=None, trust_region_nats=None, clip_low=0.2, clip_high=0.2
 )
 """What the sampled loss reads of the objective's settings, whose own class needs pydantic."""
 
