@@ -57,4 +57,7 @@ def _said(process: subprocess.Popen[bytes], timeout_s: float) -> dict[str, Any] 
     if not line:
         code = process.wait()
         return f"its process ended with {'signal ' if code < 0 else 'exit code '}{abs(code)}"
-    return dict(json.loads(line))
+    try:
+        return dict(json.loads(line))
+    except (TypeError, ValueError):
+        return f"its process says {line[:60]!r}, which is no verdict"
