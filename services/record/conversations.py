@@ -33,13 +33,14 @@ def conversation_fields(batch: Batch) -> Record:
 
 
 def record_conversations(telemetry: Telemetry, batch: Batch) -> None:
-    """The same for /metrics."""
-    fields = conversation_fields(batch)
-    for reason, number in fields.get("environment_failures", {}).items():
+    """The same for /metrics, where a rollout without an environment is a conversation of one turn."""
+    for reason, number in Counter(t.failure for t in batch.trajectories if t.failure).items():
         telemetry.inc("opd_environment_failures_total", number, reason=reason)
-    if "turns_mean" not in fields:
+    held = [t for t in batch.trajectories if t.finish_reason != "error"]
+    if not held:
         return
-    telemetry.inc("opd_turns_total", sum(t.num_turns for t in batch.trajectories))
-    telemetry.inc("opd_observed_tokens_total", sum(len(ids) for t in batch.trajectories for _, ids in t.observed))
-    telemetry.inc("opd_repeated_calls_total", sum(t.repeated_calls for t in batch.trajectories))
-    telemetry.set("opd_conversation_turns", fields["turns_mean"])
+    num_turns = sum(t.num_turns for t in held)
+    telemetry.inc("opd_turns_total", num_turns)
+    telemetry.inc("opd_observed_tokens_total", sum(len(ids) for t in held for _, ids in t.observed))
+    telemetry.inc("opd_repeated_calls_total", sum(t.repeated_calls for t in held))
+    telemetry.set("opd_conversation_turns", num_turns / len(held))

@@ -95,6 +95,10 @@ def test_records_tell_of_turns_and_failures_and_nothing_of_single_turns():
     counted = {(name, *labels.values()): value for name, labels, value in telemetry.state()}
     assert counted["opd_environment_failures_total", "timeout"] == 1
     assert counted["opd_repeated_calls_total",] == 2
+    alone = Telemetry("alone")
+    record_conversations(alone, batch_of(plain))
+    told = {name: value for name, _, value in alone.state()}
+    assert (told["opd_turns_total"], told["opd_conversation_turns"]) == (4, 1), "a panel has data in every run"
 
 
 @pytest.mark.parametrize(
