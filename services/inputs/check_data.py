@@ -24,6 +24,11 @@ def check_data(job: Job, tokenizer: Any, window: int, teacher_tokenizers: Mappin
         return
     if bridge is not None and job.environment is not None:
         yield Check("environment", "pass", job.environment.entry or f"{len(job.environment.tools)} tools")
+        if job.environment.tools and not (job.data.prompts.chat and tokenizer.chat_template):
+            detail = "environment.tools: a chat template tells the student of its tools, and prompts are not rendered by one"
+            yield Check(
+                "tools", "warn", detail, "set data.prompts.chat to true, with a tokenizer that has one, or write them into the prompts"
+            )
     try:
         stream = open_prompts(job, tokenizer, window, teacher_tokenizers)
     except JobError as error:

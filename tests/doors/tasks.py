@@ -90,7 +90,37 @@ def spoilt(value: float, part: str) -> Callable[[Path], None]:
 
 F = "def f(r, a):\n    "
 SCHEMA = {"prompt": "x", "answer": '{"type": "objekt"}'}
+
+
+def world(code: str = "", **settings: Any) -> Write:
+    """An environment of the job's own, in a file beside it."""
+
+    def write(folder: Path, job: Tree) -> None:
+        lines(*GOOD)(folder, job)
+        (folder / "world.py").write_text(code)
+        job.update(environment={"entry": str(folder / "world.py:World")} | settings, objective={"golden_weight": 0})
+
+    return write
+
+
+WORLD = "class World:\n    def open(self, row):\n        return self\n\n    def answer(self, message):\n        return [], 1.0, True\n"
+TOOL = 'def add(a: int, b: int) -> int:\n    """Adds.\n\n    Args:\n        a: one\n        b: other\n    """\n    return a + b\n'
+
+
+def tools(code: str, *names: str) -> Write:
+    return lambda folder, job: world(code, entry=None, tools=[f"{folder}/world.py:{name}" for name in names])(folder, job)
+
+
 TASKS = [
+    Case("an environment", 0, ["world.py:World"], world(WORLD)),
+    Case("an environment without its method", 2, ["it has no method open(row)"], world("class World:\n    pass\n")),
+    Case("an environment that does not start", 2, ["it does not start (ValueError: no board)"], world("class World:\n    def __init__(self):\n        raise ValueError('no board')\n")),
+    Case("an environment that is not there", 2, ["world.py"], world("x = 1\n")),
+    Case("an environment and tools", 2, ["name an entry, or tools"], world(WORLD, tools=["a.py:b"])),
+    Case("tools without a chat template", 0, ["1 tools", "a chat template tells the student of its tools"], tools(TOOL, "add")),
+    Case("a tool without hints", 2, ["environment.tools add", "add type hints and a docstring"], tools("def add(a, b):\n    return a + b\n", "add")),
+    Case("a tool that is no function", 2, ["it is no function"], tools("add = 3\n", "add")),
+    Case("one tool twice", 2, ["there is a tool add already"], tools(TOOL, "add", "add")),
     Case("an addition", 0, ["32,768 parameters, 38.58% of the model's"], lora()),
     Case("an addition by peft's names", 2, ["student.lora.r: unknown key", "lora_alpha: unknown key; did you mean alpha?", "did you mean targets?"], lora(r=8, lora_alpha=16, target_modules=["q_proj"])),
     Case("an addition larger than the model", 0, ["student.lora.rank: 512 makes the addition larger than the model"], lora(rank=512)),
