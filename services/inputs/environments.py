@@ -1,10 +1,13 @@
 """The job's environment as a run and a check both see it: loaded once, with the bridge between turns."""
 
+import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from opd_governor.actors.environment.protocol import load_environment
+from opd_governor.actors.environment.settings import EnvironmentSettings
 from opd_governor.actors.environment.tools import schemas
 from opd_governor.actors.extensions import ExtensionError
 from opd_governor.services.inputs.bridge import Bridge
@@ -28,6 +31,18 @@ def tools_json(job: Job) -> str:
     """For the encoding of prompts."""
     found = tool_schemas(job)
     return json.dumps(found) if found else ""
+
+
+def environment_identity(settings: EnvironmentSettings) -> dict[str, Any]:
+    """What shapes its answers: the limits of a conversation, and its code. A file counts by content, a module by name."""
+    limits = settings.model_dump(mode="json", include={"max_turns", "max_turn_tokens", "reply_characters"})
+    return limits | {"code": [_content(spec) for spec in (settings.entry, *settings.tools) if spec]}
+
+
+def _content(spec: str) -> list[str]:
+    place, _, name = spec.rpartition(":")
+    file = Path(place)
+    return [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else place, name]
 
 
 def open_environment(job: Job, tokenizer: Any) -> Bridge | None:

@@ -1,4 +1,4 @@
-"""What a step tells of its conversations: turns, what environments said, the same call again. Nothing where rollouts have one turn."""
+"""What a step tells of its conversations: turns, what environments said, repeated calls. Records of one-turn rollouts leave it out."""
 
 from collections import Counter
 

@@ -9,6 +9,7 @@ from opd_governor.actors.environment.pool import EnvironmentPool
 from opd_governor.actors.rollout.loops import find_loop
 from opd_governor.actors.teacher.pool import TeacherPool
 from opd_governor.actors.trajectory import Prompt
+from opd_governor.services.inputs.environments import environment_identity
 from opd_governor.services.inputs.golden import GoldenSet, choose_prompts, collect_golden, golden_key
 from opd_governor.services.inputs.models import weights_identity
 from opd_governor.services.job.settings import Job
@@ -74,5 +75,5 @@ def _key(job: Job, sources: Sources, prompts: Sequence[Prompt], max_new_tokens: 
     loops = [job.rollout.loop_min_repeats, job.rollout.loop_min_tokens]
     terms = {"teachers": teachers, "stop_ids": sources.models.stop_ids, "loops": loops, "num_ids": sources.models.num_ids}
     if job.environment is not None:
-        terms["environment"] = job.environment.model_dump(exclude={"concurrency"})
+        terms["environment"] = environment_identity(job.environment)
     return golden_key(prompts, job.data.golden.model_copy(update={"max_new_tokens": max_new_tokens}), terms, job.seed)

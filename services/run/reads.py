@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from opd_governor.services.inputs.environments import environment_identity
 from opd_governor.services.inputs.models import weights_identity
 from opd_governor.services.inputs.table import tokenizer_identity
 from opd_governor.services.job.settings import Job, JobError
@@ -31,6 +32,8 @@ def what_it_reads(job: Job, sources: Sources) -> dict[str, Any]:
         "student.model": weights_identity(models.student),
         "student.tokenizer": tokenizer_identity(sources.tokenizer),
     }
+    if job.environment is not None:
+        reads["environment"] = environment_identity(job.environment)
     if job.objective.reward is not None:
         reads["answers of data.prompts"] = sources.stream.digest("answer")
     for settings, model in zip(job.teacher, models.teachers, strict=True):

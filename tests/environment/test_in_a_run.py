@@ -3,20 +3,24 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from opd_governor.actors.environment.settings import EnvironmentSettings
 from opd_governor.actors.trajectory import LengthLimits, Prompt, ScoredRollout
 from opd_governor.services.inputs.bridge import Bridge
+from opd_governor.services.inputs.environments import environment_identity
 from opd_governor.services.job.settings import Job
 from opd_governor.services.record.batch import Batch
 from opd_governor.services.record.conversations import conversation_fields, record_conversations
 from opd_governor.services.record.telemetry import Telemetry
 from opd_governor.services.run.environments import teacher_lengths
 from opd_governor.services.run.held_out import HeldOut
+from opd_governor.services.run.reads import changes
 from tests.environment.worlds import pool_here
 from tests.made_up import random_batch
 from tests.tiny import tiny_tokenizer
@@ -113,3 +117,15 @@ def test_records_tell_of_turns_and_failures_and_nothing_of_single_turns():
 def test_what_does_not_go_together_is_one_line(change, words):
     with pytest.raises(ValidationError, match=words):
         Job.model_validate(GIVEN | change)
+
+
+def test_an_environment_is_what_its_code_says_wherever_its_file_lies(tmp_path: Path) -> None:
+    def identity(folder: str, code: str, **settings: Any) -> dict[str, Any]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "world.py").write_text(code)
+        return environment_identity(EnvironmentSettings(entry=f"{tmp_path / folder}/world.py:World", **settings))
+
+    was = identity("a", "class World: ...")
+    assert identity("b", "class World: ...", concurrency=7) == was
+    for other in (identity("a", "class World: pass"), identity("b", "class World: ...", max_turns=3)):
+        assert changes({"environment": was}, {"environment": other}) == ["environment (other content)"]
