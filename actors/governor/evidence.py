@@ -26,11 +26,11 @@ MAX_RELIEF_NATS = 2.0
 MOST_SHARE = 0.9
 """Where a healthy run has at least this share, more of it proves nothing: under a short cap nearly every rollout is cut."""
 PROMPTS_MOVED_NATS = 0.15
-"""Prompts whose expected answers are longer or shorter than the running level by this much are other prompts."""
+"""Prompts have changed where the answers expected of them are longer or shorter than the running level by this much."""
 MOVED_STEPS = 8.0
-"""For so long after one step's prompts were others, the next ones count as others too: a step's prompts scatter."""
+"""After a step with changed prompts, the next steps count as changed too: the prompts of single steps scatter."""
 MOVED_STEP_NATS = 2.0
-"""Most evidence of one step against a running level while prompts are others than it was made of: a jump may be theirs."""
+"""Most evidence that one step may bring against a running level while prompts have changed: the jump may come from them."""
 BASELINE_ROLLOUTS = 128
 BASELINE_STEPS = 4
 """A baseline is learned over at least this many rollouts and steps; it excuses a student that begins otherwise than its teacher."""
@@ -72,7 +72,7 @@ class Track:
     prompts: float | None = None
     """Running level of `Observation.prompts`."""
     moved_steps: float = 0.0
-    """Steps for which prompts still count as others than it was made of."""
+    """Steps for which prompts still count as changed."""
 
     @property
     def evidence(self) -> float:
@@ -234,7 +234,7 @@ def pressure_of(evidence: float, threshold: float) -> float:
 
 
 def _prompts_moved(track: Track, seen: Observation) -> bool:
-    """Or nobody knows: a level that other prompts set says little of these."""
+    """True as well where it is not known: a level that was learned on other prompts says little of these."""
     if seen.prompts is None or track.prompts is None:
         return True
     return track.moved_steps > 0 or abs(seen.prompts - track.prompts) > PROMPTS_MOVED_NATS
